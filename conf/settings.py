@@ -1,0 +1,187 @@
+"""The settings of one node: a frozen model, read from one TOML file and overridden from the environment.
+
+A wrong file is refused in one line that says where, what was expected and the nearest known key, because the
+person who reads it is standing in front of a node that doesn't start.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+ENV_PREFIX = "TANDEM__"
+
+AETitle = Annotated[str, Field(min_length=1, max_length=16, pattern=r"^[\x21-\x5b\x5d-\x7e]([\x20-\x5b\x5d-\x7e]*)$")]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class SettingsError(Exception):
+    """One line for the operator: file, key, what was expected."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class NodeSettings(Section):
+    name: str = Field("standalone", pattern=r"^[a-z0-9][a-z0-9-]{0,30}$", description="Name of this node")
+    run_dir: Path = Field(Path("/run/tandem"), strict=False, description="Sockets and other short-lived files")
+
+
+class DicomSettings(Section):
+    aet: AETitle = Field("TANDEM", description="Application Entity title we answer to")
+    bind: str = Field("0.0.0.0", description="Address to listen on")  # noqa: S104 - a storage server faces its modalities
+    port: Port = Field(11112, description="TCP port")
+    max_pdu_bytes: int = Field(131072, ge=4096, le=1 << 20, description="Maximum PDU length that we accept")
+    max_associations: int = Field(64, ge=1, description="Established associations at once")
+    max_connections: int = Field(256, ge=1, description="TCP connections at once, with or without an association")
+    artim_timeout_s: Seconds = Field(30.0, description="From TCP connect to a complete A-ASSOCIATE-RQ (PS3.8 9.1.5)")
+    idle_timeout_s: Seconds = Field(600.0, description="Longest pause between two messages of an association")
+    message_timeout_s: Seconds = Field(60.0, description="Longest time for one message, plus its size / minimum rate")
+    minimum_rate_bytes_s: int = Field(65536, ge=1, description="A message slower than this is cut")
+    require_called_aet: bool = Field(False, description="Reject associations that call another AE title")
+    calling_aets: tuple[AETitle, ...] = Field((), strict=False, description="Calling AE titles let in; empty: all")
+    any_sop_class: bool = Field(False, description="Also store SOP classes that are not known (private ones)")
+    query_limit: int = Field(20000, ge=1, description="C-FIND answers at most before 0xA700")
+
+
+class StorageSettings(Section):
+    state: Path = Field(Path("/var/lib/tandem"), strict=False, description="Catalogue and log (LMDB)")
+    volumes: tuple[Path, ...] = Field((), strict=False, description="Directories, one on each disk")
+    reserve_bytes: int = Field(256 << 20, ge=0, description="Space kept free on each volume")
+    map_size_bytes: int = Field(64 << 30, ge=1 << 20, description="Largest size of the LMDB file (sparse)")
+    verify_tail: bool = Field(True, description="Check entries since the last checkpoint against their bytes at start")
+
+
+class ClusterSettings(Section):
+    name: str = Field("tandem", pattern=r"^[a-z0-9][a-z0-9-]{0,30}$", description="Name below /tandem/ in etcd")
+    address: str = Field(description="This node's own address")
+    peer: str = Field(description="Name of the other node")
+    peer_address: str = Field(description="Address of the other node")
+    replication_port: Port = Field(11200, description="TCP port of the stream between the nodes")
+    etcd: tuple[str, ...] = Field(strict=False, min_length=1, description="etcd endpoints, http://host:port")
+    lease_ttl_s: float = Field(3.0, ge=1.0, description="The leader's lease; a lost node is noticed after this")
+    peer_timeout_s: Seconds = Field(1.5, description="Silence of the peer before the in-sync set is shrunk")
+    ack_timeout_s: Seconds = Field(10.0, description="A linked peer that doesn't acknowledge is dropped after this")
+    gateway_grace_s: Seconds = Field(5.0, description="A gateway that can't serve this long hands the lease over")
+    degraded: Literal["solo", "refuse"] = Field("solo", description="What to do with one copy only")
+    vips: tuple[str, ...] = Field((), strict=False, description="Virtual addresses with prefix, 10.0.0.5/24")
+
+    @field_validator("vips")
+    @classmethod
+    def _vips_are_interfaces(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        import ipaddress
+
+        for vip in value:
+            ipaddress.ip_interface(vip)
+        return value
+
+
+class ShareSettings(Section):
+    enabled: bool = Field(False, description="Run smbd where the virtual address is")
+    name: str = Field("archive", pattern=r"^[A-Za-z0-9_-]{1,40}$", description="Name of the share")
+    port: Port = Field(445, description="TCP port of SMB")
+    netbios_name: str = Field("TANDEM", pattern=r"^[A-Z0-9-]{1,15}$", description="Server name shown to clients")
+    guest: bool = Field(True, description="Let everybody read; false: only users known to Samba")
+
+
+class LogSettings(Section):
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe lines shown")
+    format: Literal["json", "text"] = Field("json", description="One JSON object a line, or text for people")
+
+
+class Settings(Section):
+    node: NodeSettings = NodeSettings()
+    dicom: DicomSettings = DicomSettings()
+    storage: StorageSettings = StorageSettings()
+    cluster: ClusterSettings | None = None
+    share: ShareSettings = ShareSettings()
+    log: LogSettings = LogSettings()
+
+    @model_validator(mode="after")
+    def _peer_is_another(self) -> "Settings":
+        if self.cluster and self.cluster.peer == self.node.name:
+            raise ValueError("cluster.peer names this node itself")
+        return self
+
+    @property
+    def control_socket(self) -> Path:
+        """Unix socket on which the gateway takes its role and answers `status`."""
+        return self.node.run_dir / f"{self.node.name}.sock"
+
+
+def load(path: Path, env: Mapping[str, str] = os.environ) -> Settings:
+    """Read `path` (TOML), apply `TANDEM__SECTION__KEY` overrides; raises SettingsError with one line."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{path}: can't be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: not valid TOML: {error}") from error
+    return build(overridden(raw, env), str(path))
+
+
+def build(raw: dict[str, Any], source: str) -> Settings:
+    """Check `raw` against the model; `source` is named in the error."""
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as error:
+        raise SettingsError(f"{source}: {_explain(error)}") from None
+
+
+def overridden(raw: dict[str, Any], env: Mapping[str, str]) -> dict[str, Any]:
+    """`raw` with the environment's overrides. Values are read as TOML values, else taken as text."""
+    result = {section: dict(keys) if isinstance(keys, dict) else keys for section, keys in raw.items()}
+    for variable, text in env.items():
+        if not variable.startswith(ENV_PREFIX):
+            continue
+        section, _, key = variable[len(ENV_PREFIX) :].lower().partition("__")
+        if not key:
+            raise SettingsError(f"{variable}: expected {ENV_PREFIX}SECTION__KEY")
+        part = result.setdefault(section, {})
+        if isinstance(part, dict):
+            part[key] = _toml_value(text)
+    return result
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"]]
+    key = ".".join(where) or "(file)"
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(where[:-1])
+        near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(sorted(known))}"
+        return f"{key}: unknown key; {hint}"
+    if first["type"] == "missing":
+        return f"{key}: missing; expected a value here"
+    message = first["msg"].removeprefix("Value error, ")
+    given = first.get("input")
+    shown = "" if isinstance(given, dict) else f", got {given!r}"
+    return f"{key}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    model: type[BaseModel] = Settings
+    for part in path:
+        field = model.model_fields.get(part)
+        if field is None:
+            return []
+        options = [field.annotation, *get_args(field.annotation)]
+        nested = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        if not nested:
+            return []
+        model = nested[0]
+    return list(model.model_fields)

@@ -1,0 +1,1 @@
+"""What is kept: volumes, index, log, replication. Imports neither gateway nor ha."""

@@ -1,0 +1,249 @@
+"""The HA decision: what this node should do next, from what it sees. Pure: `decide(view) -> actions`.
+
+Times are seconds of this node's CLOCK_BOOTTIME. The agent carries the actions out in order, looks again, and asks
+again; every answer is right on its own, so a lost or repeated action does no harm.
+
+Invariants kept here (letters of the design):
+
+ H1 (B) `Acquire` only when no leader is in etcd, this node is in the in-sync set with the store it had then, its copy
+        is whole, and every promise that it gave the old primary has run out.
+ H2 (C) The gateway serves until `serve_until`, never later than the lease this node holds or the peer's grant.
+ H3 (E) The address and the share are up only while this node leads and may serve.
+ H4     A gateway that was restarted leads only in a new epoch: what it had sent and not kept must not share its name.
+"""
+
+from dataclasses import dataclass
+
+from storage.control import NEVER, Member, Report, Tell
+
+
+@dataclass(frozen=True)
+class State:
+    """`state` in etcd."""
+
+    cluster_id: str
+    epoch: int
+    primary: str
+    in_sync: tuple[Member, ...]
+    nonce: str  # marks the write that set this, so that a lost reply can be told from a lost request
+    revision: int  # mod_revision, compared by every change
+
+    def member(self, node: str) -> Member | None:
+        return next((member for member in self.in_sync if member.node == node), None)
+
+
+@dataclass(frozen=True)
+class Leader:
+    """`leader` in etcd."""
+
+    node: str
+    lease: int
+    revision: int  # create_revision
+
+
+@dataclass(frozen=True)
+class View:
+    node: str
+    peer: str
+    now: float
+    ttl_s: float
+    started_at: float
+    gateway_grace_s: float
+    etcd_ok: bool  # the following three were read not long ago
+    state: State | None
+    leader: Leader | None
+    leader_absent_since: float | None
+    lease: int  # this node's own lease, 0 if none
+    lease_deadline: float  # until when it surely holds
+    gateway: Report | None
+    gateway_lost_at: float | None
+
+
+@dataclass(frozen=True)
+class CreateState:
+    """First start of a cluster: this node alone is in sync, the other joins by catching up."""
+
+
+@dataclass(frozen=True)
+class Acquire:
+    """Become leader in a new epoch with this in-sync set."""
+
+    in_sync: tuple[Member, ...]
+
+
+@dataclass(frozen=True)
+class Bump:
+    """Go on as leader in a new epoch: the gateway was restarted."""
+
+    in_sync: tuple[Member, ...]
+
+
+@dataclass(frozen=True)
+class Change:
+    """Write this in-sync set with this nonce."""
+
+    in_sync: tuple[Member, ...]
+    nonce: str
+
+
+@dataclass(frozen=True)
+class Release:
+    reason: str
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Virtual addresses and share, here or not; the fence lets them through until `until`."""
+
+    here: bool
+    until: float = NEVER
+
+
+Action = CreateState | Acquire | Bump | Change | Release | Tell | Serve
+
+
+def decide(view: View) -> list[Action]:
+    gateway = view.gateway
+    if gateway is None:
+        return _without_gateway(view)
+    if not view.etcd_ok:
+        return _without_etcd(view, gateway)
+    if view.state is None:
+        create = [] if gateway.cluster_id or not gateway.whole else [CreateState()]
+        return [Serve(False), Tell("follow"), *create]
+    if gateway.cluster_id and gateway.cluster_id != view.state.cluster_id:
+        return [Serve(False), Tell("follow")]
+    if view.leader is None:
+        return _leaderless(view, gateway, view.state)
+    if view.leader.node == view.node:
+        return _as_leader(view, gateway, view.state)
+    return [Serve(False), Tell("follow")]
+
+
+def check_invariants(view: View, actions: list[Action]) -> None:
+    """Raise if `actions` would break what the head of this file promises. The agent calls it on every decision."""
+    for action in actions:
+        if isinstance(action, Acquire):
+            gateway, state = view.gateway, view.state
+            if view.leader is not None or gateway is None or state is None:
+                raise ValueError("H1: acquire without a free lease")
+            member = state.member(view.node)
+            if member is None or member.store_id != gateway.store_id or not gateway.whole:
+                raise ValueError("H1: acquire by a node that isn't in sync")
+            if gateway.granted_until > view.now:
+                raise ValueError("H1: acquire against a promise")
+        if isinstance(action, Tell) and action.role == "lead" and action.serve_until > _authority(view):
+            raise ValueError("H2: serving past the lease and the grant")
+        if isinstance(action, Serve) and action.here and (action.until > _authority(view) or action.until <= view.now):
+            raise ValueError("H3: address up without authority")
+
+
+def _authority(view: View) -> float:
+    """Until when this node may serve: by its lease on the leader key, or by the peer's promise."""
+    holds = view.leader is not None and view.leader.node == view.node and view.leader.lease == view.lease
+    by_lease = view.lease_deadline if holds else NEVER
+    return max(by_lease, view.gateway.grant_until if view.gateway and view.gateway.leading else NEVER)
+
+
+def _without_gateway(view: View) -> list[Action]:
+    """A restart of the gateway takes about a second: keep lease and address that long, then hand over."""
+    mine = view.leader is not None and view.leader.node == view.node
+    lost_for = view.now - (view.gateway_lost_at if view.gateway_lost_at is not None else view.started_at)
+    if mine and lost_for <= view.gateway_grace_s and _authority(view) > view.now:
+        return []
+    release: list[Action] = [Release("the gateway can't serve")] if mine and view.etcd_ok else []
+    return [Serve(False), *release]
+
+
+def _without_etcd(view: View, gateway: Report) -> list[Action]:
+    if not gateway.leading:
+        return [Serve(False), Tell("follow")]
+    return _lead_on(view, gateway, (), gateway.leading)
+
+
+def _lead_on(view: View, gateway: Report, in_sync: tuple[str, ...], epoch: int) -> list[Action]:
+    until = _authority(view)
+    may_serve = gateway.serving and gateway.leading == epoch and until > view.now
+    answered = view.state.nonce if view.state and view.state.epoch == epoch else ""
+    return [
+        Tell("lead", epoch, in_sync, until, answered),
+        Serve(True, until) if may_serve else Serve(False),
+    ]
+
+
+def _as_leader(view: View, gateway: Report, state: State) -> list[Action]:
+    me = Member(view.node, gateway.store_id, gateway.incarnation)
+    names = tuple(member.node for member in state.in_sync)
+    if gateway.leading == state.epoch:
+        actions = _lead_on(view, gateway, names, state.epoch)
+        if gateway.asked and gateway.asked.nonce != state.nonce:
+            members = _members(gateway.asked.members, me, gateway, state)
+            if members:
+                actions.append(Change(members, gateway.asked.nonce))
+        return actions
+    if state.member(view.node) == me and gateway.promised < state.epoch:
+        return _lead_on(view, gateway, names, state.epoch)
+    if not gateway.whole or state.member(view.node) is None:
+        return [Serve(False), Tell("follow"), Release("this copy isn't complete")]
+    return [Tell("follow"), Bump(_with_me(me, state))]
+
+
+def _leaderless(view: View, gateway: Report, state: State) -> list[Action]:
+    if gateway.leading:
+        # The lease was lost and nobody took it: serve on by the peer's grant, and lead again in a new epoch.
+        until = _authority(view)
+        if until <= view.now:
+            return [Serve(False), Tell("follow")]
+        return [*_lead_on(view, gateway, (), gateway.leading), *_acquire(view, gateway, state)]
+    follow = [Serve(False), Tell("follow")]
+    if not _candidate(view, gateway, state):
+        return follow
+    since = view.leader_absent_since if view.leader_absent_since is not None else view.now
+    if view.now - since < _patience_s(view, gateway, state):
+        return follow
+    if not gateway.withhold or gateway.granted_until > view.now:
+        return [Serve(False), Tell("follow", withhold=True)]
+    return [Serve(False), Tell("follow", withhold=True), *_acquire(view, gateway, state)]
+
+
+def _acquire(view: View, gateway: Report, state: State) -> list[Action]:
+    if not _candidate(view, gateway, state) or not view.lease or gateway.granted_until > view.now:
+        return []
+    me = Member(view.node, gateway.store_id, gateway.incarnation)
+    return [Acquire(_with_me(me, state) if gateway.linked else (me,))]
+
+
+def _candidate(view: View, gateway: Report, state: State) -> bool:
+    """In the in-sync set with the store it had then, not an older image of it, complete."""
+    member = state.member(view.node)
+    return (
+        member is not None
+        and member.store_id == gateway.store_id
+        and member.incarnation <= gateway.incarnation
+        and gateway.promised <= state.epoch
+        and gateway.whole
+    )
+
+
+def _patience_s(view: View, gateway: Report, state: State) -> float:
+    """How long a free lease is left to the other node, where that one may have the better claim."""
+    if state.member(view.peer) is None:
+        return 0.0
+    if not gateway.linked or gateway.peer_last is None:
+        booting = view.now - view.started_at < 2 * view.ttl_s
+        return 2 * view.ttl_s if booting else 0.0
+    if gateway.last != gateway.peer_last:
+        return 0.0 if gateway.last > gateway.peer_last else 2 * view.ttl_s
+    return 0.0 if state.primary == view.node else min(1.0, view.ttl_s / 3)
+
+
+def _with_me(me: Member, state: State) -> tuple[Member, ...]:
+    return tuple(me if member.node == me.node else member for member in state.in_sync)
+
+
+def _members(wanted: tuple[str, ...], me: Member, gateway: Report, state: State) -> tuple[Member, ...]:
+    """The wanted set with each node's present store, empty while the peer's isn't known."""
+    known = {member.node: member for member in state.in_sync} | {me.node: me}
+    if gateway.peer:
+        known[gateway.peer.node] = gateway.peer
+    return tuple(known[node] for node in sorted(wanted)) if known.keys() >= set(wanted) else ()

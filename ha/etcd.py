@@ -1,0 +1,173 @@
+"""A small etcd v3 client over its JSON gateway (`/v3/...`), with the three things we need: leases, transactions, watch.
+
+Keys and values are text here and base64 on the wire. Reads are linearizable. A transaction whose answer was lost
+raises `Unknown`: it may or may not have been applied, and the caller reads back. Source: etcd 3.4
+`api_grpc_gateway`, `rpc.proto`.
+"""
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import aiohttp
+
+
+class EtcdError(Exception):
+    """etcd can't be reached or refused the request."""
+
+
+class Unknown(EtcdError):
+    """The request may have been applied."""
+
+
+@dataclass(frozen=True)
+class KeyValue:
+    key: str
+    value: str
+    create_revision: int
+    mod_revision: int
+    lease: int
+
+
+@dataclass(frozen=True)
+class Compare:
+    """The key's revision must be this; 0 means that the key doesn't exist."""
+
+    key: str
+    target: str  # "create" or "mod"
+    revision: int
+
+
+@dataclass(frozen=True)
+class PutKey:
+    key: str
+    value: str
+    lease: int = 0
+
+
+@dataclass(frozen=True)
+class DeleteKey:
+    key: str
+
+
+class Etcd(Protocol):
+    """What the agent needs; the real client and the simulation's model answer it."""
+
+    async def get_prefix(self, prefix: str) -> list[KeyValue]: ...
+    async def txn(self, compare: Sequence[Compare], then: Sequence[PutKey | DeleteKey]) -> bool: ...
+    async def grant(self, ttl_s: int) -> int: ...
+    async def keepalive(self, lease: int) -> float:
+        """Returns the new time to live in seconds, 0 if the lease is gone."""
+        ...
+
+
+def _b64(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+def _text(data: str) -> str:
+    return base64.b64decode(data).decode()
+
+
+def _range_end(prefix: str) -> str:
+    """The key after all that begin with `prefix`."""
+    raw = bytearray(prefix.encode())
+    raw[-1] += 1
+    return base64.b64encode(bytes(raw)).decode()
+
+
+class HttpEtcd:
+    """Tries the endpoints in turn and stays with one that answers."""
+
+    def __init__(self, endpoints: Sequence[str], timeout_s: float) -> None:
+        self._endpoints = [endpoint.rstrip("/") for endpoint in endpoints]
+        self._timeout = aiohttp.ClientTimeout(total=timeout_s, connect=min(0.5, timeout_s))
+        self._current = 0
+        self._session: aiohttp.ClientSession | None = None
+
+    async def close(self) -> None:
+        if self._session:
+            await self._session.close()
+
+    def _http(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession()
+        return self._session
+
+    async def _post_once(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        url = self._endpoints[self._current] + path
+        try:
+            async with self._http().post(url, json=body, timeout=self._timeout) as response:
+                answer: dict[str, Any] = await response.json(content_type=None)
+                if response.status != 200:
+                    raise EtcdError(f"{url}: {answer.get('error') or response.status}")
+                return answer
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            self._current = (self._current + 1) % len(self._endpoints)
+            raise Unknown(f"{url}: {error or type(error).__name__}") from error
+
+    async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """For requests that may be repeated: asks each endpoint once."""
+        for attempt in range(len(self._endpoints)):
+            try:
+                return await self._post_once(path, body)
+            except Unknown:
+                if attempt == len(self._endpoints) - 1:
+                    raise
+        raise EtcdError("no endpoint")
+
+    async def get_prefix(self, prefix: str) -> list[KeyValue]:
+        answer = await self._post("/v3/kv/range", {"key": _b64(prefix), "range_end": _range_end(prefix)})
+        return [
+            KeyValue(
+                _text(kv["key"]),
+                _text(kv.get("value", "")),
+                int(kv["create_revision"]),
+                int(kv["mod_revision"]),
+                int(kv.get("lease", 0)),
+            )
+            for kv in answer.get("kvs", [])
+        ]
+
+    async def txn(self, compare: Sequence[Compare], then: Sequence[PutKey | DeleteKey]) -> bool:
+        conditions = []
+        for condition in compare:
+            field = f"{condition.target}_revision"
+            conditions.append(
+                {
+                    "key": _b64(condition.key),
+                    "target": condition.target.upper(),
+                    "result": "EQUAL",
+                    field: str(condition.revision),
+                }
+            )
+        changes: list[dict[str, Any]] = []
+        for change in then:
+            if isinstance(change, PutKey):
+                put = {"key": _b64(change.key), "value": _b64(change.value), "lease": str(change.lease)}
+                changes.append({"request_put": put})
+            else:
+                changes.append({"request_delete_range": {"key": _b64(change.key)}})
+        answer = await self._post_once("/v3/kv/txn", {"compare": conditions, "success": changes})
+        return bool(answer.get("succeeded"))
+
+    async def grant(self, ttl_s: int) -> int:
+        return int((await self._post("/v3/lease/grant", {"TTL": str(ttl_s)}))["ID"])
+
+    async def keepalive(self, lease: int) -> float:
+        answer = await self._post("/v3/lease/keepalive", {"ID": str(lease)})
+        return float(answer.get("result", {}).get("TTL", 0))
+
+    async def watch(self, prefix: str) -> AsyncIterator[None]:
+        """Yields once for every change below `prefix`; ends when the stream breaks."""
+        body = {"create_request": {"key": _b64(prefix), "range_end": _range_end(prefix)}}
+        url = self._endpoints[self._current] + "/v3/watch"
+        quiet = aiohttp.ClientTimeout(total=None, sock_connect=1.0, sock_read=60.0)
+        try:
+            async with self._http().post(url, json=body, timeout=quiet) as response:
+                async for _line in response.content:
+                    yield None
+        except (aiohttp.ClientError, TimeoutError, OSError, asyncio.IncompleteReadError):
+            return

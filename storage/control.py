@@ -1,0 +1,89 @@
+"""What the HA agent and the gateway of one node say to each other, one JSON object a line on a Unix socket.
+
+The agent sends `Tell`, the gateway `Report` on every change and a few times a second. Both are states, not events:
+losing or repeating one does no harm. Times are seconds of CLOCK_BOOTTIME, which both processes share.
+"""
+
+import time
+from typing import Any, Final, Literal
+
+import msgspec
+
+NEVER: Final = float("-1e18")  # JSON has no infinity
+LINE_BYTES_MAX: Final = 1 << 20
+
+
+def boottime() -> float:
+    """Seconds since boot, suspended time included: it goes on while this process is stopped."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Member(msgspec.Struct, frozen=True):
+    """A copy that is in sync: whose, which store, and which start of it."""
+
+    node: str
+    store_id: str
+    incarnation: int
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """The in-sync set that the gateway wants in force; `nonce` marks the write that does it."""
+
+    members: tuple[str, ...]
+    nonce: str
+
+
+class Report(msgspec.Struct, frozen=True, tag="report"):
+    """What the gateway says of itself."""
+
+    store_id: str
+    incarnation: int
+    cluster_id: str
+    promised: int
+    leading: int  # epoch in which it leads or was told to lead, 0 if none
+    serving: bool  # it has rolled forward and takes associations
+    whole: bool
+    last: tuple[int, int]
+    linked: bool
+    peer: Member | None
+    peer_last: tuple[int, int] | None
+    grant_until: float  # as leader: the peer won't be promoted before
+    granted_until: float  # as follower: promised not to be promoted before
+    withhold: bool
+    asked: Asked | None
+
+
+class Tell(msgspec.Struct, frozen=True, tag="tell"):
+    """What the agent wants the gateway to be."""
+
+    role: Literal["lead", "follow"]
+    epoch: int = 0
+    in_sync: tuple[str, ...] = ()
+    serve_until: float = NEVER
+    answered: str = ""  # nonce of the asked set that is in force
+    withhold: bool = False
+    cluster_id: str = ""
+    vips: tuple[str, ...] = ()  # for status
+    share: bool = False
+    etcd_ok: bool = False
+
+
+class StatusRequest(msgspec.Struct, frozen=True, tag="status"):
+    pass
+
+
+class StatusReply(msgspec.Struct, frozen=True, tag="status-reply"):
+    status: dict[str, Any]
+
+
+Line = Report | Tell | StatusRequest | StatusReply
+_decoder = msgspec.json.Decoder(Line)
+
+
+def encode_line(message: Line) -> bytes:
+    return msgspec.json.encode(message) + b"\n"
+
+
+def decode_line(line: bytes) -> Line:
+    """Raises msgspec.DecodeError for anything else."""
+    return _decoder.decode(line)

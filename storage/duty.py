@@ -1,0 +1,105 @@
+"""Takes the role that the HA agent tells and drives the replication core through it.
+
+Leading takes steps that wait: nothing may be in flight, promises to the old primary must have run out, and the new
+epoch must be on disk before anything is done in its name.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from storage.control import NEVER, Asked, Member, Report, Tell
+from storage.replica import Ask, Replica
+
+POLL_S = 0.02
+
+
+class Duty:
+    def __init__(
+        self,
+        core: Replica,
+        *,
+        clock: Callable[[], float],
+        persist_promise: Callable[[int], Awaitable[None]],
+        abandon: Callable[[], None],
+        flush: Callable[[], None],
+    ) -> None:
+        self._core, self._clock = core, clock
+        self._persist_promise, self._abandon, self._flush = persist_promise, abandon, flush
+        self._told = 0
+        self._task: asyncio.Task[None] | None = None
+        self.serve_until = NEVER
+
+    @property
+    def serving(self) -> bool:
+        """This node leads and has rolled forward: all it holds from earlier epochs is committed or waits for the peer."""
+        return self._core.rolled_forward and self._core.epoch == self._told
+
+    @property
+    def may_serve(self) -> bool:
+        """Clients may be answered now. Looked at before every answer, since this process may have been stopped."""
+        return self.serving and self._clock() < self.serve_until
+
+    def tell(self, tell: Tell) -> None:
+        core = self._core
+        self.serve_until = tell.serve_until
+        if tell.role == "follow":
+            self._told = 0
+            core.withhold = tell.withhold
+            core.follow()
+        elif core.leading and core.epoch == tell.epoch:
+            if core.ask and tell.answered == self._nonce(core.ask):
+                core.answered(core.ask.token)
+        elif tell.epoch > core.promised and tell.epoch != self._told and tell.in_sync:
+            self._told = tell.epoch
+            self._task = asyncio.get_running_loop().create_task(self._lead(tell.epoch, frozenset(tell.in_sync)))
+        self._flush()
+
+    async def _lead(self, epoch: int, in_sync: frozenset[str]) -> None:
+        core = self._core
+        core.follow()
+        core.withhold = True
+        core.promise(epoch)
+        self._flush()
+        await self._persist_promise(epoch)
+        while not core.idle or self._clock() < core.granted_until:
+            self._abandon()
+            self._flush()
+            await asyncio.sleep(POLL_S)
+        if self._told != epoch:
+            return
+        if core.promised != epoch or not core.whole:
+            self._told = 0
+            return
+        core.lead(epoch, in_sync, self._clock())
+        self._flush()
+
+    def stepped_down(self) -> None:
+        """The core saw a higher epoch."""
+        if not self._core.leading and self._told and self._told <= self._core.epoch:
+            self._told = 0
+
+    def report(self, cluster_id: str) -> Report:
+        core = self._core
+        hello = core.peer_hello
+        peer = Member(hello.node, hello.store_id, hello.incarnation) if hello else None
+        asked = Asked(tuple(sorted(core.ask.members)), self._nonce(core.ask)) if core.ask else None
+        return Report(
+            store_id=core.store_id,
+            incarnation=core.incarnation,
+            cluster_id=cluster_id,
+            promised=core.promised,
+            leading=self._told,
+            serving=self.serving,
+            whole=core.whole,
+            last=core.last,
+            linked=core.linked,
+            peer=peer,
+            peer_last=core.peer_last,
+            grant_until=max(core.grant_until, NEVER),
+            granted_until=max(core.granted_until, NEVER),
+            withhold=core.withhold,
+            asked=asked,
+        )
+
+    def _nonce(self, ask: Ask) -> str:
+        return f"{self._core.epoch}.{self._core.incarnation}.{ask.token}"

@@ -1,0 +1,95 @@
+"""What two nodes say to each other about the log. Bulk bytes travel beside these, see `link.py`."""
+
+import msgspec
+
+
+class Message(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+class Hello(Message, frozen=True):
+    """Who I am and what I hold. A leader's carries its session; a follower's repeats the session it answers."""
+
+    cluster: str
+    node: str
+    store_id: str
+    incarnation: int
+    promised: int
+    leading: bool
+    session: int
+    epochs: tuple[tuple[int, int], ...]
+    commit: int
+    whole: bool
+
+
+class Welcome(Message, frozen=True):
+    """Leader to follower: cut your log after `match`, then follow me. `commit` is what a whole copy must reach."""
+
+    epoch: int
+    session: int
+    match: int
+    commit: int
+
+
+class Joined(Message, frozen=True):
+    epoch: int
+    session: int
+    seq: int
+
+
+class Prepare(Message, frozen=True):
+    """One entry to make durable. `stream` names bytes already sent on this link, 0 if they must be fetched."""
+
+    epoch: int
+    session: int
+    seq: int
+    entry_epoch: int
+    commit: int
+    entry: bytes
+    stream: int
+
+
+class Ack(Message, frozen=True):
+    """Every entry up to `seq` is durable here, bytes and log."""
+
+    epoch: int
+    session: int
+    seq: int
+
+
+class Ping(Message, frozen=True):
+    """Leader's heartbeat; `sent_s` is the leader's own clock and comes back unread."""
+
+    epoch: int
+    session: int
+    commit: int
+    sent_s: float
+
+
+class Pong(Message, frozen=True):
+    """Answer to Ping. `grant`: I won't promote for `grant_s` from now. `info`: this node's volumes, for status."""
+
+    epoch: int
+    session: int
+    sent_s: float
+    grant: bool
+    whole: bool
+    epochs_last: tuple[int, int]
+    info: bytes
+
+
+class Deny(Message, frozen=True):
+    """You are of an old epoch; I promised `promised`."""
+
+    promised: int
+
+
+AnyMessage = Hello | Welcome | Joined | Prepare | Ack | Ping | Pong | Deny
+
+_decoder = msgspec.msgpack.Decoder(AnyMessage)
+encode = msgspec.msgpack.Encoder().encode
+
+
+def decode(data: bytes | bytearray | memoryview) -> AnyMessage:
+    """Raises msgspec.DecodeError for anything that isn't one of ours."""
+    return _decoder.decode(data)

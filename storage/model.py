@@ -1,0 +1,57 @@
+"""The records that are stored and replicated. All are immutable msgspec structs, encoded as MessagePack."""
+
+from typing import Final
+
+import msgspec
+
+DIGEST_BYTES: Final = 16  # xxh3-128 of the data set
+
+
+class Put(msgspec.Struct, frozen=True, tag="put"):
+    """One instance stored: identity, digest of the data set, and the query keys as text by DICOM keyword."""
+
+    sop_instance: str
+    sop_class: str
+    study: str
+    series: str
+    transfer_syntax: str
+    digest: bytes
+    length: int  # bytes of the file: preamble, file meta, data set
+    offset: int  # bytes before the data set
+    keys: dict[str, str]
+    calling_ae: str
+    received: float  # wall clock, seconds since the epoch; for people, never for decisions
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One change in the log. (epoch, seq) is its identity on every node."""
+
+    epoch: int
+    seq: int
+    operation: Put
+
+
+class Instance(msgspec.Struct, frozen=True):
+    """Catalogue row of one instance."""
+
+    seq: int
+    put: Put
+
+
+class Location(msgspec.Struct, frozen=True):
+    """Where this node's copy lies. `spool` is its name until it is published; recovery looks at both."""
+
+    volume: str  # UUID of the volume
+    spool: str  # file name in the volume's spool folder
+    path: str  # below the volume's tree, "" before publication
+
+
+_encoder = msgspec.msgpack.Encoder()
+_entry = msgspec.msgpack.Decoder(Entry)
+_instance = msgspec.msgpack.Decoder(Instance)
+_location = msgspec.msgpack.Decoder(Location)
+
+encode = _encoder.encode
+decode_entry = _entry.decode
+decode_instance = _instance.decode
+decode_location = _location.decode

@@ -1,0 +1,80 @@
+"""Deliberate bugs. The simulation must catch each of them; that shows that its checks see something."""
+
+from collections.abc import Iterable
+
+from storage.control import Tell
+from storage.duty import Duty
+from storage.messages import Ping
+from storage.replica import Publish, Replica
+from tests.simulation.gateway import SimGateway
+
+
+class _AckBeforePeer(Replica):
+    def _advance(self) -> None:
+        if self.leading and self.durable > self.commit:
+            self.commit = self.durable
+            self._out.append(Publish(self.commit))
+
+
+class AckBeforePeer(SimGateway):
+    """Success is said when this node alone holds the bytes."""
+
+    core_class = _AckBeforePeer
+
+
+class _ShrinkWithoutCompare(Replica):
+    def _ask_for(self, members: Iterable[str]) -> None:
+        super()._ask_for(frozenset(members))
+        if frozenset(members) == {self.node}:
+            self.required = self.confirmed = frozenset({self.node})
+            self._advance()
+
+
+class ShrinkWithoutCompare(SimGateway):
+    """The primary goes on alone before etcd has agreed."""
+
+    core_class = _ShrinkWithoutCompare
+
+
+class _NoRollForward(Replica):
+    @property
+    def rolled_forward(self) -> bool:
+        return self.leading
+
+
+class RollForwardSkipped(SimGateway):
+    """A promoted node serves before what it had prepared is visible."""
+
+    core_class = _NoRollForward
+
+
+class _StaleDuty(Duty):
+    def tell(self, tell: Tell) -> None:
+        super().tell(tell)
+        if tell.role == "lead":
+            self.serve_until = float("inf")
+
+
+class ServePastLease(SimGateway):
+    """A primary whose lease has run out goes on answering reads."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)  # type: ignore[arg-type]
+        self.duty.__class__ = _StaleDuty
+
+
+class _AlwaysGrant(Replica):
+    def _on_ping(self, ping: Ping, now: float) -> None:
+        withhold, self.withhold = self.withhold, False
+        before = self.granted_until
+        super()._on_ping(ping, now)
+        self.withhold, self.granted_until = withhold, before
+
+
+class GrantForgotten(SimGateway):
+    """The follower promises not to be promoted and doesn't remember it."""
+
+    core_class = _AlwaysGrant
+
+
+MUTANTS = (AckBeforePeer, ShrinkWithoutCompare, RollForwardSkipped, ServePastLease, GrantForgotten)

@@ -195,7 +195,7 @@ def _leaderless(view: View, gateway: Report, state: State) -> list[Action]:
         if until <= view.now:
             return [Serve(False), Tell("follow")]
         return [*_lead_on(view, gateway, (), gateway.leading), *_acquire(view, gateway, state)]
-    follow = [Serve(False), Tell("follow")]
+    follow: list[Action] = [Serve(False), Tell("follow")]
     if not _candidate(view, gateway, state):
         return follow
     since = view.leader_absent_since if view.leader_absent_since is not None else view.now

@@ -86,4 +86,5 @@ def encode_line(message: Line) -> bytes:
 
 def decode_line(line: bytes) -> Line:
     """Raises msgspec.DecodeError for anything else."""
-    return _decoder.decode(line)
+    message: Line = _decoder.decode(line)
+    return message

@@ -31,7 +31,7 @@ class Duty:
 
     @property
     def serving(self) -> bool:
-        """This node leads and has rolled forward: all it holds from earlier epochs is committed or waits for the peer."""
+        """This node leads and has rolled forward: all it holds from earlier epochs is committed."""
         return self._core.rolled_forward and self._core.epoch == self._told
 
     @property

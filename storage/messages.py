@@ -92,4 +92,5 @@ encode = msgspec.msgpack.Encoder().encode
 
 def decode(data: bytes | bytearray | memoryview) -> AnyMessage:
     """Raises msgspec.DecodeError for anything that isn't one of ours."""
-    return _decoder.decode(data)
+    message: AnyMessage = _decoder.decode(data)
+    return message

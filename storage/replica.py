@@ -298,11 +298,9 @@ class Replica:
             return
         self._adopting = None
         self.promised = max(self.promised, epoch)
-        if epoch < self.promised:
-            return
         self.epochs.truncate(match)
         self.durable = min(self.durable, match)
-        if self._linked:
+        if self._linked and epoch == self.promised:
             self._following = welcome
             self._out.append(Send(Joined(epoch, welcome.session, match)))
         self._answer_greeting()
@@ -474,9 +472,14 @@ class Replica:
 
     def _on_pong(self, pong: Pong) -> None:
         self.peer_last, self.peer_info = pong.epochs_last, pong.info or self.peer_info
-        if self.leading and self._f.stage is Peer.JOINED and (pong.epoch, pong.session) == (
-            self.epoch,
-            self._f.session,
+        if (
+            self.leading
+            and self._f.stage is Peer.JOINED
+            and (pong.epoch, pong.session)
+            == (
+                self.epoch,
+                self._f.session,
+            )
         ):
             self._f.whole = pong.whole
             if pong.grant:

@@ -150,6 +150,7 @@ class SimGateway:
 
     def _write(self, seq: int, epoch: int, payload: bytes) -> None:
         self._writing += 1
+
         def written() -> None:
             if self.process.dead:
                 return
@@ -176,10 +177,9 @@ class SimGateway:
         def written() -> None:
             if self.process.dead:
                 return
-            if epoch >= self.disk.promised:
-                self.disk.promised = epoch
-                for seq in [seq for seq in self.disk.log if seq > match]:
-                    del self.disk.log[seq]
+            self.disk.promised = max(self.disk.promised, epoch)
+            for seq in [seq for seq in self.disk.log if seq > match]:
+                del self.disk.log[seq]
             self._completed(done)
 
         def done() -> None:

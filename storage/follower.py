@@ -1,0 +1,129 @@
+"""Makes the leader's entries durable on this node: waits for the streamed bytes or fetches them, checks them, and hands
+them to the journal in order."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Final
+
+import structlog
+
+from storage.incoming import Incoming
+from storage.journal import Journal
+from storage.model import Entry, Location, Put, decode_entry
+from storage.peering import FetchFailed, Peering
+from storage.recovery import file_digest
+from storage.replica import Persist
+from storage.volumes import NoRoom, Volumes
+
+log = structlog.get_logger()
+
+FETCHES_MAX: Final = 8
+RETRIES: Final = 3
+RETRY_S: Final = 0.5
+
+
+class Follower:
+    """`on_stuck(why)` is called when an entry can't be made durable here."""
+
+    def __init__(
+        self,
+        peering: Peering,
+        journal: Journal,
+        volumes: Volumes,
+        executor: Executor,
+        location_of: Callable[[str], Location | None],
+        on_stuck: Callable[[str], None],
+    ) -> None:
+        self._peering, self._journal, self._volumes, self._executor = peering, journal, volumes, executor
+        self._location_of, self._on_stuck = location_of, on_stuck
+        self._fetching = asyncio.Semaphore(FETCHES_MAX)
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._ready: dict[int, tuple[Entry, Location]] = {}
+        self._next_seq = 0
+        self.entries: dict[int, tuple[Entry, Location]] = {}  # accepted here and not yet published
+
+    @property
+    def idle(self) -> bool:
+        return not self._tasks and not self._ready and self._journal.idle
+
+    def restart(self, durable: int) -> None:
+        """Forget what isn't in the journal yet; entries after `durable` come anew."""
+        for task in self._tasks.values():
+            task.cancel()
+        self._tasks.clear()
+        self._ready.clear()
+        self._next_seq = durable + 1
+        self.entries = {seq: kept for seq, kept in self.entries.items() if seq <= durable}
+
+    def persist(self, effect: Persist) -> None:
+        entry = decode_entry(effect.entry)
+        if (entry.epoch, entry.seq) != (effect.entry_epoch, effect.seq):
+            self._on_stuck("an entry doesn't match its envelope")
+            return
+        task = asyncio.get_running_loop().create_task(self._persist(entry, effect.stream))
+        self._tasks[effect.seq] = task
+
+    async def _persist(self, entry: Entry, stream: int) -> None:
+        try:
+            location = await self.obtain(entry.operation, stream)
+        except (FetchFailed, NoRoom, OSError) as error:
+            log.warning("follower.stuck", seq=entry.seq, error=str(error) or type(error).__name__)
+            self._on_stuck(str(error))
+            return
+        finally:
+            if self._tasks.get(entry.seq) is asyncio.current_task():
+                del self._tasks[entry.seq]
+        self._ready[entry.seq] = (entry, location)
+        while ready := self._ready.pop(self._next_seq, None):
+            self.entries[self._next_seq] = ready
+            self._journal.append(*ready)
+            self._next_seq += 1
+
+    async def obtain(self, put: Put, stream: int = 0) -> Location:
+        """Durable bytes of `put` on this node, checked against its digest. Raises FetchFailed, NoRoom or OSError."""
+        if stream:
+            try:
+                return await self._checked(await self._peering.received(stream), put)
+            except (FetchFailed, OSError) as error:
+                log.warning("stream.unusable", sop_instance=put.sop_instance, error=str(error))
+        else:
+            known = await self._already_here(put)
+            if known:
+                return known
+        for attempt in range(RETRIES):
+            async with self._fetching:
+                try:
+                    return await self._checked(await self._peering.fetch(put.sop_instance), put)
+                except OSError as error:
+                    if attempt == RETRIES - 1:
+                        raise
+                    log.warning("fetch.again", sop_instance=put.sop_instance, error=str(error))
+            await asyncio.sleep(RETRY_S)
+        raise FetchFailed("tried too often")
+
+    async def _checked(self, incoming: Incoming, put: Put) -> Location:
+        try:
+            digest = await incoming.finish()
+        except OSError as error:
+            self._volumes.failed(incoming.volume.id, error)
+            await incoming.discard()
+            raise
+        if digest != put.digest or incoming.length != put.length or incoming.offset != put.offset:
+            await incoming.discard()
+            raise FetchFailed("what came isn't what the entry names")
+        return Location(incoming.volume.id, incoming.spool, "")
+
+    async def _already_here(self, put: Put) -> Location | None:
+        location = self._location_of(put.sop_instance)
+        if location is None:
+            return None
+        try:
+            path = self._volumes.get(location.volume).locate(location.spool, location.path)
+            if path is None:
+                return None
+            loop = asyncio.get_running_loop()
+            found = await loop.run_in_executor(self._executor, file_digest, path, put.offset)
+            return location if found == (put.digest, put.length) else None
+        except (OSError, LookupError):
+            return None

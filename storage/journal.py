@@ -1,0 +1,147 @@
+"""Group commit: many entries share one sync of the spool folders and one LMDB transaction.
+
+Entries become durable in the order of their seq. Publication (the rename into the readable tree and the catalogue
+rows) rides on the next batch, or gets one of its own when a reader waits or nothing else comes.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+from storage.catalogue import Batch, Catalogue
+from storage.model import Entry, Location
+from storage.view import View
+from storage.volume import Volume
+
+BATCH_ENTRIES_MAX: Final = 256
+APPLY_DELAY_S: Final = 0.02
+CHECKPOINT_INTERVAL_S: Final = 5.0
+
+
+class Journal:
+    """One writer thread. `on_durable(seq)` and `on_applied(seq)` are called on the event loop, in order."""
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        volumes: Callable[[str], Volume],
+        view: View,
+        on_durable: Callable[[int], None],
+        on_applied: Callable[[int], None],
+        on_failed: Callable[[BaseException], None],
+    ) -> None:
+        self._catalogue, self._volumes, self._view = catalogue, volumes, view
+        self._on_durable, self._on_applied, self._on_failed = on_durable, on_applied, on_failed
+        self._thread = ThreadPoolExecutor(1, "journal")
+        self._appends: list[tuple[Entry, Location]] = []
+        self._applies: list[tuple[Entry, Location]] = []
+        self._meta: dict[str, Any] = {}
+        self._waiters: list[asyncio.Future[None]] = []
+        self._truncate: int | None = None
+        self._running = False
+        self._hurried = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._touched: dict[str, set[Path]] = {}
+        self._checkpointed_at = 0.0
+        self._checkpointed = 0
+        self.applied = int(catalogue.meta("applied", 0))
+
+    @property
+    def idle(self) -> bool:
+        return not self._running and not self._appends
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True)
+
+    def append(self, entry: Entry, location: Location) -> None:
+        self._appends.append((entry, location))
+        self._kick()
+
+    def apply(self, entry: Entry, location: Location) -> None:
+        self._applies.append((entry, location))
+        if self._timer is None and not self._running:
+            self._timer = asyncio.get_running_loop().call_later(APPLY_DELAY_S, self._kick)
+
+    def hurry(self) -> None:
+        """Somebody waits for what was published to be in the catalogue."""
+        self._hurried = bool(self._applies) or self._running
+        if self._applies:
+            self._kick()
+
+    def note(self, **meta: Any) -> None:
+        """Write facts with the next batch; nobody waits for them."""
+        self._meta.update(meta)
+
+    async def set(self, truncate_after: int | None = None, **meta: Any) -> None:
+        """Write facts (and drop the log's tail) durably."""
+        future = asyncio.get_running_loop().create_future()
+        self._meta.update(meta)
+        if truncate_after is not None:
+            self._truncate = truncate_after
+        self._waiters.append(future)
+        self._kick()
+        await future
+
+    def _kick(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+        if self._running or not (self._appends or self._applies or self._meta or self._waiters):
+            return
+        self._running = True
+        loop = asyncio.get_running_loop()
+        batch = Batch(self._appends[:BATCH_ENTRIES_MAX], self._applies[:BATCH_ENTRIES_MAX], self._meta, self._truncate)
+        del self._appends[:BATCH_ENTRIES_MAX], self._applies[:BATCH_ENTRIES_MAX]
+        waiters, self._waiters, self._meta, self._truncate = self._waiters, [], {}, None
+        if self._checkpointed < self.applied and loop.time() - self._checkpointed_at > CHECKPOINT_INTERVAL_S:
+            self._checkpointed_at = loop.time()
+            batch.meta["checkpoint"] = self._checkpointed = self.applied
+        job = loop.run_in_executor(self._thread, self._write, batch)
+        job.add_done_callback(lambda done: self._written(done, batch, waiters))
+
+    def _write(self, batch: Batch) -> None:
+        for volume in {location.volume for _, location in batch.appends}:
+            self._volumes(volume).sync_spool()
+        fresh: dict[str, str] = {}
+        batch.applies[:] = [(entry, self._publish(entry, location, fresh)) for entry, location in batch.applies]
+        if "checkpoint" in batch.meta:
+            # All of these renames were done before; after this sync recovery needn't look at them again.
+            touched, self._touched = self._touched, {}
+            for volume, directories in touched.items():
+                self._volumes(volume).sync_directories(directories)
+        self._catalogue.write(batch)
+
+    def _publish(self, entry: Entry, location: Location, fresh: dict[str, str]) -> Location:
+        put = entry.operation
+        study, series = self._catalogue.folders(put, fresh)
+        relative = f"{study}/{series}/{put.sop_instance}.dcm"
+        volume = self._volumes(location.volume)
+        self._touched.setdefault(location.volume, set()).update(volume.publish(location.spool, relative))
+        self._view.show(study, volume.path / "archive" / study)
+        return Location(location.volume, location.spool, relative)
+
+    def _written(self, job: "asyncio.Future[None]", batch: Batch, waiters: list["asyncio.Future[None]"]) -> None:
+        self._running = False
+        if error := job.exception():
+            self._on_failed(error)
+            return
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        if batch.appends:
+            self._on_durable(batch.appends[-1][0].seq)
+        if batch.applies:
+            self.applied = max(self.applied, batch.applies[-1][0].seq)
+            self._hurried = self._hurried and bool(self._applies)
+            self._on_applied(self.applied)
+        if self._appends or self._meta or self._waiters or (self._hurried and self._applies):
+            self._kick()
+        elif self._applies and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(APPLY_DELAY_S, self._kick)
+
+    async def checkpoint(self) -> None:
+        """Make the tree durable up to what is applied, so that recovery is short."""
+        self._checkpointed_at = float("-inf")
+        await self.set()

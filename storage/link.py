@@ -1,0 +1,127 @@
+"""The stream between the two gateways: length-prefixed, checksummed frames over one TCP connection.
+
+    magic 2 | kind 1 | reserved 1 | length 4 | stream 8 | checksum 8 | payload
+
+Small frames carry messages of the replication core; OPEN, CHUNK, END and ABORT carry the bytes of objects as numbered
+streams; FETCH asks for an object. A frame that doesn't check out ends the connection; the handshake that follows
+finds where the logs stand. Received payloads are owned buffers, filled by the socket directly.
+"""
+
+import asyncio
+import struct
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Final
+
+import xxhash
+
+MAGIC: Final = b"TD"
+HEADER: Final = struct.Struct(">2sBxIQQ")
+PAYLOAD_BYTES_MAX: Final = 4 << 20
+HIGH_WATER_BYTES: Final = 4 << 20
+
+
+class Kind(IntEnum):
+    MESSAGE = 1
+    OPEN = 2  # payload: what comes before the data set
+    CHUNK = 3
+    END = 4
+    ABORT = 5
+    FETCH = 6  # payload: SOP Instance UID; the answer comes as this stream
+    MISSING = 7  # answer to FETCH
+
+
+OnFrame = Callable[["Link", Kind, int, bytearray], None]
+
+
+class Link(asyncio.BufferedProtocol):
+    def __init__(self, on_up: Callable[["Link"], None], on_frame: OnFrame, on_down: Callable[["Link"], None]) -> None:
+        self._on_up, self._on_frame, self._on_down = on_up, on_frame, on_down
+        self._transport: asyncio.Transport | None = None
+        self._header = bytearray(HEADER.size)
+        self._target: bytearray = self._header
+        self._filled = 0
+        self._kind, self._stream, self._checksum = Kind.MESSAGE, 0, 0
+        self._room = asyncio.Event()
+        self._room.set()
+        self.why_closed = ""
+
+    # -- sending -----------------------------------------------------------------------------------------------
+
+    @property
+    def backlogged(self) -> bool:
+        return not self._room.is_set()
+
+    async def room(self) -> None:
+        """Wait until the peer has taken what was sent."""
+        await self._room.wait()
+
+    def send(self, kind: Kind, stream: int, payload: bytes | bytearray | memoryview = b"") -> None:
+        if self._transport is None or self._transport.is_closing():
+            return
+        header = HEADER.pack(MAGIC, kind, len(payload), stream, xxhash.xxh3_64_intdigest(payload))
+        if len(payload) > 4096:
+            self._transport.writelines((header, payload))
+        else:
+            self._transport.write(header + payload)
+
+    def close(self, why: str) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self.why_closed = self.why_closed or why
+            self._transport.abort()
+
+    # -- asyncio -----------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if not isinstance(transport, asyncio.Transport):
+            raise TypeError("a stream transport is needed")
+        self._transport = transport
+        transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
+        self._on_up(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.why_closed = self.why_closed or str(exc or "closed by the peer")
+        self._room.set()
+        self._on_down(self)
+
+    def pause_writing(self) -> None:
+        self._room.clear()
+
+    def resume_writing(self) -> None:
+        self._room.set()
+
+    def pause_reading(self) -> None:
+        if self._transport and not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self._transport and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return memoryview(self._target)[self._filled :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._filled += nbytes
+        if self._filled < len(self._target):
+            return
+        self._filled = 0
+        if self._target is self._header:
+            magic, kind, length, self._stream, self._checksum = HEADER.unpack(self._header)
+            if magic != MAGIC or length > PAYLOAD_BYTES_MAX or kind not in Kind._value2member_map_:
+                self.close("not a frame of ours")
+                return
+            self._kind = Kind(kind)
+            if length:
+                self._target = bytearray(length)
+                return
+            payload = bytearray()
+        else:
+            payload, self._target = self._target, self._header
+        if xxhash.xxh3_64_intdigest(payload) != self._checksum:
+            self.close("a frame was damaged on the way")
+            return
+        self._on_frame(self, self._kind, self._stream, payload)
+
+    def eof_received(self) -> bool:
+        return False

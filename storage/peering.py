@@ -1,0 +1,276 @@
+"""The other node as this gateway sees it: one link, kept up; objects that stream in; objects asked for and given.
+
+The node whose name sorts first dials, so that there is one connection and not two.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Final
+
+import msgspec
+import structlog
+
+from storage.incoming import Incoming
+from storage.link import Kind, Link
+from storage.messages import AnyMessage, decode
+from storage.messages import encode as encode_message
+from storage.volumes import NoRoom, Volumes
+
+log = structlog.get_logger()
+
+DIAL_INTERVAL_S: Final = 0.2
+DIAL_TIMEOUT_S: Final = 1.0
+FETCH_TIMEOUT_S: Final = 120.0
+STREAMS_MAX: Final = 1024
+FETCH_STREAM_BIT: Final = 1 << 63
+READ_BYTES: Final = 256 << 10
+FETCHES_SERVED_MAX: Final = 4
+
+
+class FetchFailed(Exception):
+    """The peer can't give the object, or the link went away meanwhile."""
+
+
+class Peering:
+    """Callbacks run on the event loop: `on_up`, `on_down(why)`, `on_message(message)`."""
+
+    def __init__(
+        self,
+        *,
+        dial: bool,
+        own_address: str,
+        peer_address: str,
+        port: int,
+        volumes: Volumes,
+        executor: Executor,
+        find: Callable[[str], tuple[str, int] | None],
+        on_up: Callable[[], None],
+        on_down: Callable[[str], None],
+        on_message: Callable[[AnyMessage], None],
+    ) -> None:
+        """`find(sop_instance)` gives the path of this node's copy and the bytes before its data set."""
+        self._dial, self._own, self._peer, self._port = dial, own_address, peer_address, port
+        self._volumes, self._executor, self._find = volumes, executor, find
+        self._on_up, self._on_down, self._on_message = on_up, on_down, on_message
+        self.link: Link | None = None
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._incoming: dict[int, Incoming] = {}
+        self._ended: dict[int, asyncio.Future[Incoming]] = {}
+        self._next_stream = 0
+        self._next_fetch = FETCH_STREAM_BIT
+        self._serving = asyncio.Semaphore(FETCHES_SERVED_MAX)
+        self._waiting_for_disk: set[int] = set()
+
+    async def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._dial:
+            self._spawn(self._keep_dialling())
+        else:
+            self._server = await loop.create_server(self._new_link, self._own, self._port, reuse_address=True)
+
+    async def stop(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        if self._server:
+            self._server.close()
+        self.drop("shutting down")
+
+    def drop(self, why: str) -> None:
+        if self.link:
+            self.link.close(why)
+            self._down(self.link)
+
+    def _spawn(self, coroutine: "asyncio._CoroutineLike[None]") -> None:
+        task: asyncio.Task[None] = asyncio.ensure_future(coroutine)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _new_link(self) -> Link:
+        return Link(self._up, self._frame, self._down)
+
+    async def _keep_dialling(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            if self.link is None:
+                try:
+                    async with asyncio.timeout(DIAL_TIMEOUT_S):
+                        await loop.create_connection(self._new_link, self._peer, self._port, local_addr=(self._own, 0))
+                except (OSError, TimeoutError):
+                    pass
+            await asyncio.sleep(DIAL_INTERVAL_S)
+
+    def _up(self, link: Link) -> None:
+        if self.link is not None:
+            self.drop("replaced by a new connection")
+        self.link = link
+        self._on_up()
+
+    def _down(self, link: Link) -> None:
+        if self.link is not link:
+            return
+        self.link = None
+        for future in self._ended.values():
+            if not future.done():
+                future.set_exception(FetchFailed(link.why_closed))
+                future.exception()  # seen here; whoever still waits sees it too
+        for incoming in self._incoming.values():
+            self._spawn(incoming.discard())
+        self._incoming.clear()
+        self._ended.clear()
+        self._waiting_for_disk.clear()
+        self._on_down(link.why_closed)
+
+    # -- sending -----------------------------------------------------------------------------------------------
+
+    def send(self, message: AnyMessage) -> None:
+        if self.link:
+            self.link.send(Kind.MESSAGE, 0, encode_message(message))
+
+    def open_stream(self, header: bytes) -> int:
+        """Start to stream an object to the peer; returns the stream's number, 0 without a link."""
+        if self.link is None:
+            return 0
+        self._next_stream += 1
+        self.link.send(Kind.OPEN, self._next_stream, header)
+        return self._next_stream
+
+    def chunk(self, stream: int, chunk: bytearray) -> None:
+        if self.link:
+            self.link.send(Kind.CHUNK, stream, chunk)
+
+    def end_stream(self, stream: int) -> None:
+        if self.link:
+            self.link.send(Kind.END, stream)
+
+    def abort_stream(self, stream: int) -> None:
+        if self.link and stream:
+            self.link.send(Kind.ABORT, stream)
+
+    # -- receiving ---------------------------------------------------------------------------------------------
+
+    async def received(self, stream: int) -> Incoming:
+        """The object of a stream once its last byte is here; raises FetchFailed."""
+        future = self._ended.get(stream)
+        if future is None:
+            raise FetchFailed("no such stream")
+        try:
+            return await asyncio.shield(future)
+        finally:
+            self._ended.pop(stream, None)
+
+    async def fetch(self, sop_instance: str) -> Incoming:
+        """Ask the peer for its copy; raises FetchFailed."""
+        link = self.link
+        if link is None:
+            raise FetchFailed("no link")
+        self._next_fetch += 1
+        stream = self._next_fetch
+        self._ended[stream] = asyncio.get_running_loop().create_future()
+        link.send(Kind.FETCH, stream, sop_instance.encode())
+        return await self.received(stream)
+
+    def _frame(self, link: Link, kind: Kind, stream: int, payload: bytearray) -> None:
+        if self.link is not link:
+            return
+        match kind:
+            case Kind.MESSAGE:
+                try:
+                    message = decode(payload)
+                except msgspec.DecodeError:
+                    link.close("a message that isn't ours")
+                    return
+                self._on_message(message)
+            case Kind.OPEN:
+                self._open(link, stream, bytes(payload))
+            case Kind.CHUNK:
+                if incoming := self._incoming.get(stream):
+                    incoming.feed_chunk(payload)
+                    self._hold_back(link, stream, incoming)
+            case Kind.END:
+                self._end(stream)
+            case Kind.ABORT:
+                if incoming := self._incoming.pop(stream, None):
+                    self._spawn(incoming.discard())
+                self._abandon(stream)
+            case Kind.FETCH:
+                self._spawn(self._serve(link, stream, payload.decode("ascii", "replace")))
+            case Kind.MISSING:
+                self._fail(stream, "the peer doesn't have it")
+
+    def _open(self, link: Link, stream: int, header: bytes) -> None:
+        if len(self._incoming) >= STREAMS_MAX:
+            link.close("too many streams")
+            return
+        if not stream & FETCH_STREAM_BIT:
+            self._ended[stream] = asyncio.get_running_loop().create_future()
+        try:
+            volume = self._volumes.choose()
+        except NoRoom:
+            self._fail(stream, "no room here")
+            return
+        incoming = self._incoming[stream] = Incoming(self._executor, volume, header)
+        incoming.on_drained = lambda: self._drained(link, stream)
+
+    def _hold_back(self, link: Link, stream: int, incoming: Incoming) -> None:
+        """Read no more while the disk is behind: memory stays bounded and the sender slows down."""
+        if incoming.backlogged and stream not in self._waiting_for_disk:
+            self._waiting_for_disk.add(stream)
+            link.pause_reading()
+
+    def _drained(self, link: Link, stream: int) -> None:
+        if stream in self._waiting_for_disk:
+            self._waiting_for_disk.discard(stream)
+            if not self._waiting_for_disk:
+                link.resume_reading()
+
+    def _end(self, stream: int) -> None:
+        incoming, future = self._incoming.pop(stream, None), self._ended.get(stream)
+        if incoming is None:
+            return
+        if future is None or future.done():
+            self._spawn(incoming.discard())
+            return
+        finishing = asyncio.ensure_future(incoming.finish())  # the disk starts now, before the entry comes
+        finishing.add_done_callback(lambda done: done.cancelled() or done.exception())
+        future.set_result(incoming)
+
+    def _abandon(self, stream: int) -> None:
+        """The sender gave the object up, perhaps after its last byte (it had it already)."""
+        future = self._ended.get(stream)
+        if future is not None and future.done() and future.exception() is None:
+            self._ended.pop(stream)
+            self._spawn(future.result().discard())
+        else:
+            self._fail(stream, "aborted by the peer")
+
+    def _fail(self, stream: int, why: str) -> None:
+        future = self._ended.get(stream)
+        if future is not None and not future.done():
+            future.set_exception(FetchFailed(why))
+            future.exception()
+
+    # -- giving ------------------------------------------------------------------------------------------------
+
+    async def _serve(self, link: Link, stream: int, sop_instance: str) -> None:
+        loop = asyncio.get_running_loop()
+        found = self._find(sop_instance)
+        async with self._serving:
+            try:
+                if found is None:
+                    raise FileNotFoundError(sop_instance)
+                path, offset = found
+                file = await loop.run_in_executor(self._executor, lambda: open(path, "rb", buffering=0))  # noqa: SIM115
+                try:
+                    link.send(Kind.OPEN, stream, await loop.run_in_executor(self._executor, file.read, offset))
+                    while block := await loop.run_in_executor(self._executor, file.read, READ_BYTES):
+                        link.send(Kind.CHUNK, stream, block)
+                        await link.room()
+                    link.send(Kind.END, stream)
+                finally:
+                    file.close()
+            except OSError as error:
+                log.error("fetch.unreadable", sop_instance=sop_instance, error=type(error).__name__)
+                link.send(Kind.ABORT, stream)
+                link.send(Kind.MISSING, stream)

@@ -1,0 +1,579 @@
+"""The storage engine of one node, as the gateway sees it.
+
+Writing: `begin` an object, feed it, `put` it. `put` returns when the object is durable on every in-sync node,
+committed and visible; anything else is an exception. Reading: `settled()` and then the catalogue, while `may_serve`.
+"""
+
+import asyncio
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import lmdb
+import msgspec
+import structlog
+
+from conf.settings import Settings
+from storage.catalogue import Batch, Catalogue
+from storage.control import Report, Tell, boottime
+from storage.duty import Duty
+from storage.epochs import Epochs
+from storage.follower import Follower
+from storage.incoming import Incoming
+from storage.journal import Journal
+from storage.messages import AnyMessage, Pong, Prepare
+from storage.model import Entry, Location, Put, encode
+from storage.peering import FetchFailed, Peering
+from storage.recovery import recover
+from storage.replica import (
+    Adopt,
+    DropLink,
+    Effect,
+    InvariantBroken,
+    Limits,
+    Persist,
+    Publish,
+    Replica,
+    Send,
+    SteppedDown,
+    Transmit,
+)
+from storage.status import node_status
+from storage.view import View
+from storage.volumes import NoRoom, Volumes
+
+log = structlog.get_logger()
+
+DISK_THREADS: Final = 8
+TICK_S: Final = 0.1
+
+
+class NotServing(Exception):
+    """This node isn't the primary, or may not act as it now. Whether the object was stored is not known."""
+
+
+class Conflict(Exception):
+    """The SOP Instance UID is taken by other bytes; the newcomer is in quarantine."""
+
+
+class Store:
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.volumes = Volumes(settings.storage.volumes, settings.storage.reserve_bytes)
+        self.catalogue = Catalogue(settings.storage.state / "catalogue", settings.storage.map_size_bytes)
+        self.view = View(settings.storage.state / "share" / "archive")
+        self.view.rebuild([volume.path / "archive" for volume in self.volumes])
+        recovered = recover(self.catalogue, self.volumes, verify=settings.storage.verify_tail)
+        self._missing = list(recovered.missing)
+        self.cluster_id = str(self.catalogue.meta("cluster_id", ""))
+        self.pair_seq = int(self.catalogue.meta("pair_seq", 0))
+        self.told = Tell("follow")
+        self.fatal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.on_change: Callable[[], None] = lambda: None
+        self.on_stepped_down: Callable[[], None] = lambda: None
+        self._disk = ThreadPoolExecutor(DISK_THREADS, "disk")
+        self.core = self._new_core(recovered.whole)
+        self.journal = Journal(
+            self.catalogue, self.volumes.get, self.view, self._durable, self._applied, self._journal_failed
+        )
+        self.peering = self._new_peering()
+        self.follower = Follower(
+            self.peering, self.journal, self.volumes, self._disk, self.catalogue.location, self._stuck
+        )
+        self.follower.restart(self.core.durable)
+        self.duty = Duty(
+            self.core,
+            clock=boottime,
+            persist_promise=lambda epoch: self.journal.set(promised=epoch),
+            abandon=self._abandon,
+            flush=self.flush,
+        )
+        self._entries: dict[int, tuple[Entry, Location, int]] = {}  # as leader: proposed and not yet published
+        self._waiting: dict[int, asyncio.Future[None]] = {}
+        self._pending: dict[str, int] = {}  # SOP Instance UID -> seq, from proposal to publication in the catalogue
+        self._barriers: list[tuple[int, asyncio.Future[None]]] = []
+        self._queued = self.journal.applied
+        self._study_volume: dict[str, str] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def _new_core(self, whole: bool) -> Replica:
+        store_id = self.catalogue.meta("store_id", "") or str(uuid.uuid4())
+        incarnation = int(self.catalogue.meta("incarnation", 0)) + 1
+        self.catalogue.write(Batch(meta={"store_id": store_id, "incarnation": incarnation}))
+        cluster = self.settings.cluster
+        limits = Limits()
+        if cluster:
+            limits = Limits(peer_timeout_s=cluster.peer_timeout_s, ack_timeout_s=cluster.ack_timeout_s)
+        return Replica(
+            self.settings.node.name,
+            cluster.peer if cluster else None,
+            cluster.name if cluster else "",
+            store_id,
+            incarnation,
+            int(self.catalogue.meta("promised", 0)),
+            Epochs(self.catalogue.epochs.pairs),
+            self.catalogue.epochs.last[1],
+            int(self.catalogue.meta("applied", 0)),
+            whole or cluster is None,  # alone there is no better copy to follow; what is lost was logged
+            limits,
+        )
+
+    def _new_peering(self) -> Peering:
+        cluster = self.settings.cluster
+        return Peering(
+            dial=cluster is not None and self.settings.node.name < cluster.peer,
+            own_address=cluster.address if cluster else "",
+            peer_address=cluster.peer_address if cluster else "",
+            port=cluster.replication_port if cluster else 0,
+            volumes=self.volumes,
+            executor=self._disk,
+            find=self._find,
+            on_up=self._link_up,
+            on_down=self._link_down,
+            on_message=self._message,
+        )
+
+    # -- life --------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        self._queue_applies(self.core.commit)
+        if self.settings.cluster:
+            await self.peering.start()
+        else:
+            epoch = self.core.promised + 1
+            self.tell(Tell("lead", epoch, (self.core.node,), serve_until=float("inf")))
+        self._spawn(self._ticking())
+
+    async def stop(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await self.peering.stop()
+        if not self.fatal.done():
+            await self.journal.checkpoint()
+        self.journal.close()
+        self._disk.shutdown(wait=True)
+        self.catalogue.close()
+
+    def _spawn(self, coroutine: Any) -> None:
+        task: asyncio.Task[None] = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            self._die(error)
+
+    def _die(self, error: BaseException) -> None:
+        """This process must not go on; the HA agent or systemd starts it anew and recovery looks at what is there."""
+        log.critical("store.fatal", error=f"{type(error).__name__}: {error}")
+        if not self.fatal.done():
+            self.fatal.set_exception(error)
+
+    async def _ticking(self) -> None:
+        count = 0
+        while True:
+            self.core.tick(boottime())
+            self.flush()
+            count += 1
+            if count % 2 == 0:
+                self.on_change()
+            await asyncio.sleep(TICK_S)
+
+    # -- role --------------------------------------------------------------------------------------------------
+
+    @property
+    def may_serve(self) -> bool:
+        """This node is the primary and may answer now."""
+        return self.duty.may_serve
+
+    def tell(self, tell: Tell) -> None:
+        self.told = tell
+        if tell.cluster_id and not self.cluster_id:
+            self.cluster_id = tell.cluster_id
+            self._spawn(self.journal.set(cluster_id=tell.cluster_id))
+        self.duty.tell(tell)
+        self.on_change()
+
+    def report(self) -> Report:
+        return self.duty.report(self.cluster_id)
+
+    @property
+    def missing_count(self) -> int:
+        """Published entries whose bytes this node still lacks."""
+        return len(self._missing)
+
+    def status(self) -> dict[str, Any]:
+        return node_status(self)
+
+    # -- writing -----------------------------------------------------------------------------------------------
+
+    def begin(self, header: bytes, study: str = "", expect_bytes: int = 0) -> "Upload":
+        """Start an object. `header` is what precedes the data set. Raises NotServing or NoRoom."""
+        if not self.may_serve:
+            raise NotServing("not the primary")
+        if self._peer_is_full() or self._degraded():
+            raise NoRoom("the second copy can't be kept now")
+        volume = self.volumes.choose(self._study_volume.get(study, ""), expect_bytes)
+        if study:
+            if len(self._study_volume) > 4096:
+                self._study_volume.clear()
+            self._study_volume[study] = volume.id
+        stream = self.peering.open_stream(header) if self.core.live else 0
+        tee = (lambda chunk: self.peering.chunk(stream, chunk)) if stream else None
+        return Upload(self, Incoming(self._disk, volume, header, tee), stream)
+
+    def _peer_is_full(self) -> bool:
+        cluster = self.settings.cluster
+        if cluster is None or cluster.peer not in self.core.required or not self.core.peer_info:
+            return False
+        info = msgspec.msgpack.decode(self.core.peer_info)
+        return int(info.get("room", 1)) <= 0
+
+    def _degraded(self) -> bool:
+        cluster = self.settings.cluster
+        return cluster is not None and cluster.degraded == "refuse" and self.core.required == {self.core.node}
+
+    async def put(self, upload: "Upload", make: Callable[[bytes, int], Put]) -> bool:
+        """Commit a finished object. `make(digest, length)` gives its record.
+
+        Returns True if it is stored now, False if the same object was there already. Raises Conflict, NotServing,
+        or OSError when this node's disk failed.
+        """
+        incoming = upload.incoming
+        incoming.complete()
+        self.peering.end_stream(upload.stream)
+        try:
+            digest = await incoming.finish()
+        except OSError as error:
+            self.volumes.failed(incoming.volume.id, error)
+            await upload.discard()
+            raise
+        put = make(digest, incoming.length)
+        known = self._known(put.sop_instance)
+        if known is not None:
+            return await self._again(upload, put, *known)
+        if not self.may_serve:
+            await upload.discard()
+            raise NotServing("no longer the primary")
+        await self._propose(put, Location(incoming.volume.id, incoming.spool, ""), upload.stream)
+        return True
+
+    def _known(self, sop_instance: str) -> tuple[Put, int] | None:
+        """(record, seq) of an instance that is published or on its way."""
+        seq = self._pending.get(sop_instance)
+        if seq is not None and seq in self._entries:
+            return self._entries[seq][0].operation, seq
+        found = self.catalogue.instance(sop_instance)
+        return (found.put, found.seq) if found else None
+
+    async def _again(self, upload: "Upload", put: Put, known: Put, seq: int) -> bool:
+        if (known.digest, known.length - known.offset) == (put.digest, put.length - put.offset):
+            await upload.discard()
+            if seq in self._waiting:
+                await asyncio.wait([self._waiting[seq]])
+                if self.core.commit < seq:
+                    raise NotServing("no longer the primary")
+            return False
+        await self.quarantine(upload, "SOP Instance UID is taken by other bytes", put.sop_instance)
+        raise Conflict(put.sop_instance)
+
+    async def quarantine(self, upload: "Upload", reason: str, sop_instance: str) -> None:
+        """Keep a refused object aside. It must be finished."""
+        incoming = upload.incoming
+        self.peering.abort_stream(upload.stream)
+        source = incoming.volume.path / "spool" / incoming.spool
+        detail = {"sop_instance": sop_instance}
+        await asyncio.get_running_loop().run_in_executor(self._disk, incoming.volume.quarantine, source, reason, detail)
+
+    async def _propose(self, put: Put, location: Location, stream: int) -> None:
+        seq = self.core.propose(boottime())
+        entry = Entry(self.core.epoch, seq, put)
+        waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._entries[seq] = (entry, location, stream)
+        self._pending[put.sop_instance] = seq
+        self._waiting[seq] = waiting
+        self.journal.append(entry, location)
+        self.flush()
+        await waiting
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    async def settled(self) -> None:
+        """Wait until everything committed up to now is in the catalogue and the tree."""
+        commit = self.core.commit
+        if self.journal.applied >= commit:
+            return
+        barrier: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._barriers.append((commit, barrier))
+        self.journal.hurry()
+        await barrier
+
+    def _find(self, sop_instance: str) -> tuple[str, int] | None:
+        """Path and data set offset of this node's copy, for the peer."""
+        seq = self._pending.get(sop_instance)
+        if seq is not None and seq in self._entries:
+            entry, location, _ = self._entries[seq]
+            put = entry.operation
+        else:
+            found, known = self.catalogue.location(sop_instance), self.catalogue.instance(sop_instance)
+            if found is None:
+                return None
+            location = found
+            put = known.put if known else self._put_in_log(sop_instance)
+        try:
+            volume = self.volumes.get(location.volume)
+        except LookupError:
+            return None
+        study, series = self.catalogue.folders(put, {})
+        path = volume.locate(location.spool, location.path or f"{study}/{series}/{sop_instance}.dcm")
+        return (str(path), put.offset) if path else None
+
+    def _put_in_log(self, sop_instance: str) -> Put:
+        for seq in range(self.core.durable, self.journal.applied, -1):
+            put = self.catalogue.entry(seq).operation
+            if put.sop_instance == sop_instance:
+                return put
+        raise LookupError(sop_instance)
+
+    # -- effects of the core -----------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        effects = self.core.take()
+        for effect in effects:
+            self._carry_out(effect)
+        if effects:
+            self.on_change()
+
+    def _carry_out(self, effect: Effect) -> None:
+        match effect:
+            case Send(message):
+                self.peering.send(self._with_info(message))
+            case Transmit(session, first, last):
+                for seq in range(first, last + 1):
+                    self._transmit(session, seq)
+            case Persist():
+                self.follower.persist(effect)
+            case Adopt(epoch, match):
+                self._spawn(self._adopt(epoch, match))
+            case Publish(seq):
+                self._publish(seq)
+            case SteppedDown():
+                self._stepped_down()
+            case DropLink(reason):
+                self.peering.drop(reason)
+
+    def _with_info(self, message: AnyMessage) -> AnyMessage:
+        if not isinstance(message, Pong):
+            return message
+        info = {"room": self.volumes.free_bytes(), "volumes": self.volumes.status(), **self.catalogue.counts()}
+        return msgspec.structs.replace(message, info=msgspec.msgpack.encode(info))
+
+    def _transmit(self, session: int, seq: int) -> None:
+        kept = self._entries.get(seq)
+        if kept:
+            entry, stream = kept[0], kept[2]
+            raw, epoch = encode(entry), entry.epoch
+        else:
+            raw, stream = self.catalogue.entry_bytes(seq), 0
+            epoch = msgspec.msgpack.decode(raw, type=Entry).epoch
+        # A stream belongs to the link it was sent on; after a reconnect the follower doesn't know it and fetches.
+        self.peering.send(Prepare(self.core.epoch, session, seq, epoch, self.core.commit, raw, stream))
+
+    async def _adopt(self, epoch: int, match: int) -> None:
+        if match < self.catalogue.epochs.last[1]:
+            await self._quarantine_tail(match)
+        await self.journal.set(truncate_after=match, promised=max(epoch, self.core.promised))
+        self.follower.restart(match)
+        for seq in [seq for seq in self._entries if seq > match]:
+            entry, _, _ = self._entries.pop(seq)
+            self._pending.pop(entry.operation.sop_instance, None)
+        self.core.adopted(epoch, match)
+        self.flush()
+        await self._check_whole()
+
+    async def _quarantine_tail(self, match: int) -> None:
+        """Entries that the leader doesn't have were never acknowledged; their objects are kept aside."""
+        for seq in range(match + 1, self.catalogue.epochs.last[1] + 1):
+            put = self.catalogue.entry(seq).operation
+            location = self.catalogue.location(put.sop_instance)
+            if location is None or self.catalogue.instance(put.sop_instance):
+                continue
+            try:
+                volume = self.volumes.get(location.volume)
+                path = volume.locate(location.spool, location.path)
+                if path:
+                    detail = {"sop_instance": put.sop_instance}
+                    reason = "diverged: prepared here and not committed"
+                    await asyncio.get_running_loop().run_in_executor(
+                        self._disk, volume.quarantine, path, reason, detail
+                    )
+            except (OSError, LookupError) as error:
+                log.error("quarantine.failed", seq=seq, error=str(error))
+
+    def _publish(self, upto: int) -> None:
+        self._queue_applies(upto)
+        for seq in [seq for seq in self._waiting if seq <= upto]:
+            waiting = self._waiting.pop(seq)
+            if not waiting.done():
+                waiting.set_result(None)
+
+    def _queue_applies(self, upto: int) -> None:
+        for seq in range(self._queued + 1, upto + 1):
+            kept = self._entries.get(seq) or self.follower.entries.pop(seq, None)
+            if kept:
+                self.journal.apply(kept[0], kept[1])
+            else:
+                entry = self.catalogue.entry(seq)
+                location = self.catalogue.location(entry.operation.sop_instance)
+                if location is None:
+                    raise InvariantBroken(f"entry {seq} has no location")
+                self.journal.apply(entry, location)
+            self._queued = seq
+
+    def _stepped_down(self) -> None:
+        self.duty.stepped_down()
+        waiting, self._waiting = self._waiting, {}
+        for future in waiting.values():
+            if not future.done():
+                future.set_exception(NotServing("another node has taken over"))
+        self.on_stepped_down()
+
+    # -- what happened -----------------------------------------------------------------------------------------
+
+    def _durable(self, seq: int) -> None:
+        self.core.persisted(seq)
+        self.flush()
+        if not self.core.whole:
+            self._spawn(self._check_whole())
+
+    def _applied(self, seq: int) -> None:
+        for done in [done for done in self._entries if done <= seq]:
+            entry, _, _ = self._entries.pop(done)
+            self._pending.pop(entry.operation.sop_instance, None)
+        still = []
+        for wanted, barrier in self._barriers:
+            if wanted > seq:
+                still.append((wanted, barrier))
+            elif not barrier.done():
+                barrier.set_result(None)
+        self._barriers = still
+        self._note_pair()
+
+    def _note_pair(self) -> None:
+        """Remember up to where both nodes hold everything, for the count of single copies."""
+        cluster = self.settings.cluster
+        if cluster is None:
+            return
+        both = (
+            self.core.commit if not self.core.leading or cluster.peer in self.core.confirmed else self.core.peer_acked
+        )
+        if both > self.pair_seq:
+            self.pair_seq = both
+            self.journal.note(pair_seq=both)
+
+    def _journal_failed(self, error: BaseException) -> None:
+        if isinstance(error, lmdb.Error | OSError | LookupError):
+            log.critical("journal.failed", error=str(error))
+        self._die(error)
+
+    def _abandon(self) -> None:
+        """Give up entries of a lost leader that can't be completed, once the journal is at rest."""
+        if self.core.leading or self.core.idle:
+            return
+        if self.journal.idle:
+            self.follower.restart(self.core.durable)
+            self.core.abandon()
+
+    def _stuck(self, why: str) -> None:
+        self.peering.drop(f"an entry can't be kept here: {why}")
+
+    async def _check_whole(self) -> None:
+        """An incomplete copy is whole when it holds all that was committed when it joined, old losses included."""
+        core = self.core
+        while self._missing and core.joined:
+            entry = self._missing[-1]
+            put = entry.operation
+            try:
+                location = await self.follower.obtain(put)
+            except (FetchFailed, OSError, NoRoom) as error:
+                log.warning("heal.failed", sop_instance=put.sop_instance, error=str(error))
+                return
+            await self._set_damaged_aside(put)
+            self.journal.apply(entry, location)
+            self.journal.hurry()
+            self._missing.pop()
+        if not core.whole and core.whole_at is not None and core.durable >= core.whole_at and not self._missing:
+            await self.journal.set(whole=True)
+            core.whole = True
+            log.info("copy.whole")
+
+    async def _set_damaged_aside(self, put: Put) -> None:
+        location = self.catalogue.location(put.sop_instance)
+        if location is None:
+            return
+        try:
+            volume = self.volumes.get(location.volume)
+            path = volume.locate(location.spool, location.path)
+            if path:
+                detail = {"sop_instance": put.sop_instance}
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(self._disk, volume.quarantine, path, "damaged copy", detail)
+        except (OSError, LookupError) as error:
+            log.error("quarantine.failed", sop_instance=put.sop_instance, error=str(error))
+
+    # -- link --------------------------------------------------------------------------------------------------
+
+    def _link_up(self) -> None:
+        log.info("link.up")
+        self.core.linked_up(boottime())
+        self.flush()
+
+    def _link_down(self, why: str) -> None:
+        log.warning("link.down", why=why)
+        self.core.unlinked(boottime())
+        if not self.core.leading:
+            self.follower.restart(self.core.durable)
+        self._spawn(self._abandon_soon())
+        self.flush()
+
+    async def _abandon_soon(self) -> None:
+        while not self.core.leading and not self.core.idle and not self.core.joined:
+            self._abandon()
+            self.flush()
+            await asyncio.sleep(0.02)
+
+    def _message(self, message: AnyMessage) -> None:
+        try:
+            self.core.receive(message, boottime())
+            self.flush()
+        except InvariantBroken as error:
+            self._die(error)
+
+
+class Upload:
+    """An object being received: its bytes, and the stream that carries them to the peer."""
+
+    def __init__(self, store: Store, incoming: Incoming, stream: int) -> None:
+        self._store = store
+        self.incoming, self.stream = incoming, stream
+
+    @property
+    def backlogged(self) -> bool:
+        link = self._store.peering.link
+        return self.incoming.backlogged or (self.stream != 0 and link is not None and link.backlogged)
+
+    async def room(self) -> None:
+        """Wait until neither the disk nor the peer is behind."""
+        link = self._store.peering.link
+        if self.stream and link is not None and link.backlogged:
+            await link.room()
+        while self.incoming.backlogged:
+            drained = asyncio.Event()
+            self.incoming.on_drained = drained.set
+            await drained.wait()
+
+    async def discard(self) -> None:
+        self._store.peering.abort_stream(self.stream)
+        await self.incoming.discard()

@@ -17,6 +17,7 @@ ENV_PREFIX = "TANDEM__"
 
 AETitle = Annotated[str, Field(min_length=1, max_length=16, pattern=r"^[\x21-\x5b\x5d-\x7e]([\x20-\x5b\x5d-\x7e]*)$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
+FolderPath = Annotated[Path, Field(strict=False)]
 Seconds = Annotated[float, Field(gt=0)]
 
 
@@ -30,7 +31,7 @@ class Section(BaseModel):
 
 class NodeSettings(Section):
     name: str = Field("standalone", pattern=r"^[a-z0-9][a-z0-9-]{0,30}$", description="Name of this node")
-    run_dir: Path = Field(Path("/run/tandem"), strict=False, description="Sockets and other short-lived files")
+    run_dir: FolderPath = Field(Path("/run/tandem"), description="Sockets and other short-lived files")
 
 
 class DicomSettings(Section):
@@ -51,8 +52,8 @@ class DicomSettings(Section):
 
 
 class StorageSettings(Section):
-    state: Path = Field(Path("/var/lib/tandem"), strict=False, description="Catalogue and log (LMDB)")
-    volumes: tuple[Path, ...] = Field((), strict=False, description="Directories, one on each disk")
+    state: FolderPath = Field(Path("/var/lib/tandem"), description="Catalogue and log (LMDB)")
+    volumes: tuple[FolderPath, ...] = Field((), strict=False, description="Directories, one on each disk")
     reserve_bytes: int = Field(256 << 20, ge=0, description="Space kept free on each volume")
     map_size_bytes: int = Field(64 << 30, ge=1 << 20, description="Largest size of the LMDB file (sparse)")
     verify_tail: bool = Field(True, description="Check entries since the last checkpoint against their bytes at start")

@@ -34,13 +34,15 @@ from storage.control import NEVER, Member, Report, Tell
 log = structlog.get_logger()
 
 DECIDE_INTERVAL_S = 0.2
+RESIGN_S = 2.0
 MARGIN_S = 0.3  # of the lease, for clocks that run at slightly different speeds and for work between look and act
 
 
 class GatewayLink(Protocol):
     """The gateway on this node: its last report, None while it is away, and a way to tell it its role."""
 
-    report: Report | None
+    @property
+    def report(self) -> Report | None: ...
 
     async def tell(self, tell: Tell) -> None: ...
 
@@ -82,9 +84,10 @@ class Agent:
         clock: Callable[[], float],
         new_id: Callable[[], str],
         vips: tuple[str, ...] = (),
+        wake: asyncio.Event | None = None,
     ) -> None:
         self.node, self.peer = node, peer
-        self._prefix = f"/tandem/{cluster}/"
+        self.prefix = f"/tandem/{cluster}/"
         self._ttl_s, self._grace_s = ttl_s, gateway_grace_s
         self._etcd, self._gateway, self._site, self._clock, self._new_id = etcd, gateway, site, clock, new_id
         self._vips = vips
@@ -98,7 +101,7 @@ class Agent:
         self._gateway_lost_at: float | None = None
         self._mutation: asyncio.Task[None] | None = None
         self._last_said = ""
-        self.wake = asyncio.Event()
+        self.wake = wake or asyncio.Event()
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -106,6 +109,21 @@ class Agent:
             group.create_task(self._decide_loop())
 
     # -- etcd --------------------------------------------------------------------------------------------------
+
+    async def resign(self) -> None:
+        """On a proper stop: give the lease back, so that the other node needn't wait for it to run out."""
+        await self._gateway.tell(Tell("follow"))
+        deadline = self._clock() + RESIGN_S
+        while (report := self._gateway.report) is not None and report.leading:
+            if self._clock() > deadline:
+                log.warning("lease.not_revoked", why="the gateway hasn't stopped serving")
+                return
+            await asyncio.sleep(0.02)
+        try:
+            if self._lease:
+                await self._etcd.revoke(self._lease)
+        except EtcdError as error:
+            log.warning("lease.not_revoked", why=str(error))
 
     async def _etcd_loop(self) -> None:
         interval = self._ttl_s / 6
@@ -128,7 +146,7 @@ class Agent:
 
     async def _look(self) -> None:
         asked_at = self._clock()
-        found = {kv.key.removeprefix(self._prefix): kv for kv in await self._etcd.get_prefix(self._prefix)}
+        found = {kv.key.removeprefix(self.prefix): kv for kv in await self._etcd.get_prefix(self.prefix)}
         if asked_at < self._read_at:
             return  # an answer to a later question came first
         self._read_at = asked_at
@@ -154,7 +172,7 @@ class Agent:
         self._lease = await self._etcd.grant(math.ceil(self._ttl_s))
         self._lease_deadline = sent_at + math.ceil(self._ttl_s) - MARGIN_S
         member = json.dumps({"node": self.node})
-        await self._etcd.txn((), (PutKey(f"{self._prefix}members/{self.node}", member, self._lease),))
+        await self._etcd.txn((), (PutKey(f"{self.prefix}members/{self.node}", member, self._lease),))
 
     # -- decisions ---------------------------------------------------------------------------------------------
 
@@ -231,7 +249,7 @@ class Agent:
         self.wake.set()
 
     async def _write(self, action: CreateState | Acquire | Bump | Change | Release, view: View) -> bool:
-        leader, state = f"{self._prefix}leader", f"{self._prefix}state"
+        leader, state = f"{self.prefix}leader", f"{self.prefix}state"
         if isinstance(action, Release):
             held = Compare(leader, "create", view.leader.revision if view.leader else 0)
             return await self._etcd.txn((held,), (DeleteKey(leader),))
@@ -251,7 +269,7 @@ class Agent:
         puts = [PutKey(state, _json(value))]
         if value.epoch != old.epoch:
             why = json.dumps({"epoch": value.epoch, "primary": self.node, "by": type(action).__name__.lower()})
-            puts.append(PutKey(f"{self._prefix}history/{value.epoch:08d}", why))
+            puts.append(PutKey(f"{self.prefix}history/{value.epoch:08d}", why))
         if isinstance(action, Acquire):
             free = Compare(leader, "create", 0)
             return await self._etcd.txn((free, unchanged), [PutKey(leader, self.node, self._lease), *puts])

@@ -62,6 +62,8 @@ class Etcd(Protocol):
         """Returns the new time to live in seconds, 0 if the lease is gone."""
         ...
 
+    async def revoke(self, lease: int) -> None: ...
+
 
 def _b64(text: str) -> str:
     return base64.b64encode(text.encode()).decode()
@@ -159,6 +161,9 @@ class HttpEtcd:
     async def keepalive(self, lease: int) -> float:
         answer = await self._post("/v3/lease/keepalive", {"ID": str(lease)})
         return float(answer.get("result", {}).get("TTL", 0))
+
+    async def revoke(self, lease: int) -> None:
+        await self._post("/v3/lease/revoke", {"ID": str(lease)})
 
     async def watch(self, prefix: str) -> AsyncIterator[None]:
         """Yields once for every change below `prefix`; ends when the stream breaks."""

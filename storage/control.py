@@ -56,7 +56,7 @@ class Report(msgspec.Struct, frozen=True, tag="report"):
 class Tell(msgspec.Struct, frozen=True, tag="tell"):
     """What the agent wants the gateway to be."""
 
-    role: Literal["lead", "follow"]
+    role: Literal["lead", "follow", "hello"]  # hello: only report to me
     epoch: int = 0
     in_sync: tuple[str, ...] = ()
     serve_until: float = NEVER

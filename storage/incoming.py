@@ -34,6 +34,7 @@ class Incoming:
         self._spooled: Spooled | None = None
         self._failed: OSError | None = None
         self._finishing: asyncio.Future[bytes] | None = None
+        self.first: bytearray | None = None  # the first chunk of the data set, kept to read the identity from
         self.on_drained: Callable[[], None] | None = None
 
     @property
@@ -48,10 +49,9 @@ class Incoming:
         return self._spooled.name
 
     @property
-    def head(self) -> memoryview:
-        """The first bytes of the data set that are still in memory; for reading its identity early."""
-        first = self._queue[1] if len(self._queue) > 1 else self._chunk
-        return memoryview(first)
+    def placed(self) -> bool:
+        """Something was written, so that the volume can't be changed any more."""
+        return self._spooled is not None or self._job is not None
 
     def feed(self, view: memoryview) -> None:
         """Take over bytes of the data set; they are copied, the view may be reused."""
@@ -67,6 +67,8 @@ class Incoming:
     def feed_chunk(self, chunk: bytearray) -> None:
         """Take over a whole chunk without copying it."""
         self.length += len(chunk)
+        if self.first is None:
+            self.first = chunk
         if self._failed:
             return
         if self._tee:

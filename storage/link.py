@@ -11,7 +11,7 @@ import asyncio
 import struct
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Final
+from typing import Final, cast
 
 import xxhash
 
@@ -73,10 +73,9 @@ class Link(asyncio.BufferedProtocol):
     # -- asyncio -----------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if not isinstance(transport, asyncio.Transport):
-            raise TypeError("a stream transport is needed")
-        self._transport = transport
-        transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
+        stream = cast(asyncio.Transport, transport)  # uvloop's is one without saying so
+        self._transport = stream
+        stream.set_write_buffer_limits(high=HIGH_WATER_BYTES)
         self._on_up(self)
 
     def connection_lost(self, exc: Exception | None) -> None:

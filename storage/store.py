@@ -47,6 +47,7 @@ log = structlog.get_logger()
 
 DISK_THREADS: Final = 8
 TICK_S: Final = 0.1
+STUDIES_REMEMBERED_MAX: Final = 4096
 
 
 class NotServing(Exception):
@@ -209,20 +210,25 @@ class Store:
 
     # -- writing -----------------------------------------------------------------------------------------------
 
-    def begin(self, header: bytes, study: str = "", expect_bytes: int = 0) -> "Upload":
+    def begin(self, header: bytes) -> "Upload":
         """Start an object. `header` is what precedes the data set. Raises NotServing or NoRoom."""
         if not self.may_serve:
             raise NotServing("not the primary")
         if self._peer_is_full() or self._degraded():
             raise NoRoom("the second copy can't be kept now")
-        volume = self.volumes.choose(self._study_volume.get(study, ""), expect_bytes)
-        if study:
-            if len(self._study_volume) > 4096:
-                self._study_volume.clear()
-            self._study_volume[study] = volume.id
+        volume = self.volumes.choose()
         stream = self.peering.open_stream(header) if self.core.live else 0
         tee = (lambda chunk: self.peering.chunk(stream, chunk)) if stream else None
         return Upload(self, Incoming(self._disk, volume, header, tee), stream)
+
+    def place(self, incoming: Incoming, study: str) -> None:
+        """Put an object where the rest of its study lies, if there is room and nothing was written yet."""
+        if incoming.placed:
+            return
+        if len(self._study_volume) >= STUDIES_REMEMBERED_MAX:
+            self._study_volume.clear()
+        incoming.volume = self.volumes.choose(self._study_volume.get(study, ""))
+        self._study_volume[study] = incoming.volume.id
 
     def _peer_is_full(self) -> bool:
         cluster = self.settings.cluster
@@ -558,6 +564,9 @@ class Upload:
     def __init__(self, store: Store, incoming: Incoming, stream: int) -> None:
         self._store = store
         self.incoming, self.stream = incoming, stream
+
+    def place(self, study: str) -> None:
+        self._store.place(self.incoming, study)
 
     @property
     def backlogged(self) -> bool:

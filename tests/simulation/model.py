@@ -125,6 +125,9 @@ class SimEtcdClient:
     async def grant(self, ttl_s: int) -> int:
         return await self._call(self._store.grant, ttl_s)
 
+    async def revoke(self, lease: int) -> None:
+        raise NotImplementedError
+
     async def keepalive(self, lease: int) -> float:
         return await self._call(self._store.keepalive, lease)
 

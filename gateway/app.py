@@ -1,0 +1,55 @@
+"""The gateway process: store, DICOM server and control socket on one event loop."""
+
+import asyncio
+import contextlib
+import signal
+from typing import Any
+
+import structlog
+import uvloop
+
+from conf.settings import Settings
+from gateway.server import DicomServer
+from storage.control_socket import ControlServer
+from storage.replica import InvariantBroken
+from storage.store import Store
+
+log = structlog.get_logger()
+
+EXIT_FATAL = 70
+
+
+def run(settings: Settings) -> int:
+    """Run until SIGTERM or SIGINT; returns the exit code."""
+    return uvloop.run(_main(settings))
+
+
+async def _main(settings: Settings) -> int:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    store = Store(settings)
+    loop.set_exception_handler(lambda _loop, context: _unhandled(store, context))
+    control = ControlServer(store, settings.control_socket)
+    server = DicomServer(store, settings.dicom)
+    await store.start()
+    await control.start()
+    await server.start()
+    store.fatal.add_done_callback(lambda _: stop.set())
+    await stop.wait()
+    if store.fatal.done():
+        return EXIT_FATAL  # nothing is tidied up: recovery at the next start decides by what is on the disks
+    await server.stop()
+    await control.stop()
+    await store.stop()
+    log.info("gateway.stopped")
+    return 0
+
+
+def _unhandled(store: Store, context: dict[str, Any]) -> None:
+    error = context.get("exception")
+    log.error("loop.unhandled", message=context.get("message"), error=repr(error))
+    if isinstance(error, InvariantBroken) and not store.fatal.done():
+        with contextlib.suppress(asyncio.InvalidStateError):
+            store.fatal.set_exception(error)

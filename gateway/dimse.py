@@ -1,0 +1,169 @@
+"""DIMSE messages (PS3.7): command sets in and out, and the reassembly of messages from fragments. No input or output.
+
+`Assembler.receive` turns fragments into events: the command first, then the data set's bytes as they come, then its
+end. Data sets are never collected here; the user decides what to do with the bytes.
+"""
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+from gateway.upper_layer import Fragment, ProtocolError
+
+COMMAND_BYTES_MAX: Final = 64 << 10
+NO_DATA_SET: Final = 0x0101
+
+
+class Command(IntEnum):
+    C_STORE_RQ = 0x0001
+    C_GET_RQ = 0x0010
+    C_FIND_RQ = 0x0020
+    C_MOVE_RQ = 0x0021
+    C_ECHO_RQ = 0x0030
+    C_CANCEL_RQ = 0x0FFF
+    RESPONSE = 0x8000  # set in every response
+
+
+class Status(IntEnum):
+    """PS3.7 annex C, PS3.4 tables B.2-1 and C.4-1."""
+
+    SUCCESS = 0x0000
+    CANCEL = 0xFE00
+    PENDING = 0xFF00
+    PENDING_OPTIONAL_KEYS = 0xFF01
+    OUT_OF_RESOURCES = 0xA700
+    DATA_SET_MISMATCH = 0xA900
+    CANNOT_UNDERSTAND = 0xC000
+    UNABLE_TO_PROCESS = 0xC001
+    DUPLICATE_SOP_INSTANCE = 0x0111
+    NO_SUCH_SOP_CLASS = 0x0118
+    SOP_CLASS_NOT_SUPPORTED = 0x0122
+    PROCESSING_FAILURE = 0x0110
+    UNRECOGNIZED_OPERATION = 0x0211
+
+
+@dataclass(frozen=True)
+class Request:
+    """A command set. Absent UIDs are ""; `field` is what stood in Command Field."""
+
+    field: int
+    message_id: int
+    sop_class: str
+    sop_instance: str
+    has_data: bool
+    responded_to: int
+    priority: int
+
+
+@dataclass(frozen=True)
+class CommandReceived:
+    context_id: int
+    request: Request
+
+
+@dataclass(frozen=True)
+class DataReceived:
+    data: memoryview
+    last: bool
+
+
+_ELEMENT: Final = struct.Struct("<HHL")
+
+
+def decode_command(data: bytes) -> Request:
+    """Implicit VR little endian, group 0000 only (PS3.7 6.3.1). Raises ProtocolError."""
+    elements: dict[int, bytes] = {}
+    at = 0
+    while at < len(data):
+        if at + _ELEMENT.size > len(data):
+            raise ProtocolError("command set cut short")
+        group, element, length = _ELEMENT.unpack_from(data, at)
+        at += _ELEMENT.size
+        if group != 0 or length > len(data) - at:
+            raise ProtocolError("malformed command set")
+        elements[element] = data[at : at + length]
+        at += length
+    if 0x0100 not in elements or 0x0800 not in elements:
+        raise ProtocolError("command set without Command Field or Command Data Set Type")
+    return Request(
+        field=_us(elements, 0x0100),
+        message_id=_us(elements, 0x0110),
+        sop_class=_ui(elements, 0x0002) or _ui(elements, 0x0003),
+        sop_instance=_ui(elements, 0x1000),
+        has_data=_us(elements, 0x0800) != NO_DATA_SET,
+        responded_to=_us(elements, 0x0120),
+        priority=_us(elements, 0x0700),
+    )
+
+
+def _us(elements: dict[int, bytes], element: int) -> int:
+    value = elements.get(element, b"\0\0")
+    if len(value) != 2:
+        raise ProtocolError(f"(0000,{element:04x}) isn't a number of two bytes")
+    return int.from_bytes(value, "little")
+
+
+def _ui(elements: dict[int, bytes], element: int) -> str:
+    return elements.get(element, b"").rstrip(b"\0 ").decode("ascii", "replace")
+
+
+def encode_response(request: Request, status: int, *, has_data: bool = False, comment: str = "") -> bytes:
+    """The response to `request` (PS3.7 9.3). `comment` explains a failure; no patient data in it."""
+    body = bytearray()
+
+    def put(element: int, value: bytes) -> None:
+        if len(value) % 2:
+            value += b"\0" if element in (0x0002, 0x1000) else b" "
+        body.extend(_ELEMENT.pack(0, element, len(value)))
+        body.extend(value)
+
+    def put_us(element: int, value: int) -> None:
+        put(element, value.to_bytes(2, "little"))
+
+    if request.sop_class:
+        put(0x0002, request.sop_class.encode("ascii", "replace"))
+    put_us(0x0100, request.field | Command.RESPONSE)
+    put_us(0x0120, request.message_id)
+    put_us(0x0800, 0x0001 if has_data else NO_DATA_SET)
+    put_us(0x0900, status)
+    if comment:
+        put(0x0902, comment.encode("ascii", "replace")[:64])
+    if request.sop_instance:
+        put(0x1000, request.sop_instance.encode("ascii", "replace"))
+    return _ELEMENT.pack(0, 0, 4) + len(body).to_bytes(4, "little") + bytes(body)
+
+
+class Assembler:
+    def __init__(self) -> None:
+        self._command = bytearray()
+        self._context_id = 0
+        self._data_of: int | None = None  # context whose data set is expected
+
+    @property
+    def mid_message(self) -> bool:
+        return bool(self._command) or self._data_of is not None
+
+    def receive(self, fragment: Fragment) -> CommandReceived | DataReceived | None:
+        """Raises ProtocolError for fragments that make no message (PS3.7 annex F)."""
+        if self._data_of is not None:
+            if fragment.is_command or fragment.context_id != self._data_of:
+                raise ProtocolError("another message begins before the data set has ended")
+            if fragment.last:
+                self._data_of = None
+            return DataReceived(fragment.data, fragment.last)
+        if not fragment.is_command:
+            raise ProtocolError("data set without a command")
+        if self._command and fragment.context_id != self._context_id:
+            raise ProtocolError("a command set in two presentation contexts")
+        if len(self._command) + len(fragment.data) > COMMAND_BYTES_MAX:
+            raise ProtocolError("command set too long")
+        self._context_id = fragment.context_id
+        self._command += fragment.data
+        if not fragment.last:
+            return None
+        command, self._command = bytes(self._command), bytearray()
+        request = decode_command(command)
+        if request.has_data:
+            self._data_of = fragment.context_id
+        return CommandReceived(fragment.context_id, request)

@@ -1,0 +1,133 @@
+"""Reads who an instance is, and its query keys, from the head of its data set."""
+
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, BinaryIO, Final
+
+from pydicom.charset import convert_encodings, decode_bytes
+from pydicom.datadict import dictionary_VR
+from pydicom.filereader import data_element_generator
+from pydicom.tag import Tag
+from pydicom.uid import UID
+from pydicom.valuerep import TEXT_VR_DELIMS
+
+from storage import keys
+
+INFLATED_BYTES_MAX: Final = 4 << 20
+VALUE_CHARS_MAX: Final = 1024
+SPECIFIC_CHARACTER_SET: Final = 0x00080005
+_TAGS: Final = {tag: keyword for keyword, tag in keys.ALL.items()}
+_WANTED: Final = [Tag(tag) for tag in (*_TAGS, SPECIFIC_CHARACTER_SET)]
+_NUMBERS: Final = {"US": "H", "SS": "h", "UL": "L", "SL": "l"}
+_TEXT: Final = frozenset(("PN", "LO", "SH", "LT", "ST", "UC", "UT"))
+
+
+class Unreadable(Exception):
+    """The data set can't be parsed, or lacks what identifies it."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    sop_class: str
+    sop_instance: str
+    study: str
+    series: str
+    keys: dict[str, str]  # DICOM keyword -> text, several values joined by a backslash
+
+
+def identify(
+    source: bytes | bytearray | memoryview | BinaryIO, transfer_syntax: str, *, whole: bool
+) -> Identity | None:
+    """Identity of a data set. With `whole` false the source is only its beginning, and None means that more is needed.
+
+    Raises Unreadable.
+    """
+    syntax = UID(transfer_syntax)
+    stream = BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source
+    if syntax.is_deflated:
+        stream = BytesIO(_inflate(stream.read(INFLATED_BYTES_MAX)))
+    found: dict[int, Any] = {}
+    complete = whole
+    try:
+        for element in _elements(stream, syntax):
+            if element.tag > keys.LAST_TAG:
+                complete = True
+                break
+            if element.tag in _TAGS or element.tag == SPECIFIC_CHARACTER_SET:
+                found[int(element.tag)] = element
+    except (EOFError, struct.error, ValueError, KeyError, NotImplementedError, OSError, TypeError) as error:
+        if whole:
+            raise Unreadable(f"the data set can't be read: {type(error).__name__}") from error
+        return None
+    if not complete:
+        return None
+    return _identity(found, little_endian=syntax.is_little_endian)
+
+
+def _elements(stream: BinaryIO, syntax: UID) -> Iterator[Any]:
+    yield from data_element_generator(
+        stream,
+        syntax.is_implicit_VR,
+        syntax.is_little_endian,
+        stop_when=None,
+        defer_size=1 << 16,
+        specific_tags=None,
+    )
+
+
+def _inflate(data: bytes) -> bytes:
+    try:
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, INFLATED_BYTES_MAX)
+    except zlib.error as error:
+        raise Unreadable("the deflated data set can't be inflated") from error
+
+
+def _identity(found: dict[int, Any], *, little_endian: bool) -> Identity:
+    charset = found.pop(SPECIFIC_CHARACTER_SET, None)
+    encodings = _encodings(charset.value if charset is not None else None)
+    values: dict[str, str] = {}
+    for tag, element in found.items():
+        text = _text(element, tag, encodings, little_endian=little_endian)
+        if text:
+            values[_TAGS[tag]] = text[:VALUE_CHARS_MAX]
+    return Identity(
+        values.pop("SOPClassUID", ""),
+        values.pop("SOPInstanceUID", ""),
+        values.get("StudyInstanceUID", ""),
+        values.get("SeriesInstanceUID", ""),
+        values,
+    )
+
+
+def _encodings(value: Any) -> list[str]:
+    if not isinstance(value, bytes) or not value.strip():
+        return ["iso8859"]
+    try:
+        encodings: list[str] = convert_encodings(
+            [part.strip() for part in value.decode("ascii", "replace").split("\\")]
+        )
+        return encodings
+    except (LookupError, ValueError):
+        return ["iso8859"]
+
+
+def _text(element: Any, tag: int, encodings: list[str], *, little_endian: bool) -> str:
+    value = element.value
+    if isinstance(value, str):
+        return value.strip(" \0")
+    if not isinstance(value, bytes) or not value:
+        return ""
+    vr = element.VR if element.VR and element.VR != "UN" else dictionary_VR(tag)
+    if vr in _NUMBERS:
+        code = ("<" if little_endian else ">") + _NUMBERS[vr]
+        size = struct.calcsize(code)
+        return str(struct.unpack_from(code, value)[0]) if len(value) >= size else ""
+    if vr in _TEXT:
+        try:
+            return str(decode_bytes(value, encodings, TEXT_VR_DELIMS)).strip(" \0")
+        except (LookupError, UnicodeError):
+            pass
+    return value.decode("latin-1").strip(" \0")

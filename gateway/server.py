@@ -1,0 +1,74 @@
+"""The DICOM server: listens, bounds connections and associations, and knows what the services work with."""
+
+import asyncio
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import structlog
+from pynetdicom.pdu import A_ASSOCIATE_RQ
+
+from conf.settings import DicomSettings
+from gateway.association import Association
+from gateway.negotiate import BUSY, NOT_NOW, Negotiated, Rejection, negotiate
+from gateway.services import Services
+from storage.store import Store
+
+log = structlog.get_logger()
+
+QUERY_THREADS: Final = 2
+BACKLOG: Final = 128
+
+
+class DicomServer:
+    def __init__(self, store: Store, settings: DicomSettings) -> None:
+        self.settings = settings
+        self._store = store
+        self._executor = ThreadPoolExecutor(QUERY_THREADS, "query")
+        self.services = Services(store, settings, self._executor)
+        self._connections: set[Association] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._server: asyncio.Server | None = None
+        store.on_stepped_down = self.abort_all
+
+    async def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            lambda: Association(self), self.settings.bind, self.settings.port, backlog=BACKLOG, reuse_address=True
+        )
+        log.info("dicom.listening", address=self.settings.bind, port=self.settings.port, aet=self.settings.aet)
+
+    async def stop(self) -> None:
+        if self._server:
+            self._server.close()
+        self.abort_all()
+        for task in list(self._tasks):
+            task.cancel()
+        self._executor.shutdown(wait=False)
+
+    def abort_all(self) -> None:
+        """Another node has taken over, or this one stops: senders connect anew and send again."""
+        for association in list(self._connections):
+            association.abort("this node serves no longer")
+
+    def admit(self, association: Association) -> bool:
+        if len(self._connections) >= self.settings.max_connections:
+            log.warning("dicom.connections", limit=self.settings.max_connections)
+            return False
+        self._connections.add(association)
+        return True
+
+    def forget(self, association: Association) -> None:
+        self._connections.discard(association)
+
+    def negotiate(self, request: A_ASSOCIATE_RQ) -> Negotiated | Rejection:
+        if not self._store.duty.serving:
+            return NOT_NOW
+        if sum(connection.established for connection in self._connections) >= self.settings.max_associations:
+            return BUSY
+        return negotiate(request, self.settings)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

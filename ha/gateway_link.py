@@ -1,0 +1,63 @@
+"""The agent's end of the control socket to the gateway of this node."""
+
+import asyncio
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import structlog
+
+from storage.control import LINE_BYTES_MAX, Report, Tell, boottime, decode_line, encode_line
+
+log = structlog.get_logger()
+
+CONNECT_INTERVAL_S: Final = 0.1
+STALE_S: Final = 4.0  # a gateway that says nothing this long hangs; longer than this machine's pauses
+
+
+class SocketGatewayLink:
+    def __init__(self, path: Path, wake: asyncio.Event) -> None:
+        self._path, self._wake = path, wake
+        self._last: Report | None = None
+        self._last_at = 0.0
+        self._writer: asyncio.StreamWriter | None = None
+
+    @property
+    def report(self) -> Report | None:
+        if self._last is not None and boottime() - self._last_at > STALE_S:
+            return None
+        return self._last
+
+    async def tell(self, tell: Tell) -> None:
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(encode_line(tell))
+
+    async def run(self) -> None:
+        while True:
+            try:
+                reader, self._writer = await asyncio.open_unix_connection(self._path, limit=LINE_BYTES_MAX)
+                await self.tell(Tell("hello"))
+                await self._listen(reader)
+            except OSError:
+                pass
+            except (msgspec.DecodeError, ValueError) as error:
+                log.error("gateway.bad_report", error=str(error))
+            if self._last is not None:
+                log.warning("gateway.away")
+            self._last, self._writer = None, None
+            self._wake.set()
+            await asyncio.sleep(CONNECT_INTERVAL_S)
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        while line := await reader.readline():
+            message = decode_line(line)
+            if isinstance(message, Report):
+                changed = self._last is None or _important(self._last) != _important(message)
+                self._last, self._last_at = message, boottime()
+                if changed:
+                    self._wake.set()
+
+
+def _important(report: Report) -> tuple[object, ...]:
+    """What calls for a decision at once; the rest waits for the next round."""
+    return (report.incarnation, report.promised, report.leading, report.serving, report.linked, report.asked)

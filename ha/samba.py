@@ -1,0 +1,88 @@
+"""Runs the distribution's smbd where the virtual address is. A restarted agent finds it by its pid file."""
+
+import os
+import pwd
+import signal
+import subprocess
+import time
+from importlib.resources import files
+from pathlib import Path
+
+import structlog
+
+from conf.settings import Settings
+
+log = structlog.get_logger()
+
+STOP_S = 3.0
+START_TIMEOUT_S = 15.0
+
+
+class Samba:
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._folder = settings.node.run_dir / f"{settings.node.name}-samba"
+        self._config = self._folder / "smb.conf"
+
+    @property
+    def pid(self) -> int | None:
+        """Process ID of our smbd if it is running."""
+        try:
+            pid = int((self._folder / "smbd.pid").read_text())
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except (OSError, ValueError):
+            return None
+        return pid if str(self._config).encode() in command else None
+
+    def start(self) -> None:
+        """Start smbd unless it runs. Raises OSError or subprocess.SubprocessError."""
+        if self.pid is not None:
+            return
+        self._write_config()
+        subprocess.run(
+            ["smbd", "--daemon", f"--configfile={self._config}"],
+            check=True,
+            capture_output=True,
+            timeout=START_TIMEOUT_S,
+        )
+        log.info("smbd.started")
+
+    def stop(self) -> None:
+        pid = self.pid
+        if pid is None:
+            return
+        for number, wait_s in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, STOP_S)):
+            _signal_group(pid, number)
+            deadline = time.monotonic() + wait_s
+            while self.pid is not None and time.monotonic() < deadline:
+                time.sleep(0.02)
+            if self.pid is None:
+                break
+        log.info("smbd.stopped")
+
+    def _write_config(self) -> None:
+        share = self._settings.share
+        (self._folder / "ncalrpc").mkdir(parents=True, exist_ok=True)
+        view = self._settings.storage.state / "share" / "archive"
+        template = files("conf").joinpath("smb.conf").read_text(encoding="utf-8")
+        text = template.format(
+            netbios_name=share.netbios_name,
+            user=pwd.getpwuid(os.geteuid()).pw_name,
+            port=share.port,
+            folder=self._folder,
+            name=share.name,
+            path=view,
+            guest="yes" if share.guest else "no",
+        )
+        self._config.write_text(text, encoding="utf-8")
+
+
+def _signal_group(pid: int, number: int) -> None:
+    """smbd leads a process group with one process for each client."""
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            return

@@ -1,0 +1,68 @@
+"""The gateway's end of the control socket: takes `Tell`, gives `Report`, answers `status`."""
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import structlog
+
+from storage.control import LINE_BYTES_MAX, StatusReply, StatusRequest, Tell, decode_line, encode_line
+from storage.store import Store
+
+log = structlog.get_logger()
+
+REPORT_DELAY_S: Final = 0.02
+
+
+class ControlServer:
+    def __init__(self, store: Store, path: Path) -> None:
+        self._store, self._path = store, path
+        self._agents: set[asyncio.StreamWriter] = set()
+        self._server: asyncio.Server | None = None
+        self._scheduled = False
+        store.on_change = self._changed
+
+    async def start(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.unlink(missing_ok=True)
+        self._server = await asyncio.start_unix_server(self._serve, self._path, limit=LINE_BYTES_MAX)
+        os.chmod(self._path, 0o600)
+
+    async def stop(self) -> None:
+        if self._server:
+            self._server.close()
+        for writer in list(self._agents):
+            writer.close()
+        self._path.unlink(missing_ok=True)
+
+    def _changed(self) -> None:
+        """Report soon; many changes make one report."""
+        if self._agents and not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_later(REPORT_DELAY_S, self._report)
+
+    def _report(self) -> None:
+        self._scheduled = False
+        line = encode_line(self._store.report())
+        for writer in self._agents:
+            writer.write(line)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while line := await reader.readline():
+                message = decode_line(line)
+                if isinstance(message, Tell):
+                    if writer not in self._agents:
+                        self._agents.add(writer)
+                    if message.role != "hello":
+                        self._store.tell(message)
+                    self._report()
+                elif isinstance(message, StatusRequest):
+                    writer.write(encode_line(StatusReply(self._store.status())))
+        except (msgspec.DecodeError, ConnectionError, ValueError) as error:
+            log.warning("control.bad_line", error=str(error))
+        finally:
+            self._agents.discard(writer)
+            writer.close()

@@ -224,11 +224,7 @@ class Agent:
     async def _carry_out(self, action: Action, view: View) -> None:
         match action:
             case Tell():
-                bound = view.state.cluster_id if view.state else ""
-                up = self._site.up
-                vips = self._vips if up else ()
-                told = msgspec.structs.replace(action, cluster_id=bound, vips=vips, share=up, etcd_ok=view.etcd_ok)
-                await self._gateway.tell(told)
+                await self._gateway.tell(self._informed(action, view))
             case Serve(here=True):
                 seconds = action.until - self._clock()
                 if seconds > 0:
@@ -238,6 +234,19 @@ class Agent:
             case _:
                 if self._mutation is None or self._mutation.done():
                     self._mutation = asyncio.create_task(self._mutate(action, view))
+
+    def _informed(self, tell: Tell, view: View) -> Tell:
+        """The decision with what the gateway shows in its status."""
+        up, state = self._site.up, view.state
+        return msgspec.structs.replace(
+            tell,
+            cluster_id=state.cluster_id if state else "",
+            primary=view.leader.node if view.leader else "",
+            members=tuple(member.node for member in state.in_sync) if state else (),
+            vips=self._vips if up else (),
+            share=up,
+            etcd_ok=view.etcd_ok,
+        )
 
     async def _mutate(self, action: CreateState | Acquire | Bump | Change | Release, view: View) -> None:
         try:

@@ -63,7 +63,9 @@ class Tell(msgspec.Struct, frozen=True, tag="tell"):
     answered: str = ""  # nonce of the asked set that is in force
     withhold: bool = False
     cluster_id: str = ""
-    vips: tuple[str, ...] = ()  # for status
+    primary: str = ""  # this and the following for status only
+    members: tuple[str, ...] = ()
+    vips: tuple[str, ...] = ()
     share: bool = False
     etcd_ok: bool = False
 

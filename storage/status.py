@@ -34,14 +34,14 @@ def node_status(store: "Store") -> dict[str, Any]:
     if core.peer:
         nodes[core.peer] = _peer(store)
     behind = max(0, core.commit - core.peer_acked) if core.leading and core.peer else 0
-    in_sync = sorted(core.confirmed) if core.leading else sorted(store.told.in_sync)
+    in_sync = sorted(core.confirmed) if core.leading else sorted(store.told.members)
     return {
         "cluster": settings.cluster.name if settings.cluster else "",
         "node": core.node,
         "role": "primary" if core.leading else "standby",
         "mode": mode(store),
         "epoch": core.epoch if core.leading else core.promised,
-        "primary": core.node if core.leading else (core.peer_hello.node if _peer_leads(store) else ""),  # type: ignore[union-attr]
+        "primary": core.node if core.leading else store.told.primary,
         "in_sync": in_sync,
         "vips": list(store.told.vips),
         "share": store.told.share,

@@ -197,6 +197,7 @@ class Agent:
             ttl_s=self._ttl_s,
             started_at=self._started_at,
             gateway_grace_s=self._grace_s,
+            looked=self._read_at > NEVER,
             etcd_ok=now - self._read_at < self._ttl_s,
             state=self._state,
             leader=self._leader,

@@ -49,6 +49,7 @@ class View:
     ttl_s: float
     started_at: float
     gateway_grace_s: float
+    looked: bool  # etcd was read since this agent started
     etcd_ok: bool  # the following three were read not long ago
     state: State | None
     leader: Leader | None
@@ -104,6 +105,8 @@ Action = CreateState | Acquire | Bump | Change | Release | Tell | Serve
 
 def decide(view: View) -> list[Action]:
     gateway = view.gateway
+    if (gateway is None or not view.looked) and view.now - view.started_at < view.ttl_s:
+        return []  # a restarted agent looks first; what the one before left up ends by itself
     if gateway is None:
         return _without_gateway(view)
     if not view.etcd_ok:

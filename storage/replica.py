@@ -158,7 +158,7 @@ class Replica:
         self._linked = False
         self._heard_at = 0.0
         self._pinged_at = float("-inf")
-        self._lost_at: float | None = None
+        self._lost_at: float | None = float("-inf")  # when the peer was last known to be there; None while it is
         self._f = _Follower()
         self._token = 0
         self._session = 0
@@ -187,7 +187,8 @@ class Replica:
 
     @property
     def linked(self) -> bool:
-        return self._linked
+        """The peer has been heard on the present link. A link alone says little: a frozen node's kernel takes it."""
+        return self._linked and self._lost_at is None
 
     @property
     def peer_acked(self) -> int:
@@ -244,7 +245,7 @@ class Replica:
         self._following = self._greeting = None
         self._f = _Follower()
         self.grant_until = float("-inf")
-        self._lost_at = None if self._linked else now
+        self._lost_at = None if self.linked else now
         self._lead_from = self.accepted
         self._advance()
         if self._linked:
@@ -332,7 +333,7 @@ class Replica:
         if not self._linked:
             return
         self._linked = False
-        self._lost_at = now
+        self._lost_at = now if self._lost_at is None else self._lost_at
         self._following = self._greeting = None
         self.peer_hello = self.peer_last = None
         self._f.stage = Peer.UNLINKED
@@ -356,7 +357,7 @@ class Replica:
         if waiting and now - self._f.progress_at > self.limits.ack_timeout_s:
             self._out.append(DropLink("the peer answers but doesn't acknowledge"))
             self.unlinked(now - self.limits.peer_timeout_s)
-        lost = not self._linked and self._lost_at is not None and now - self._lost_at >= self.limits.peer_timeout_s
+        lost = self._lost_at is not None and now - self._lost_at >= self.limits.peer_timeout_s
         if lost and self.peer in self.required and self._asked() != frozenset({self.node}):
             self._ask_for(frozenset({self.node}))
         self._expand()
@@ -364,7 +365,7 @@ class Replica:
     # -- messages ----------------------------------------------------------------------------------------------
 
     def receive(self, message: AnyMessage, now: float) -> None:
-        self._heard_at = now
+        self._heard_at, self._lost_at = now, None
         match message:
             case Hello():
                 self._on_hello(message, now)

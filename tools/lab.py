@@ -230,6 +230,7 @@ class Lab:
     def power_off(self, node: str) -> None:
         ip("-n", HUB, "link", "set", f"to-{node}", "down")
         self._kill_all(node)
+        ip("-n", HUB, "link", "del", f"to-{node}")  # at once; the kernel takes its time to end a namespace
         ip("netns", "del", namespace(node))
 
     def power_on(self, node: str) -> None:

@@ -260,8 +260,8 @@ class World:
             if not all(path.up for path in self.paths.values()) or not a.gateway or not b.gateway:
                 continue
             ends = (a.gateway, b.gateway)
-            if any(end.process.dead or end.process.stopped for end in ends) or ends[0].connection:
-                continue
+            if any(end.process.dead for end in ends) or ends[0].process.stopped or ends[0].connection:
+                continue  # a connection to a stopped process is made by its kernel
             connection = Connection(self, a, b)
             for end in ends:
                 self.loop.post(end.process, 0.0005, end.connected, connection)

@@ -11,7 +11,7 @@ import uvloop
 from conf.settings import Settings
 from gateway.server import DicomServer
 from storage.control_socket import ControlServer
-from storage.replica import InvariantBroken
+from storage.effects import InvariantBroken
 from storage.store import Store
 
 log = structlog.get_logger()

@@ -21,7 +21,8 @@ from gateway.negotiate import STUDY_ROOT_FIND, VERIFICATION, is_storage_class
 from gateway.part10 import file_header
 from storage.model import Put
 from storage.paths import is_uid
-from storage.store import Conflict, NotServing, Store, Upload
+from storage.store import Conflict, NotServing, Store
+from storage.upload import Upload
 from storage.volumes import NoRoom
 
 log = structlog.get_logger()
@@ -249,7 +250,7 @@ class Storer:
     async def _refuse(self, status: int, why: str) -> None:
         """Keep what can't be stored in quarantine, then say so."""
         await self._upload.incoming.finish()
-        await self._services.store.quarantine(self._upload, why, self._call.request.sop_instance)
+        await self._upload.set_aside(why, self._call.request.sop_instance)
         log.warning("store.refused", status=f"0x{status:04X}", why=why, calling_ae=self._call.peer.calling_ae)
         self._call.answer(status, why)
 

@@ -8,7 +8,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from storage.control import NEVER, Asked, Member, Report, Tell
-from storage.replica import Ask, Replica
+from storage.effects import Ask
+from storage.replica import Replica
 
 POLL_S = 0.02
 

@@ -8,12 +8,12 @@ from typing import Final
 
 import structlog
 
+from storage.effects import Persist
 from storage.incoming import Incoming
 from storage.journal import Journal
 from storage.model import Entry, Location, Put, decode_entry
 from storage.peering import FetchFailed, Peering
 from storage.recovery import file_digest
-from storage.replica import Persist
 from storage.volumes import NoRoom, Volumes
 
 log = structlog.get_logger()

@@ -144,3 +144,9 @@ class Incoming:
         spooled = self._spooled
         if spooled:
             await asyncio.get_running_loop().run_in_executor(self._executor, spooled.discard)
+
+    async def set_aside(self, reason: str, detail: dict[str, str]) -> None:
+        """Move the finished object to its volume's quarantine."""
+        source = self.volume.path / "spool" / self.spool
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._executor, self.volume.quarantine, source, reason, detail)

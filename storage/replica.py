@@ -16,103 +16,24 @@ Invariants kept here (letters of the design):
 """
 
 from dataclasses import dataclass, field
-from enum import Enum
 
+from storage.effects import (
+    Adopt,
+    Ask,
+    DropLink,
+    Effect,
+    InvariantBroken,
+    Limits,
+    Peer,
+    Persist,
+    Publish,
+    Role,
+    Send,
+    SteppedDown,
+    Transmit,
+)
 from storage.epochs import Epochs
 from storage.messages import Ack, AnyMessage, Deny, Hello, Joined, Ping, Pong, Prepare, Welcome
-
-
-class InvariantBroken(Exception):
-    """The node must stop: going on could lose what was acknowledged."""
-
-
-class Role(Enum):
-    FOLLOWER = "follower"
-    LEADER = "leader"
-
-
-class Peer(Enum):
-    """What a leader knows of the other node's log."""
-
-    UNLINKED = "unlinked"
-    GREETED = "greeted"  # Welcome sent, waiting for Joined
-    JOINED = "joined"  # entries flow
-
-
-@dataclass(frozen=True)
-class Limits:
-    peer_timeout_s: float = 1.5
-    ack_timeout_s: float = 10.0
-    ping_interval_s: float = 0.2
-    grant_s: float = 2.0
-    grant_margin_s: float = 0.2
-    greet_again_s: float = 3.0
-    window: int = 256
-
-
-# Effects, to be carried out in order.
-
-
-@dataclass(frozen=True)
-class Send:
-    message: AnyMessage
-
-
-@dataclass(frozen=True)
-class Transmit:
-    """Send entries first..last (inclusive) as Prepare of this session."""
-
-    session: int
-    first: int
-    last: int
-
-
-@dataclass(frozen=True)
-class Persist:
-    """Make this entry and its bytes durable, then call `persisted`."""
-
-    seq: int
-    entry_epoch: int
-    entry: bytes
-    stream: int
-
-
-@dataclass(frozen=True)
-class Adopt:
-    """Durably promise `epoch` and drop the log after `match`, then call `adopted` with the same values."""
-
-    epoch: int
-    match: int
-
-
-@dataclass(frozen=True)
-class Publish:
-    """Entries up to `seq` are committed: make them visible, then acknowledge them."""
-
-    seq: int
-
-
-@dataclass(frozen=True)
-class SteppedDown:
-    """This node stopped leading; what was proposed and not published has an unknown outcome."""
-
-    promised: int
-
-
-@dataclass(frozen=True)
-class DropLink:
-    reason: str
-
-
-Effect = Send | Transmit | Persist | Adopt | Publish | SteppedDown | DropLink
-
-
-@dataclass(frozen=True)
-class Ask:
-    """The in-sync set this leader wants to be in force; `token` names the request."""
-
-    token: int
-    members: frozenset[str]
 
 
 @dataclass
@@ -506,16 +427,16 @@ class Replica:
         settled = Epochs(self.epochs.pairs)
         settled.truncate(self.durable)
         return Hello(
-            self.cluster,
-            self.node,
-            self.store_id,
-            self.incarnation,
-            self.promised,
-            self.leading,
-            session,
-            settled.pairs,
-            self.commit,
-            self.whole,
+            cluster=self.cluster,
+            node=self.node,
+            store_id=self.store_id,
+            incarnation=self.incarnation,
+            promised=self.promised,
+            leading=self.leading,
+            session=session,
+            epochs=settled.pairs,
+            commit=self.commit,
+            whole=self.whole,
         )
 
     def _greet(self, now: float) -> None:

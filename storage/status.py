@@ -49,7 +49,7 @@ def node_status(store: "Store") -> dict[str, Any]:
         "nodes": nodes,
         **counts,
         "single_copy": _single_copy(store),
-        "catch_up": {"behind": behind, "linked": core.linked, "missing": store.missing_count},
+        "catch_up": {"behind": behind, "linked": core.linked, "missing": store.healing.missing},
         "commit": core.commit,
     }
 

@@ -18,15 +18,7 @@ from conf.settings import Settings
 from storage.catalogue import Batch, Catalogue
 from storage.control import Report, Tell, boottime
 from storage.duty import Duty
-from storage.epochs import Epochs
-from storage.follower import Follower
-from storage.incoming import Incoming
-from storage.journal import Journal
-from storage.messages import AnyMessage, Pong, Prepare
-from storage.model import Entry, Location, Put, encode
-from storage.peering import FetchFailed, Peering
-from storage.recovery import recover
-from storage.replica import (
+from storage.effects import (
     Adopt,
     DropLink,
     Effect,
@@ -34,12 +26,22 @@ from storage.replica import (
     Limits,
     Persist,
     Publish,
-    Replica,
     Send,
     SteppedDown,
     Transmit,
 )
+from storage.epochs import Epochs
+from storage.follower import Follower
+from storage.healing import Healing
+from storage.incoming import Incoming
+from storage.journal import Journal
+from storage.messages import AnyMessage, Pong, Prepare
+from storage.model import Entry, Location, Put, encode
+from storage.peering import Peering
+from storage.recovery import recover
+from storage.replica import Replica
 from storage.status import node_status
+from storage.upload import Upload
 from storage.view import View
 from storage.volumes import NoRoom, Volumes
 
@@ -66,7 +68,6 @@ class Store:
         self.view = View(settings.storage.state / "share" / "archive")
         self.view.rebuild([volume.path / "archive" for volume in self.volumes])
         recovered = recover(self.catalogue, self.volumes, verify=settings.storage.verify_tail)
-        self._missing = list(recovered.missing)
         self.cluster_id = str(self.catalogue.meta("cluster_id", ""))
         self.pair_seq = int(self.catalogue.meta("pair_seq", 0))
         self.told = Tell("follow")
@@ -83,6 +84,9 @@ class Store:
             self.peering, self.journal, self.volumes, self._disk, self.catalogue.location, self._stuck
         )
         self.follower.restart(self.core.durable)
+        self.healing = Healing(
+            self.core, self.catalogue, self.volumes, self.journal, self.follower, self._disk, recovered.missing
+        )
         self.duty = Duty(
             self.core,
             clock=boottime,
@@ -200,17 +204,12 @@ class Store:
     def report(self) -> Report:
         return self.duty.report(self.cluster_id)
 
-    @property
-    def missing_count(self) -> int:
-        """Published entries whose bytes this node still lacks."""
-        return len(self._missing)
-
     def status(self) -> dict[str, Any]:
         return node_status(self)
 
     # -- writing -----------------------------------------------------------------------------------------------
 
-    def begin(self, header: bytes) -> "Upload":
+    def begin(self, header: bytes) -> Upload:
         """Start an object. `header` is what precedes the data set. Raises NotServing or NoRoom."""
         if not self.may_serve:
             raise NotServing("not the primary")
@@ -219,7 +218,7 @@ class Store:
         volume = self.volumes.choose()
         stream = self.peering.open_stream(header) if self.core.live else 0
         tee = (lambda chunk: self.peering.chunk(stream, chunk)) if stream else None
-        return Upload(self, Incoming(self._disk, volume, header, tee), stream)
+        return Upload(Incoming(self._disk, volume, header, tee), stream, self.peering, self.place)
 
     def place(self, incoming: Incoming, study: str) -> None:
         """Put an object where the rest of its study lies, if there is room and nothing was written yet."""
@@ -241,7 +240,7 @@ class Store:
         cluster = self.settings.cluster
         return cluster is not None and cluster.degraded == "refuse" and self.core.required == {self.core.node}
 
-    async def put(self, upload: "Upload", make: Callable[[bytes, int], Put]) -> bool:
+    async def put(self, upload: Upload, make: Callable[[bytes, int], Put]) -> bool:
         """Commit a finished object. `make(digest, length)` gives its record.
 
         Returns True if it is stored now, False if the same object was there already. Raises Conflict, NotServing,
@@ -274,7 +273,7 @@ class Store:
         found = self.catalogue.instance(sop_instance)
         return (found.put, found.seq) if found else None
 
-    async def _again(self, upload: "Upload", put: Put, known: Put, seq: int) -> bool:
+    async def _again(self, upload: Upload, put: Put, known: Put, seq: int) -> bool:
         if (known.digest, known.length - known.offset) == (put.digest, put.length - put.offset):
             await upload.discard()
             if seq in self._waiting:
@@ -282,16 +281,8 @@ class Store:
                 if self.core.commit < seq:
                     raise NotServing("no longer the primary")
             return False
-        await self.quarantine(upload, "SOP Instance UID is taken by other bytes", put.sop_instance)
+        await upload.set_aside("SOP Instance UID is taken by other bytes", put.sop_instance)
         raise Conflict(put.sop_instance)
-
-    async def quarantine(self, upload: "Upload", reason: str, sop_instance: str) -> None:
-        """Keep a refused object aside. It must be finished."""
-        incoming = upload.incoming
-        self.peering.abort_stream(upload.stream)
-        source = incoming.volume.path / "spool" / incoming.spool
-        detail = {"sop_instance": sop_instance}
-        await asyncio.get_running_loop().run_in_executor(self._disk, incoming.volume.quarantine, source, reason, detail)
 
     async def _propose(self, put: Put, location: Location, stream: int) -> None:
         seq = self.core.propose(boottime())
@@ -388,8 +379,7 @@ class Store:
         self.peering.send(Prepare(self.core.epoch, session, seq, epoch, self.core.commit, raw, stream))
 
     async def _adopt(self, epoch: int, match: int) -> None:
-        if match < self.catalogue.epochs.last[1]:
-            await self._quarantine_tail(match)
+        await self.healing.set_tail_aside(match)
         await self.journal.set(truncate_after=match, promised=max(epoch, self.core.promised))
         self.follower.restart(match)
         for seq in [seq for seq in self._entries if seq > match]:
@@ -397,26 +387,7 @@ class Store:
             self._pending.pop(entry.operation.sop_instance, None)
         self.core.adopted(epoch, match)
         self.flush()
-        await self._check_whole()
-
-    async def _quarantine_tail(self, match: int) -> None:
-        """Entries that the leader doesn't have were never acknowledged; their objects are kept aside."""
-        for seq in range(match + 1, self.catalogue.epochs.last[1] + 1):
-            put = self.catalogue.entry(seq).operation
-            location = self.catalogue.location(put.sop_instance)
-            if location is None or self.catalogue.instance(put.sop_instance):
-                continue
-            try:
-                volume = self.volumes.get(location.volume)
-                path = volume.locate(location.spool, location.path)
-                if path:
-                    detail = {"sop_instance": put.sop_instance}
-                    reason = "diverged: prepared here and not committed"
-                    await asyncio.get_running_loop().run_in_executor(
-                        self._disk, volume.quarantine, path, reason, detail
-                    )
-            except (OSError, LookupError) as error:
-                log.error("quarantine.failed", seq=seq, error=str(error))
+        await self.healing.check()
 
     def _publish(self, upto: int) -> None:
         self._queue_applies(upto)
@@ -452,7 +423,7 @@ class Store:
         self.core.persisted(seq)
         self.flush()
         if not self.core.whole:
-            self._spawn(self._check_whole())
+            self._spawn(self.healing.check())
 
     def _applied(self, seq: int) -> None:
         for done in [done for done in self._entries if done <= seq]:
@@ -495,40 +466,6 @@ class Store:
     def _stuck(self, why: str) -> None:
         self.peering.drop(f"an entry can't be kept here: {why}")
 
-    async def _check_whole(self) -> None:
-        """An incomplete copy is whole when it holds all that was committed when it joined, old losses included."""
-        core = self.core
-        while self._missing and core.joined:
-            entry = self._missing[-1]
-            put = entry.operation
-            try:
-                location = await self.follower.obtain(put)
-            except (FetchFailed, OSError, NoRoom) as error:
-                log.warning("heal.failed", sop_instance=put.sop_instance, error=str(error))
-                return
-            await self._set_damaged_aside(put)
-            self.journal.apply(entry, location)
-            self.journal.hurry()
-            self._missing.pop()
-        if not core.whole and core.whole_at is not None and core.durable >= core.whole_at and not self._missing:
-            await self.journal.set(whole=True)
-            core.whole = True
-            log.info("copy.whole")
-
-    async def _set_damaged_aside(self, put: Put) -> None:
-        location = self.catalogue.location(put.sop_instance)
-        if location is None:
-            return
-        try:
-            volume = self.volumes.get(location.volume)
-            path = volume.locate(location.spool, location.path)
-            if path:
-                detail = {"sop_instance": put.sop_instance}
-                loop = asyncio.get_running_loop()
-                await loop.run_in_executor(self._disk, volume.quarantine, path, "damaged copy", detail)
-        except (OSError, LookupError) as error:
-            log.error("quarantine.failed", sop_instance=put.sop_instance, error=str(error))
-
     # -- link --------------------------------------------------------------------------------------------------
 
     def _link_up(self) -> None:
@@ -556,33 +493,3 @@ class Store:
             self.flush()
         except InvariantBroken as error:
             self._die(error)
-
-
-class Upload:
-    """An object being received: its bytes, and the stream that carries them to the peer."""
-
-    def __init__(self, store: Store, incoming: Incoming, stream: int) -> None:
-        self._store = store
-        self.incoming, self.stream = incoming, stream
-
-    def place(self, study: str) -> None:
-        self._store.place(self.incoming, study)
-
-    @property
-    def backlogged(self) -> bool:
-        link = self._store.peering.link
-        return self.incoming.backlogged or (self.stream != 0 and link is not None and link.backlogged)
-
-    async def room(self) -> None:
-        """Wait until neither the disk nor the peer is behind."""
-        link = self._store.peering.link
-        if self.stream and link is not None and link.backlogged:
-            await link.room()
-        while self.incoming.backlogged:
-            drained = asyncio.Event()
-            self.incoming.on_drained = drained.set
-            await drained.wait()
-
-    async def discard(self) -> None:
-        self._store.peering.abort_stream(self.stream)
-        await self.incoming.discard()

@@ -4,6 +4,7 @@ Everything is real: etcd, gateway, HA agent, smbd; only the cables are virtual. 
 cable out, killing everything in its namespace, and removing the namespace.
 """
 
+import ctypes
 import ipaddress
 import json
 import os
@@ -12,7 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +33,7 @@ MEMBERS: Final = ("a", "b", "w")
 HUB: Final = "tandem-net"
 LAST: Final = Path("/run/tandem-lab.json")
 UP_TIMEOUT_S: Final = 90.0
+CLONE_NEWNET: Final = 0x40000000
 
 
 class LabError(Exception):
@@ -218,7 +221,7 @@ class Lab:
     def _kill_all(self, member: str) -> None:
         """SIGKILL for everything in the namespace, until nothing is left."""
         deadline = time.monotonic() + 20
-        while pids := pids_in(member):
+        while pids := [pid for pid in pids_in(member) if pid != os.getpid()]:
             for pid in pids:
                 _signal(pid, signal.SIGKILL)
             if time.monotonic() > deadline:
@@ -370,3 +373,20 @@ def find_lab(folder: Path | None) -> Lab:
         except (OSError, ValueError, KeyError):
             raise LabError("no lab is up; `tandem lab up --dir DIR` brings one up") from None
     return Lab(folder.resolve())
+
+
+@contextmanager
+def inside(member: str) -> Iterator[None]:
+    """This process's network is that of a lab member meanwhile; children and new threads have it too. Needs root."""
+    with open("/proc/self/ns/net", "rb") as before, open(f"/run/netns/{namespace(member)}", "rb") as there:
+        _set_network(there.fileno())
+        try:
+            yield
+        finally:
+            _set_network(before.fileno())
+
+
+def _set_network(descriptor: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(descriptor, CLONE_NEWNET) != 0:
+        raise LabError(f"setns: {os.strerror(ctypes.get_errno())}")

@@ -6,20 +6,10 @@ from typing import TYPE_CHECKING
 
 from storage.control import Report, Tell
 from storage.duty import Duty
+from storage.effects import Adopt, DropLink, Effect, Limits, Persist, Publish, Send, SteppedDown, Transmit
 from storage.epochs import Epochs
 from storage.messages import AnyMessage, Prepare
-from storage.replica import (
-    Adopt,
-    DropLink,
-    Effect,
-    Limits,
-    Persist,
-    Publish,
-    Replica,
-    Send,
-    SteppedDown,
-    Transmit,
-)
+from storage.replica import Replica
 from tests.simulation.virtual import Process
 
 if TYPE_CHECKING:

@@ -4,8 +4,9 @@ from collections.abc import Iterable
 
 from storage.control import Tell
 from storage.duty import Duty
+from storage.effects import Publish
 from storage.messages import Ping
-from storage.replica import Publish, Replica
+from storage.replica import Replica
 from tests.simulation.gateway import SimGateway
 
 

@@ -1,0 +1,86 @@
+"""Makes an incomplete copy whole again, and sets aside what must not be served."""
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import Executor
+
+import structlog
+
+from storage.catalogue import Catalogue
+from storage.follower import Follower
+from storage.journal import Journal
+from storage.model import Entry, Put
+from storage.peering import FetchFailed
+from storage.replica import Replica
+from storage.volumes import NoRoom, Volumes
+
+log = structlog.get_logger()
+
+
+class Healing:
+    def __init__(
+        self,
+        core: Replica,
+        catalogue: Catalogue,
+        volumes: Volumes,
+        journal: Journal,
+        follower: Follower,
+        executor: Executor,
+        missing: Sequence[Entry],
+    ) -> None:
+        """`missing` are published entries whose bytes recovery didn't find or found damaged."""
+        self._core, self._catalogue, self._volumes, self._journal = core, catalogue, volumes, journal
+        self._follower, self._executor = follower, executor
+        self._missing = list(missing)
+        self._checking = asyncio.Lock()
+
+    @property
+    def missing(self) -> int:
+        """Published entries whose bytes this node still lacks."""
+        return len(self._missing)
+
+    async def check(self) -> None:
+        """A copy is whole when it holds all that was committed when it joined, old losses included."""
+        async with self._checking:
+            await self._check()
+
+    async def _check(self) -> None:
+        core = self._core
+        while self._missing and core.joined:
+            entry = self._missing[-1]
+            put = entry.operation
+            try:
+                location = await self._follower.obtain(put)
+            except (FetchFailed, OSError, NoRoom) as error:
+                log.warning("heal.failed", sop_instance=put.sop_instance, error=str(error))
+                return
+            await self._set_aside(put, "damaged copy")
+            self._journal.apply(entry, location)
+            self._journal.hurry()
+            self._missing.pop()
+        reached = core.whole_at is not None and core.durable >= core.whole_at
+        if not core.whole and reached and not self._missing:
+            await self._journal.set(whole=True)
+            core.whole = True
+            log.info("copy.whole")
+
+    async def set_tail_aside(self, match: int) -> None:
+        """Entries after `match` that the leader doesn't have were never acknowledged; their objects are kept."""
+        for seq in range(match + 1, self._catalogue.epochs.last[1] + 1):
+            put = self._catalogue.entry(seq).operation
+            if self._catalogue.instance(put.sop_instance) is None:
+                await self._set_aside(put, "diverged: prepared here and not committed")
+
+    async def _set_aside(self, put: Put, reason: str) -> None:
+        location = self._catalogue.location(put.sop_instance)
+        if location is None:
+            return
+        try:
+            volume = self._volumes.get(location.volume)
+            path = volume.locate(location.spool, location.path)
+            if path:
+                detail = {"sop_instance": put.sop_instance}
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(self._executor, volume.quarantine, path, reason, detail)
+        except (OSError, LookupError) as error:
+            log.error("quarantine.failed", sop_instance=put.sop_instance, error=str(error))

@@ -1,0 +1,44 @@
+"""An object being received: its bytes on their way to the disk, and the stream that carries them to the peer."""
+
+import asyncio
+from collections.abc import Callable
+
+from storage.incoming import Incoming
+from storage.peering import Peering
+
+
+class Upload:
+    """`place(incoming, study)` chooses the volume once the study is known."""
+
+    def __init__(
+        self, incoming: Incoming, stream: int, peering: Peering, place: Callable[[Incoming, str], None]
+    ) -> None:
+        self.incoming, self.stream = incoming, stream
+        self._peering, self._place = peering, place
+
+    def place(self, study: str) -> None:
+        self._place(self.incoming, study)
+
+    @property
+    def backlogged(self) -> bool:
+        link = self._peering.link
+        return self.incoming.backlogged or (self.stream != 0 and link is not None and link.backlogged)
+
+    async def room(self) -> None:
+        """Wait until neither the disk nor the peer is behind."""
+        link = self._peering.link
+        if self.stream and link is not None and link.backlogged:
+            await link.room()
+        while self.incoming.backlogged:
+            drained = asyncio.Event()
+            self.incoming.on_drained = drained.set
+            await drained.wait()
+
+    async def discard(self) -> None:
+        self._peering.abort_stream(self.stream)
+        await self.incoming.discard()
+
+    async def set_aside(self, reason: str, sop_instance: str) -> None:
+        """Keep a refused object in quarantine. It must be finished."""
+        self._peering.abort_stream(self.stream)
+        await self.incoming.set_aside(reason, {"sop_instance": sop_instance})

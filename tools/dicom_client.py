@@ -1,0 +1,166 @@
+"""A small blocking DICOM sender for the bench and the tests: one association, C-ECHO and C-STORE, exact timing.
+
+It sends bytes as they are given, so tests can send what a proper toolkit refuses to.
+"""
+
+import socket
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from pydicom import dcmread
+from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RQ
+from pynetdicom.pdu_primitives import A_ASSOCIATE, ImplementationClassUIDNotification, MaximumLengthNotification
+from pynetdicom.presentation import build_context
+
+MAX_PDU_BYTES: Final = 131072
+_ELEMENT: Final = struct.Struct("<HHL")
+
+
+class AssociationFailed(Exception):
+    """Rejected, aborted or closed."""
+
+
+@dataclass(frozen=True)
+class Object:
+    """A data set ready to be sent."""
+
+    sop_class: str
+    sop_instance: str
+    transfer_syntax: str
+    data: bytes
+
+    def renamed(self, sop_instance: str) -> "Object":
+        """The same object under another SOP Instance UID of the same length."""
+        old, new = self.sop_instance.encode(), sop_instance.encode()
+        if len(old) != len(new):
+            raise ValueError("the new UID must have the length of the old one")
+        return Object(self.sop_class, sop_instance, self.transfer_syntax, self.data.replace(old, new))
+
+
+def read_object(path: Path) -> Object:
+    """The data set of a Part 10 file, byte for byte."""
+    raw = path.read_bytes()
+    header = dcmread(path, specific_tags=["SOPClassUID", "SOPInstanceUID"], stop_before_pixels=True)
+    meta = header.file_meta
+    length = struct.unpack_from("<L", raw, 132 + 8)[0]
+    start = 132 + 12 + length
+    return Object(str(header.SOPClassUID), str(header.SOPInstanceUID), str(meta.TransferSyntaxUID), raw[start:])
+
+
+class DicomClient:
+    """Raises AssociationFailed or OSError."""
+
+    def __init__(
+        self, host: str, port: int, called: str, contexts: Sequence[tuple[str, str]], timeout_s: float
+    ) -> None:
+        self._socket = socket.create_connection((host, port), timeout=timeout_s)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._stream = self._socket.makefile("rb")
+        self._message_id = 0
+        self.contexts: dict[tuple[str, str], int] = {}
+        self._peer_max = 16384
+        self._associate(called, list(dict.fromkeys(contexts)))
+
+    def __enter__(self) -> "DicomClient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._stream.close()
+        self._socket.close()
+
+    def _associate(self, called: str, contexts: list[tuple[str, str]]) -> None:
+        request = A_ASSOCIATE()
+        request.application_context_name = "1.2.840.10008.3.1.1.1"
+        request.calling_ae_title, request.called_ae_title = "BENCH", called
+        request.presentation_context_definition_list = []
+        for number, (abstract, transfer) in enumerate(contexts):
+            context = build_context(abstract, transfer)
+            context.context_id = 2 * number + 1
+            request.presentation_context_definition_list.append(context)
+        length = MaximumLengthNotification()
+        length.maximum_length_received = MAX_PDU_BYTES
+        implementation = ImplementationClassUIDNotification()
+        implementation.implementation_class_uid = "1.2.3.4"
+        request.user_information = [length, implementation]
+        pdu = A_ASSOCIATE_RQ()
+        pdu.from_primitive(request)
+        self.send_raw(pdu.encode())
+        kind, body = self.read_pdu()
+        if kind != 2:
+            raise AssociationFailed(f"no association: PDU {kind}, {body[:8].hex()}")
+        answer = A_ASSOCIATE_AC()
+        answer.decode(struct.pack(">BxL", kind, len(body)) + body)
+        primitive = answer.to_primitive()
+        results = primitive.presentation_context_definition_results_list
+        accepted = {context.context_id for context in results if not context.result}
+        self.contexts = {pair: 2 * n + 1 for n, pair in enumerate(contexts) if 2 * n + 1 in accepted}
+        self._peer_max = primitive.maximum_length_received or MAX_PDU_BYTES
+
+    def send_raw(self, data: bytes) -> None:
+        self._socket.sendall(data)
+        # Without this a server that answers in two writes waits 40 ms for our delayed acknowledgement (Nagle), and we
+        # would measure the kernel instead of the server.
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+
+    def read_pdu(self) -> tuple[int, bytes]:
+        """(PDU type, body)."""
+        head = self._stream.read(6)
+        if len(head) < 6:
+            raise AssociationFailed("the connection was closed")
+        kind, length = struct.unpack(">BxL", head)
+        return kind, self._stream.read(length)
+
+    def pdvs(self, context_id: int, payload: bytes, *, command: bool) -> bytes:
+        room = min(self._peer_max, MAX_PDU_BYTES) - 6
+        out = bytearray()
+        for start in range(0, len(payload), room):
+            part = payload[start : start + room]
+            control = (1 if command else 0) | (2 if start + room >= len(payload) else 0)
+            out += struct.pack(">BxLLBB", 4, len(part) + 6, len(part) + 2, context_id, control)
+            out += part
+        return bytes(out)
+
+    def status(self) -> int:
+        """Status of the next response."""
+        kind, body = self.read_pdu()
+        if kind != 4:
+            raise AssociationFailed(f"PDU {kind} instead of a response")
+        command, at = body[6:], 0
+        while at + 8 <= len(command):
+            _group, element, length = _ELEMENT.unpack_from(command, at)
+            if element == 0x0900:
+                return int.from_bytes(command[at + 8 : at + 10], "little")
+            at += 8 + length
+        raise AssociationFailed("a response without status")
+
+    def store(self, item: Object) -> int:
+        """C-STORE; returns the status."""
+        context_id = self.contexts[item.sop_class, item.transfer_syntax]
+        self._message_id = self._message_id % 0xFFFF + 1
+        command = store_command(self._message_id, item.sop_class, item.sop_instance)
+        self.send_raw(self.pdvs(context_id, command, command=True) + self.pdvs(context_id, item.data, command=False))
+        return self.status()
+
+    def release(self) -> None:
+        self.send_raw(struct.pack(">BxLxxxx", 5, 4))
+        self.read_pdu()
+        self.close()
+
+
+def store_command(message_id: int, sop_class: str, sop_instance: str) -> bytes:
+    def text(element: int, value: str) -> bytes:
+        raw = value.encode() + (b"\0" if len(value) % 2 else b"")
+        return _ELEMENT.pack(0, element, len(raw)) + raw
+
+    def number(element: int, value: int) -> bytes:
+        return _ELEMENT.pack(0, element, 2) + value.to_bytes(2, "little")
+
+    body = text(0x0002, sop_class) + number(0x0100, 1) + number(0x0110, message_id) + number(0x0700, 0)
+    body += number(0x0800, 0) + text(0x1000, sop_instance)
+    return _ELEMENT.pack(0, 0, 4) + len(body).to_bytes(4, "little") + body

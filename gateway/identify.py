@@ -10,17 +10,17 @@ from typing import Any, BinaryIO, Final
 from pydicom.charset import convert_encodings, decode_bytes
 from pydicom.datadict import dictionary_VR
 from pydicom.filereader import data_element_generator
-from pydicom.tag import Tag
 from pydicom.uid import UID
 from pydicom.valuerep import TEXT_VR_DELIMS
 
+from gateway.scan import GiveUp, Scanner
 from storage import keys
 
 INFLATED_BYTES_MAX: Final = 4 << 20
 VALUE_CHARS_MAX: Final = 1024
 SPECIFIC_CHARACTER_SET: Final = 0x00080005
 _TAGS: Final = {tag: keyword for keyword, tag in keys.ALL.items()}
-_WANTED: Final = [Tag(tag) for tag in (*_TAGS, SPECIFIC_CHARACTER_SET)]
+_WANTED: Final = frozenset((*_TAGS, SPECIFIC_CHARACTER_SET))
 _NUMBERS: Final = {"US": "H", "SS": "h", "UL": "L", "SL": "l"}
 _TEXT: Final = frozenset(("PN", "LO", "SH", "LT", "ST", "UC", "UT"))
 
@@ -46,18 +46,31 @@ def identify(
     Raises Unreadable.
     """
     syntax = UID(transfer_syntax)
+    if not syntax.is_deflated and isinstance(source, bytes | bytearray | memoryview):
+        try:
+            scanner = Scanner(source, implicit=syntax.is_implicit_VR, little=syntax.is_little_endian)
+            return _identity(scanner.find(_WANTED, keys.LAST_TAG), little_endian=syntax.is_little_endian)
+        except GiveUp:
+            pass
+    return _parse(source, syntax, whole=whole)
+
+
+def _parse(source: bytes | bytearray | memoryview | BinaryIO, syntax: UID, *, whole: bool) -> Identity | None:
+    """The thorough way, with pydicom's parser."""
     stream = BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source
     if syntax.is_deflated:
         stream = BytesIO(_inflate(stream.read(INFLATED_BYTES_MAX)))
-    found: dict[int, Any] = {}
+    found: dict[int, tuple[bytes, bytes]] = {}
     complete = whole
     try:
         for element in _elements(stream, syntax):
             if element.tag > keys.LAST_TAG:
                 complete = True
                 break
-            if element.tag in _TAGS or element.tag == SPECIFIC_CHARACTER_SET:
-                found[int(element.tag)] = element
+            tag, value = int(element.tag), element.value
+            if tag in _WANTED and isinstance(value, bytes | str):
+                raw = value if isinstance(value, bytes) else value.encode("utf-8")
+                found[tag] = ((element.VR or "").encode(), raw)
     except (EOFError, struct.error, ValueError, KeyError, NotImplementedError, OSError, TypeError) as error:
         if whole:
             raise Unreadable(f"the data set can't be read: {type(error).__name__}") from error
@@ -85,12 +98,11 @@ def _inflate(data: bytes) -> bytes:
         raise Unreadable("the deflated data set can't be inflated") from error
 
 
-def _identity(found: dict[int, Any], *, little_endian: bool) -> Identity:
-    charset = found.pop(SPECIFIC_CHARACTER_SET, None)
-    encodings = _encodings(charset.value if charset is not None else None)
+def _identity(found: dict[int, tuple[bytes, bytes]], *, little_endian: bool) -> Identity:
+    encodings = _encodings(found.pop(SPECIFIC_CHARACTER_SET, (b"", b""))[1])
     values: dict[str, str] = {}
-    for tag, element in found.items():
-        text = _text(element, tag, encodings, little_endian=little_endian)
+    for tag, (vr, value) in found.items():
+        text = _text(vr.decode(), value, tag, encodings, little_endian=little_endian)
         if text:
             values[_TAGS[tag]] = text[:VALUE_CHARS_MAX]
     return Identity(
@@ -102,8 +114,8 @@ def _identity(found: dict[int, Any], *, little_endian: bool) -> Identity:
     )
 
 
-def _encodings(value: Any) -> list[str]:
-    if not isinstance(value, bytes) or not value.strip():
+def _encodings(value: bytes) -> list[str]:
+    if not value.strip():
         return ["iso8859"]
     try:
         encodings: list[str] = convert_encodings(
@@ -114,13 +126,11 @@ def _encodings(value: Any) -> list[str]:
         return ["iso8859"]
 
 
-def _text(element: Any, tag: int, encodings: list[str], *, little_endian: bool) -> str:
-    value = element.value
-    if isinstance(value, str):
-        return value.strip(" \0")
-    if not isinstance(value, bytes) or not value:
+def _text(vr: str, value: bytes, tag: int, encodings: list[str], *, little_endian: bool) -> str:
+    if not value:
         return ""
-    vr = element.VR if element.VR and element.VR != "UN" else dictionary_VR(tag)
+    if vr in ("", "UN"):
+        vr = dictionary_VR(tag)
     if vr in _NUMBERS:
         code = ("<" if little_endian else ">") + _NUMBERS[vr]
         size = struct.calcsize(code)

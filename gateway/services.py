@@ -184,7 +184,10 @@ class Storer:
 
     async def _store(self) -> None:
         upload, incoming, store = self._upload, self._upload.incoming, self._services.store
-        incoming.complete()
+        if not store.places_by_study:
+            upload.complete()  # disk and peer begin while the identity is read
+        else:
+            incoming.complete()
         if not self._looked:
             self._look(whole=True)
         try:

@@ -13,8 +13,9 @@ import xxhash
 
 from storage.volume import Spooled, Volume
 
-CHUNK_BYTES: Final = 256 << 10
-BACKLOG_BYTES_MAX: Final = 4 * CHUNK_BYTES
+CHUNK_BYTES: Final = 64 << 10  # what goes to the peer at once
+WRITE_BYTES: Final = 512 << 10  # what goes to the disk at once
+BACKLOG_BYTES_MAX: Final = 2 * WRITE_BYTES
 
 Tee = Callable[[bytearray], None]
 
@@ -75,7 +76,7 @@ class Incoming:
             self._tee(chunk)
         self._queue.append(chunk)
         self._queued_bytes += len(chunk)
-        if self._queued_bytes >= 2 * CHUNK_BYTES and self._job is None and self._finishing is None:
+        if self._queued_bytes >= WRITE_BYTES and self._job is None and self._finishing is None:
             self._start_job()
 
     def _start_job(self) -> None:
@@ -91,7 +92,7 @@ class Incoming:
             self._failed = error
             self._queue.clear()
             self._queued_bytes = 0
-        if self._queued_bytes >= 2 * CHUNK_BYTES and self._finishing is None:
+        if self._queued_bytes >= WRITE_BYTES and self._finishing is None:
             self._start_job()
         if self.on_drained and not self.backlogged:
             self.on_drained()
@@ -112,9 +113,14 @@ class Incoming:
 
     async def finish(self) -> bytes:
         """Make the whole object durable. Returns the digest; raises OSError if the disk failed."""
+        return await asyncio.shield(self.begin_finish())
+
+    def begin_finish(self) -> "asyncio.Future[bytes]":
+        """Start to make the object durable; `finish` waits for it."""
         if self._finishing is None:
             self._finishing = asyncio.ensure_future(self._finish())
-        return await asyncio.shield(self._finishing)
+            self._finishing.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return self._finishing
 
     async def _finish(self) -> bytes:
         self.complete()

@@ -38,6 +38,7 @@ class Journal:
         self._appends: list[tuple[Entry, Location]] = []
         self._applies: list[tuple[Entry, Location]] = []
         self._meta: dict[str, Any] = {}
+        self._notes: dict[str, Any] = {}
         self._waiters: list[asyncio.Future[None]] = []
         self._truncate: int | None = None
         self._running = False
@@ -72,7 +73,7 @@ class Journal:
 
     def note(self, **meta: Any) -> None:
         """Write facts with the next batch; nobody waits for them."""
-        self._meta.update(meta)
+        self._notes.update(meta)
 
     async def set(self, truncate_after: int | None = None, **meta: Any) -> None:
         """Write facts (and drop the log's tail) durably."""
@@ -92,9 +93,10 @@ class Journal:
             return
         self._running = True
         loop = asyncio.get_running_loop()
-        batch = Batch(self._appends[:BATCH_ENTRIES_MAX], self._applies[:BATCH_ENTRIES_MAX], self._meta, self._truncate)
+        meta = {**self._notes, **self._meta}
+        batch = Batch(self._appends[:BATCH_ENTRIES_MAX], self._applies[:BATCH_ENTRIES_MAX], meta, self._truncate)
         del self._appends[:BATCH_ENTRIES_MAX], self._applies[:BATCH_ENTRIES_MAX]
-        waiters, self._waiters, self._meta, self._truncate = self._waiters, [], {}, None
+        waiters, self._waiters, self._meta, self._notes, self._truncate = self._waiters, [], {}, {}, None
         if self._checkpointed < self.applied and loop.time() - self._checkpointed_at > CHECKPOINT_INTERVAL_S:
             self._checkpointed_at = loop.time()
             batch.meta["checkpoint"] = self._checkpointed = self.applied

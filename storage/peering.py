@@ -232,8 +232,7 @@ class Peering:
         if future is None or future.done():
             self._spawn(incoming.discard())
             return
-        finishing = asyncio.ensure_future(incoming.finish())  # the disk starts now, before the entry comes
-        finishing.add_done_callback(lambda done: done.cancelled() or done.exception())
+        incoming.begin_finish()  # the disk starts now, before the entry comes
         future.set_result(incoming)
 
     def _abandon(self, stream: int) -> None:

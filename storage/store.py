@@ -220,6 +220,11 @@ class Store:
         tee = (lambda chunk: self.peering.chunk(stream, chunk)) if stream else None
         return Upload(Incoming(self._disk, volume, header, tee), stream, self.peering, self.place)
 
+    @property
+    def places_by_study(self) -> bool:
+        """There is a choice of volumes, so that the study should be known before anything is written."""
+        return len(self.volumes.slots) > 1
+
     def place(self, incoming: Incoming, study: str) -> None:
         """Put an object where the rest of its study lies, if there is room and nothing was written yet."""
         if incoming.placed:
@@ -247,8 +252,7 @@ class Store:
         or OSError when this node's disk failed.
         """
         incoming = upload.incoming
-        incoming.complete()
-        self.peering.end_stream(upload.stream)
+        upload.complete()
         try:
             digest = await incoming.finish()
         except OSError as error:

@@ -15,9 +15,19 @@ class Upload:
     ) -> None:
         self.incoming, self.stream = incoming, stream
         self._peering, self._place = peering, place
+        self._completed = False
 
     def place(self, study: str) -> None:
         self._place(self.incoming, study)
+
+    def complete(self) -> None:
+        """The last byte has come: disk and peer begin to make it durable."""
+        if self._completed:
+            return
+        self._completed = True
+        self.incoming.complete()
+        self._peering.end_stream(self.stream)
+        self.incoming.begin_finish()
 
     @property
     def backlogged(self) -> bool:

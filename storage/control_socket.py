@@ -60,6 +60,7 @@ class ControlServer:
                         self._store.tell(message)
                     self._report()
                 elif isinstance(message, StatusRequest):
+                    await self._store.settled()
                     writer.write(encode_line(StatusReply(self._store.status())))
         except (msgspec.DecodeError, ConnectionError, ValueError) as error:
             log.warning("control.bad_line", error=str(error))

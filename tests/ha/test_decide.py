@@ -1,0 +1,188 @@
+"""The decision table: what a node does in each situation, without any of the machinery."""
+
+from dataclasses import replace
+
+import pytest
+
+from ha.decide import Acquire, Bump, Change, Leader, Release, Serve, State, View, check_invariants, decide
+from storage.control import NEVER, Asked, Member, Report, Tell
+
+ME, PEER = Member("a", "store-a", 3), Member("b", "store-b", 7)
+NOW = 1000.0
+
+
+def report(**changes: object) -> Report:
+    base: dict[str, object] = {
+        "store_id": "store-a",
+        "incarnation": 3,
+        "cluster_id": "c",
+        "promised": 5,
+        "leading": 0,
+        "serving": False,
+        "whole": True,
+        "last": (5, 10),
+        "linked": False,
+        "peer": None,
+        "peer_last": None,
+        "grant_until": NEVER,
+        "granted_until": NEVER,
+        "withhold": False,
+        "asked": None,
+    }
+    return Report(**{**base, **changes})  # type: ignore[arg-type]
+
+
+def state(*members: Member, epoch: int = 5, nonce: str = "n") -> State:
+    return State("c", epoch, "b", members, nonce, 77)
+
+
+def view(gateway: Report | None, **changes: object) -> View:
+    base = View(
+        node="a",
+        peer="b",
+        now=NOW,
+        ttl_s=3.0,
+        started_at=0.0,
+        gateway_grace_s=5.0,
+        looked=True,
+        etcd_ok=True,
+        state=state(ME, PEER),
+        leader=None,
+        leader_absent_since=NOW - 100,
+        lease=42,
+        lease_deadline=NOW + 2,
+        gateway=gateway,
+        gateway_lost_at=None,
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def kinds(given: View) -> list[str]:
+    actions = decide(given)
+    check_invariants(given, actions)
+    return [type(action).__name__ for action in actions]
+
+
+MINE = Leader("a", 42, 9)
+LEADING = report(leading=5, serving=True)
+
+
+def test_takes_over_when_the_leader_is_gone() -> None:
+    actions = decide(view(report(withhold=True)))
+    assert Acquire((ME,)) in actions
+
+
+def test_first_stops_promising() -> None:
+    actions = decide(view(report()))
+    assert Tell("follow", withhold=True) in actions
+    assert "Acquire" not in kinds(view(report()))
+
+
+def test_waits_out_its_promise() -> None:
+    assert "Acquire" not in kinds(view(report(withhold=True, granted_until=NOW + 0.1)))
+
+
+@pytest.mark.parametrize(
+    "unfit",
+    [
+        report(withhold=True, whole=False),
+        report(withhold=True, store_id="another disk"),
+        report(withhold=True, incarnation=2),
+        report(withhold=True, promised=6),
+    ],
+    ids=["incomplete", "another store", "older image", "promised more than etcd knows"],
+)
+def test_unfit_copies_never_lead(unfit: Report) -> None:
+    assert "Acquire" not in kinds(view(unfit))
+
+
+def test_a_node_outside_the_in_sync_set_never_leads() -> None:
+    assert "Acquire" not in kinds(view(report(withhold=True), state=state(PEER)))
+
+
+def test_after_a_start_the_other_node_is_given_time() -> None:
+    assert "Acquire" not in kinds(view(report(withhold=True), started_at=NOW - 1, leader_absent_since=NOW - 1))
+    assert "Acquire" in kinds(view(report(withhold=True), started_at=NOW - 7, leader_absent_since=NOW - 7))
+
+
+def test_alone_in_the_set_it_does_not_wait() -> None:
+    fresh = view(report(withhold=True), state=state(ME), started_at=NOW - 1, leader_absent_since=NOW)
+    assert "Acquire" in kinds(fresh)
+
+
+def test_the_longer_log_goes_first() -> None:
+    behind = report(withhold=True, linked=True, peer_last=(5, 11))
+    ahead = report(withhold=True, linked=True, peer_last=(5, 9))
+    assert "Acquire" not in kinds(view(behind, leader_absent_since=NOW - 1))
+    assert Acquire((ME, PEER)) in decide(view(ahead, leader_absent_since=NOW))
+
+
+def test_leader_serves_until_its_lease_ends() -> None:
+    actions = decide(view(LEADING, leader=MINE))
+    assert Serve(True, NOW + 2) in actions
+
+
+def test_leader_without_lease_or_grant_falls_silent() -> None:
+    assert Serve(False) in decide(view(LEADING, leader=MINE, etcd_ok=False, lease_deadline=NOW - 1))
+
+
+def test_pair_goes_on_without_etcd_by_the_peers_grant() -> None:
+    granted = report(leading=5, serving=True, grant_until=NOW + 1)
+    assert Serve(True, NOW + 1) in decide(view(granted, leader=MINE, etcd_ok=False, lease_deadline=NOW - 1))
+
+
+def test_lease_of_somebody_else_gives_nothing() -> None:
+    assert Serve(False) in decide(view(LEADING, leader=Leader("a", 41, 9)))
+
+
+def test_restarted_gateway_leads_only_in_a_new_epoch() -> None:
+    assert Bump((Member("a", "store-a", 4), PEER)) in decide(view(report(incarnation=4), leader=MINE))
+
+
+def test_told_to_lead_once_it_has_acquired() -> None:
+    fresh = report(promised=4, last=(4, 10))
+    tells = [action for action in decide(view(fresh, leader=MINE)) if isinstance(action, Tell)]
+    assert tells == [Tell("lead", 5, ("a", "b"), NOW + 2, "n")]
+
+
+def test_asked_set_is_written_once() -> None:
+    asked = Asked(("a",), "5.3.1")
+    wants = report(leading=5, serving=True, asked=asked)
+    assert Change((ME,), "5.3.1") in decide(view(wants, leader=MINE))
+    assert "Change" not in kinds(view(wants, leader=MINE, state=state(ME, nonce="5.3.1")))
+
+
+def test_unknown_peer_is_not_taken_into_the_set() -> None:
+    wants = report(leading=5, serving=True, asked=Asked(("a", "b"), "5.3.1"))
+    assert "Change" not in kinds(view(wants, leader=MINE, state=state(ME)))
+
+
+def test_dead_gateway_hands_over_after_its_grace() -> None:
+    assert kinds(view(None, leader=MINE, gateway_lost_at=NOW - 1)) == []
+    assert kinds(view(None, leader=MINE, gateway_lost_at=NOW - 6)) == ["Serve", "Release"]
+
+
+def test_restarted_agent_looks_before_it_acts() -> None:
+    assert kinds(view(LEADING, looked=False, started_at=NOW - 1)) == []
+
+
+def test_new_cluster() -> None:
+    assert "CreateState" in kinds(view(report(cluster_id=""), state=None))
+    assert "CreateState" not in kinds(view(report(), state=None))
+
+
+def test_store_of_another_cluster_takes_no_part() -> None:
+    assert kinds(view(report(withhold=True, cluster_id="other"))) == ["Serve", "Tell"]
+
+
+def test_incomplete_leader_gives_the_lease_back() -> None:
+    assert Release("this copy isn't complete") in decide(view(report(whole=False), leader=MINE))
+
+
+def test_invariants_are_checked() -> None:
+    with pytest.raises(ValueError, match="H1"):
+        check_invariants(view(report(), leader=Leader("b", 1, 1)), [Acquire((ME,))])
+    with pytest.raises(ValueError, match="H3"):
+        check_invariants(view(LEADING, leader=MINE), [Serve(True, NOW + 60)])
+    with pytest.raises(ValueError, match="H2"):
+        check_invariants(view(LEADING, leader=MINE), [Tell("lead", 5, (), NOW + 60)])

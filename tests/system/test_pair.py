@@ -1,0 +1,150 @@
+"""The pair under faults, with a sender that never stops: whatever it heard Success for is there afterwards."""
+
+import signal
+import time
+
+import pytest
+
+from tests.conftest import wait_for
+from tests.system.conftest import heal, other_than, primary_of
+from tests.system.writer import Writer
+from tools.lab import Lab, LabError
+
+REPLICATION_PORT = 11200
+
+
+def test_primary_loses_power(lab: Lab) -> None:
+    lost = primary_of(lab)
+    with Writer(lab) as writer:
+        writer.wait_for_more(30)
+        lab.power_off(lost)
+        writer.wait_for_more(30)
+        writer.stop()
+        writer.check(other_than(lost))
+    assert primary_of(lab) == other_than(lost)
+    status = lab.node_status(other_than(lost))
+    assert status is not None
+    assert status["mode"] == "SOLO"
+    assert status["single_copy"] > 0
+    heal(lab)
+    writer.check()
+    after = lab.node_status(primary_of(lab))
+    assert after is not None
+    assert after["single_copy"] == 0
+
+
+def test_backup_loses_power(lab: Lab) -> None:
+    lost = other_than(primary_of(lab))
+    with Writer(lab) as writer:
+        writer.wait_for_more(20)
+        lab.power_off(lost)
+        writer.wait_for_more(30)
+        lab.power_on(lost)
+        writer.wait_for_more(20)
+        wait_for(lab.in_sync, "the pair to be in sync under load", 120)
+    writer.check()
+
+
+def test_primary_freezes_past_its_lease(lab: Lab) -> None:
+    frozen = primary_of(lab)
+    with Writer(lab) as writer:
+        writer.wait_for_more(20)
+        lab.freeze(frozen)
+        writer.wait_for_more(30)
+        lab.thaw(frozen)
+        writer.wait_for_more(20)
+    heal(lab)
+    assert primary_of(lab) == other_than(frozen)
+    writer.check()
+
+
+def test_replication_link_is_cut(lab: Lab) -> None:
+    primary = primary_of(lab)
+    with Writer(lab) as writer:
+        writer.wait_for_more(20)
+        lab.cut_port(other_than(primary), REPLICATION_PORT)
+        writer.wait_for_more(30)
+        assert primary_of(lab) == primary
+        lab.join_port(other_than(primary), REPLICATION_PORT)
+        writer.wait_for_more(20)
+    heal(lab)
+    writer.check()
+
+
+def test_both_are_power_cycled(lab: Lab) -> None:
+    with Writer(lab) as writer:
+        writer.wait_for_more(30)
+        lab.power_off("a")
+        lab.power_off("b")
+        lab.power_on("b")
+        lab.power_on("a")
+        writer.wait_for_more(20)
+    heal(lab)
+    writer.check()
+
+
+def test_primary_is_cut_from_all(lab: Lab) -> None:
+    cut = primary_of(lab)
+    with Writer(lab) as writer:
+        writer.wait_for_more(20)
+        lab.cut(cut, "all")
+        writer.wait_for_more(30)
+        isolated = lab.node_status(cut)
+        assert isolated is None or not isolated["vips"]
+    heal(lab)
+    assert primary_of(lab) == other_than(cut)
+    writer.check()
+
+
+@pytest.mark.parametrize("process", ["gateway", "ha", "smbd"])
+def test_process_is_killed(lab: Lab, process: str) -> None:
+    node = primary_of(lab)
+    before = lab.pid(node, process)
+    with Writer(lab) as writer:
+        writer.wait_for_more(10)
+        lab.kill(node, process)
+        writer.wait_for_more(30)
+    wait_for(lambda: _pid(lab, node, process) not in (before, None), f"another {process}")
+    heal(lab)
+    writer.check()
+
+
+@pytest.mark.parametrize("process", ["gateway", "ha"])
+def test_process_hangs_past_the_lease(lab: Lab, process: str) -> None:
+    node = primary_of(lab)
+    with Writer(lab) as writer:
+        writer.wait_for_more(10)
+        lab.kill(node, process, signal.SIGSTOP)
+        wait_for(lambda: lab.primary() == other_than(node), "the other node to take over")
+        writer.wait_for_more(30)
+        lab.kill(node, process, signal.SIGCONT)
+        writer.wait_for_more(10)
+    heal(lab)
+    writer.check()
+
+
+def test_node_without_the_newest_data_never_serves(lab: Lab) -> None:
+    """The in-sync set was shrunk, then the primary dies too: the other stays down until the first is back."""
+    primary = primary_of(lab)
+    stale = other_than(primary)
+    with Writer(lab) as writer:
+        lab.power_off(stale)
+        writer.wait_for_more(30)
+    lab.power_off(primary)
+    lab.power_on(stale)
+    wait_for(lambda: (lab.node_status(stale) or {}).get("etcd"), "the stale node to see etcd")
+    for _ in range(100):  # longer than two leases
+        status = lab.node_status(stale)
+        assert status is None or status["role"] == "standby"
+        time.sleep(0.15)
+    lab.power_on(primary)
+    heal(lab)
+    assert primary_of(lab) == primary
+    writer.check()
+
+
+def _pid(lab: Lab, node: str, process: str) -> int | None:
+    try:
+        return lab.pid(node, process)
+    except LabError:
+        return None

@@ -1,0 +1,122 @@
+"""A modality that never gives up, and the check that everything it heard Success for is there."""
+
+import hashlib
+import re
+import subprocess
+import threading
+import time
+from itertools import count
+from pathlib import Path
+
+from tests.builders import item
+from tests.conftest import wait_for
+from tools.dicom_client import AssociationFailed, DicomClient, Object
+from tools.lab import AET, DICOM_PORT, NODES, VIP, Lab, inside
+from tools.samples import archived
+
+PIXELS = 40_000
+ANSWER_S = 4.0
+
+
+class Writer:
+    """Sends small CT images, connects again on any failure, and sends again what was not answered."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+        template = item(PixelData=bytes(PIXELS), Rows=100, Columns=200)
+        self._template = template
+        self.acknowledged: dict[str, str] = {}  # SOP Instance UID -> SHA-256 of the data set
+        self.answers: dict[int, int] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._failed: BaseException | None = None
+
+    def __enter__(self) -> "Writer":
+        self._thread.start()
+        self.wait_for_more(5)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(60)
+        if self._failed:
+            raise self._failed
+
+    def wait_for_more(self, number: int, timeout_s: float = 90.0) -> None:
+        """Until so many more are acknowledged."""
+        target = len(self.acknowledged) + number
+        wait_for(lambda: len(self.acknowledged) >= target or self._failed, f"{number} more Successes", timeout_s)
+
+    def _run(self) -> None:
+        try:
+            with inside("client"):
+                self._send_all()
+        except BaseException as error:
+            self._failed = error
+
+    def _send_all(self) -> None:
+        numbers, fresh = count(), None
+        while not self._stop.is_set():
+            try:
+                context = [(self._template.sop_class, self._template.transfer_syntax)]
+                with DicomClient(VIP, DICOM_PORT, AET, context, ANSWER_S) as client:
+                    while not self._stop.is_set():
+                        fresh = fresh or self._fresh(next(numbers))
+                        status = client.store(fresh)
+                        self.answers[status] = self.answers.get(status, 0) + 1
+                        if status == 0:
+                            self.acknowledged[fresh.sop_instance] = hashlib.sha256(fresh.data).hexdigest()
+                            fresh = None
+                        else:
+                            time.sleep(0.1)
+            except (OSError, AssociationFailed):
+                time.sleep(0.1)
+
+    def _fresh(self, number: int) -> Object:
+        uid = self._template.sop_instance
+        return self._template.renamed(uid[:-6] + f"{number:06d}")
+
+    # -- checks ------------------------------------------------------------------------------------------------
+
+    def missing_on(self, node: str) -> list[str]:
+        """Acknowledged UIDs without their very bytes in the node's readable tree."""
+        held = archived(self._lab.volumes(node))
+        return [uid for uid, digest in self.acknowledged.items() if not _same(held.get(uid), digest)]
+
+    def check(self, *nodes: str) -> None:
+        """Everything acknowledged is on these nodes' disks with its digest, and C-FIND finds it."""
+        for node in nodes or NODES:
+            wait_for(lambda node=node: not self.missing_on(node), f"everything acknowledged on {node}")
+        found = self.found()
+        lost = set(self.acknowledged) - found
+        assert not lost, f"{len(lost)} of {len(self.acknowledged)} not found by C-FIND"
+
+    def found(self) -> set[str]:
+        """SOP Instance UIDs of this writer's series, by DCMTK's findscu."""
+        text = self._template.data
+        study, series = (_uid_after(text, tag) for tag in (b"\x20\x00\x0d\x00UI", b"\x20\x00\x0e\x00UI"))
+        words = ["findscu", "-v", "-S", "-aec", AET, "-k", "QueryRetrieveLevel=IMAGE", "-k", "SOPInstanceUID"]
+        words += ["-k", f"StudyInstanceUID={study}", "-k", f"SeriesInstanceUID={series}", VIP, str(DICOM_PORT)]
+        argv, environment = self._lab.command("client", words)
+        done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120)
+        return set(re.findall(r"\(0008,0018\) UI \[([0-9.]+)", done.stdout + done.stderr))
+
+
+def _uid_after(data: bytes, element: bytes) -> str:
+    at = data.index(element) + len(element)
+    length = int.from_bytes(data[at : at + 2], "little")
+    return data[at + 2 : at + 2 + length].rstrip(b"\0").decode()
+
+
+def _same(path: Path | None, digest: str) -> bool:
+    if path is None:
+        return False
+    try:
+        raw = path.read_bytes()
+    except OSError:
+        return False
+    start = 144 + int.from_bytes(raw[140:144], "little")
+    return hashlib.sha256(raw[start:]).hexdigest() == digest

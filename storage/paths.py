@@ -9,7 +9,7 @@ COMPONENT_CHARS_MAX: Final = 64
 # What Windows and SMB forbid, separators, and control characters.
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f<>:"/\\|?*]')
 _RESERVED = re.compile(r"^(con|prn|aux|nul|com\d|lpt\d)(\..*)?$", re.IGNORECASE)
-_UID = re.compile(r"^[0-9]+(\.[0-9]+)*$")
+_UID = re.compile(r"[0-9]+(\.[0-9]+)*")
 
 
 def short_hash(text: str) -> str:
@@ -48,4 +48,4 @@ def series_folder(series: str, number: str) -> str:
 
 def is_uid(text: str) -> bool:
     """PS3.5 9.1: at most 64 characters, numeric components. Leading zeros occur in the field and do no harm."""
-    return len(text) <= 64 and _UID.match(text) is not None
+    return len(text) <= 64 and _UID.fullmatch(text) is not None

@@ -1,0 +1,52 @@
+"""What can be used is documented: commands and settings, and the files that ARCHITECTURE.md draws exist."""
+
+import re
+
+import click
+
+from tools.cli import main
+from tools.structure import ROOT
+
+README = (ROOT / "README.md").read_text()
+ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
+
+
+def commands(group: click.Group, prefix: str) -> list[str]:
+    found = []
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            found += commands(command, f"{prefix} {name}")
+        else:
+            found.append(f"{prefix} {name}")
+    return found
+
+
+def test_every_command_is_in_the_readme() -> None:
+    missing = [name for name in commands(main, "tandem") if name not in README]
+    assert missing == []
+
+
+def test_every_command_has_help() -> None:
+    def check(group: click.Group) -> None:
+        for command in group.commands.values():
+            assert command.help
+            if isinstance(command, click.Group):
+                check(command)
+
+    check(main)
+
+
+def test_files_that_the_docs_name_exist() -> None:
+    named = re.findall(r"`((?:conf|gateway|storage|ha|tools|tests)/[\w./-]+)`", ARCHITECTURE + README)
+    assert len(named) > 20
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_architecture_names_every_package_file() -> None:
+    files = [
+        f"{package}/{path.name}"
+        for package in ("gateway", "storage", "ha")
+        for path in (ROOT / package).glob("*.py")
+        if path.name != "__init__.py"
+    ]
+    assert [name for name in files if name.split("/")[1] not in ARCHITECTURE] == []

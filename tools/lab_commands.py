@@ -10,7 +10,7 @@ from typing import Concatenate, ParamSpec
 
 import click
 
-from tools.lab import NODES, Lab, LabError, find_lab
+from tools.lab import MEMBERS, Lab, LabError, find_lab
 from tools.status import render
 
 P = ParamSpec("P")
@@ -20,7 +20,7 @@ COMMANDS: list[click.Command] = []
 dir_option = click.option(
     "--dir", "folder", type=click.Path(path_type=Path), help="Folder of the lab; default: the one brought up last."
 )
-node_argument = click.argument("node", type=click.Choice(NODES))
+node_argument = click.argument("node", type=click.Choice(MEMBERS))
 from_argument = click.argument("other", metavar="FROM", type=click.Choice(["a", "b", "w", "client", "all"]))
 
 
@@ -82,7 +82,7 @@ def status(lab: Lab, as_json: bool) -> None:
 
 @click.command("exec", context_settings={"ignore_unknown_options": True})
 @dir_option
-@click.argument("member", metavar="NODE|client", type=click.Choice([*NODES, "w", "client"]))
+@click.argument("member", metavar="NODE|client", type=click.Choice([*MEMBERS, "client"]))
 @click.argument("words", metavar="CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
 def execute(folder: Path | None, member: str, words: tuple[str, ...]) -> None:
     """Run a command on a node or on the client. On a node, TANDEM_CONFIG names its settings."""

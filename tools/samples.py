@@ -6,6 +6,7 @@ from pathlib import Path
 from pydicom import Dataset, dcmread
 from pydicom.uid import generate_uid
 
+TRAILING_PADDING = 0xFFFCFFFC
 MULTIPLE = ("693_UNCI.dcm", "MR2_UNCI.dcm", "RG1_UNCI.dcm", "US1_UNCI.dcm", "liver.dcm")
 
 
@@ -53,7 +54,7 @@ def content_digest(path: Path) -> str:
     """SHA-256 over tags and values of a file's data set.
 
     Senders may write lengths differently than the file they read, so files can't be compared byte for byte with what
-    arrived; group lengths and file meta are left out for the same reason.
+    arrived; group lengths, trailing padding (PS3.10 7.2) and file meta are left out for the same reason.
     """
     digest = hashlib.sha256()
     dataset = dcmread(path)
@@ -63,7 +64,7 @@ def content_digest(path: Path) -> str:
 
 def _add(digest: "hashlib._Hash", dataset: Dataset, *, big_endian: bool) -> None:
     for element in dataset:
-        if element.tag.element == 0:
+        if element.tag.element == 0 or element.tag == TRAILING_PADDING:
             continue
         digest.update(f"{element.tag:08x}".encode())
         if element.VR == "SQ":

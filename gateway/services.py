@@ -5,6 +5,7 @@ responses.
 """
 
 import asyncio
+import contextlib
 import time
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -170,7 +171,8 @@ class Storer:
         except Unreadable:
             return  # found again, and answered, when the object is complete
         if self._identity:
-            self._upload.place(self._identity.study)
+            with contextlib.suppress(NoRoom):  # then it stays on the volume it was begun on
+                self._upload.place(self._identity.study)
 
     async def respond(self) -> None:
         try:

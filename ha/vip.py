@@ -32,14 +32,17 @@ class VirtualAddresses:
         lifetime = math.ceil(seconds) + LIFETIME_SLACK_S
         with IPRoute() as route:
             for vip in self._vips:
-                route.addr(
-                    "replace",
-                    index=self._index(route, vip),
-                    address=str(vip.ip),
-                    prefixlen=vip.network.prefixlen,
-                    preferred_lft=lifetime,
-                    valid_lft=lifetime,
-                )
+                try:
+                    route.addr(
+                        "replace",
+                        index=self._index(route, vip),
+                        address=str(vip.ip),
+                        prefixlen=vip.network.prefixlen,
+                        preferred_lft=lifetime,
+                        valid_lft=lifetime,
+                    )
+                except NetlinkError as error:
+                    raise OSError(error.code, str(error)) from error
 
     def remove(self) -> None:
         with IPRoute() as route:

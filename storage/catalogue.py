@@ -41,8 +41,14 @@ class Batch:
 
     appends: list[tuple[Entry, Location]] = field(default_factory=list)
     applies: list[tuple[Entry, Location]] = field(default_factory=list)
+    relocations: dict[str, Location] = field(default_factory=dict)  # of entries that aren't published yet
     meta: dict[str, Any] = field(default_factory=dict)
     truncate_after: int | None = None
+
+    @property
+    def applied(self) -> int:
+        """Highest seq published; healed objects come out of order."""
+        return max((entry.seq for entry, _ in self.applies), default=0)
 
 
 def _seq_key(seq: int) -> bytes:
@@ -96,10 +102,11 @@ class Catalogue:
             value = txn.get(sop_instance.encode())
         return decode_instance(value) if value is not None else None
 
-    def spool_names(self) -> set[str]:
-        """Spool files that log entries refer to and that aren't published yet."""
+    def locations(self) -> Iterator[Location]:
+        """Where each copy of this node lies."""
         with self._env.begin(db=self._db["location"]) as txn, txn.cursor() as cursor:
-            return {location.spool for _, value in cursor if not (location := decode_location(value)).path}
+            for _, value in cursor:
+                yield decode_location(value)
 
     def studies(self, patient_id: str | None = None) -> Iterator[tuple[str, StudyRow]]:
         """(Study Instance UID, row) of all studies, or of one patient's."""
@@ -162,23 +169,28 @@ class Catalogue:
 
     def write(self, batch: Batch) -> None:
         """Do all of `batch` and make it durable. Raises lmdb.Error; then nothing of it was done."""
+        epochs = Epochs(self.epochs.pairs)
         with self._env.begin(write=True) as txn:
             if batch.truncate_after is not None:
                 self._truncate(txn, batch.truncate_after)
+                epochs.truncate(batch.truncate_after)
             for entry, location in batch.appends:
                 txn.put(_seq_key(entry.seq), encode(entry), db=self._db["log"], append=True)
                 txn.put(entry.operation.sop_instance.encode(), encode(location), db=self._db["location"])
-                self.epochs.append(entry.epoch, entry.seq)
+                epochs.append(entry.epoch, entry.seq)
+            for sop_instance, moved in batch.relocations.items():
+                txn.put(sop_instance.encode(), encode(moved), db=self._db["location"])
             stored_bytes = 0
             for entry, location in batch.applies:
                 stored_bytes += self._apply(txn, entry, location)
             meta: dict[str, Any] = dict(batch.meta)
             if batch.appends or batch.truncate_after is not None:
-                meta["epochs"] = self.epochs.pairs
+                meta["epochs"] = epochs.pairs
             if batch.applies:
-                meta["applied"] = max(self._meta_in(txn, "applied", 0), batch.applies[-1][0].seq)
+                meta["applied"] = max(self._meta_in(txn, "applied", 0), batch.applied)
                 meta["bytes"] = self._meta_in(txn, "bytes", 0) + stored_bytes
             self._put_meta(txn, meta)
+        self.epochs = epochs
 
     def _put_meta(self, txn: Any, meta: Mapping[str, Any]) -> None:
         for name, value in meta.items():
@@ -197,7 +209,6 @@ class Catalogue:
                     if txn.get(uid, db=self._db["instance"]) is None:
                         txn.delete(uid, db=self._db["location"])
                     more = cursor.delete() and bool(cursor.key())
-        self.epochs.truncate(after)
 
     def _apply(self, txn: Any, entry: Entry, location: Location) -> int:
         put = entry.operation

@@ -55,6 +55,11 @@ class Duty:
             self._task = asyncio.get_running_loop().create_task(self._lead(tell.epoch, frozenset(tell.in_sync)))
         self._flush()
 
+    async def led(self) -> None:
+        """Wait until this node leads, after it was told to."""
+        if self._task:
+            await self._task
+
     async def _lead(self, epoch: int, in_sync: frozenset[str]) -> None:
         core = self._core
         core.follow()

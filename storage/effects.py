@@ -97,3 +97,16 @@ class Ask:
 
     token: int
     members: frozenset[str]
+
+
+@dataclass
+class FollowerState:
+    """Leader's state of the other node."""
+
+    stage: Peer = Peer.UNLINKED
+    session: int = 0
+    next_seq: int = 1
+    acked: int = 0
+    joined_at: int = 0
+    whole: bool = False
+    progress_at: float = 0.0

@@ -10,10 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
+import structlog
+
 from storage.catalogue import Batch, Catalogue
 from storage.model import Entry, Location
 from storage.view import View
 from storage.volume import Volume
+
+log = structlog.get_logger()
 
 BATCH_ENTRIES_MAX: Final = 256
 APPLY_DELAY_S: Final = 0.02
@@ -38,11 +42,13 @@ class Journal:
         self._appends: list[tuple[Entry, Location]] = []
         self._applies: list[tuple[Entry, Location]] = []
         self._meta: dict[str, Any] = {}
+        self._relocations: dict[str, Location] = {}
         self._notes: dict[str, Any] = {}
         self._waiters: list[asyncio.Future[None]] = []
         self._truncate: int | None = None
         self._running = False
         self._hurried = False
+        self._broken: BaseException | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._touched: dict[str, set[Path]] = {}
         self._checkpointed_at = 0.0
@@ -55,6 +61,11 @@ class Journal:
 
     def close(self) -> None:
         self._thread.shutdown(wait=True)
+
+    @property
+    def behind(self) -> bool:
+        """Something committed isn't in the catalogue yet."""
+        return bool(self._applies) or self._running
 
     def append(self, entry: Entry, location: Location) -> None:
         self._appends.append((entry, location))
@@ -71,12 +82,19 @@ class Journal:
         if self._applies:
             self._kick()
 
+    async def relocate(self, sop_instance: str, location: Location) -> None:
+        """Note durably where an object lies that isn't published yet."""
+        self._relocations[sop_instance] = location
+        await self.set()
+
     def note(self, **meta: Any) -> None:
         """Write facts with the next batch; nobody waits for them."""
         self._notes.update(meta)
 
     async def set(self, truncate_after: int | None = None, **meta: Any) -> None:
         """Write facts (and drop the log's tail) durably."""
+        if self._broken:
+            raise self._broken
         future = asyncio.get_running_loop().create_future()
         self._meta.update(meta)
         if truncate_after is not None:
@@ -89,12 +107,18 @@ class Journal:
         if self._timer:
             self._timer.cancel()
             self._timer = None
-        if self._running or not (self._appends or self._applies or self._meta or self._waiters):
+        if self._running or self._broken or not (self._appends or self._applies or self._meta or self._waiters):
             return
         self._running = True
         loop = asyncio.get_running_loop()
-        meta = {**self._notes, **self._meta}
-        batch = Batch(self._appends[:BATCH_ENTRIES_MAX], self._applies[:BATCH_ENTRIES_MAX], meta, self._truncate)
+        batch = Batch(
+            self._appends[:BATCH_ENTRIES_MAX],
+            self._applies[:BATCH_ENTRIES_MAX],
+            self._relocations,
+            {**self._notes, **self._meta},
+            self._truncate,
+        )
+        self._relocations = {}
         del self._appends[:BATCH_ENTRIES_MAX], self._applies[:BATCH_ENTRIES_MAX]
         waiters, self._waiters, self._meta, self._notes, self._truncate = self._waiters, [], {}, {}, None
         if self._checkpointed < self.applied and loop.time() - self._checkpointed_at > CHECKPOINT_INTERVAL_S:
@@ -104,7 +128,8 @@ class Journal:
         job.add_done_callback(lambda done: self._written(done, batch, waiters))
 
     def _write(self, batch: Batch) -> None:
-        for volume in {location.volume for _, location in batch.appends}:
+        named = [location for _, location in batch.appends]
+        for volume in {location.volume for location in (*named, *batch.relocations.values())}:
             self._volumes(volume).sync_spool()
         fresh: dict[str, str] = {}
         batch.applies[:] = [(entry, self._publish(entry, location, fresh)) for entry, location in batch.applies]
@@ -116,17 +141,30 @@ class Journal:
         self._catalogue.write(batch)
 
     def _publish(self, entry: Entry, location: Location, fresh: dict[str, str]) -> Location:
+        """Move the object into the tree. One that can't be moved stays where it is, and is found there."""
         put = entry.operation
         study, series = self._catalogue.folders(put, fresh)
         relative = f"{study}/{series}/{put.sop_instance}.dcm"
-        volume = self._volumes(location.volume)
-        self._touched.setdefault(location.volume, set()).update(volume.publish(location.spool, relative))
-        self._view.show(study, volume.path / "archive" / study)
+        try:
+            volume = self._volumes(location.volume)
+            touched = volume.publish(location.spool, relative)
+        except (OSError, LookupError) as error:
+            log.error("publish.failed", sop_instance=put.sop_instance, error=type(error).__name__)
+            return location
+        self._touched.setdefault(location.volume, set()).update(touched)
+        try:
+            self._view.show(study, volume.path / "archive" / study)
+        except OSError as error:
+            log.error("share.not_shown", study=put.study, error=error.strerror)
         return Location(location.volume, location.spool, relative)
 
     def _written(self, job: "asyncio.Future[None]", batch: Batch, waiters: list["asyncio.Future[None]"]) -> None:
         self._running = False
         if error := job.exception():
+            self._broken = error  # what came before may be lost: nothing later may become durable in its place
+            for waiter in [*waiters, *self._waiters]:
+                if not waiter.done():
+                    waiter.set_exception(error)
             self._on_failed(error)
             return
         for waiter in waiters:
@@ -135,7 +173,7 @@ class Journal:
         if batch.appends:
             self._on_durable(batch.appends[-1][0].seq)
         if batch.applies:
-            self.applied = max(self.applied, batch.applies[-1][0].seq)
+            self.applied = max(self.applied, batch.applied)
             self._hurried = self._hurried and bool(self._applies)
             self._on_applied(self.applied)
         if self._appends or self._meta or self._waiters or (self._hurried and self._applies):

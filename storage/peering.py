@@ -21,7 +21,6 @@ log = structlog.get_logger()
 
 DIAL_INTERVAL_S: Final = 0.2
 DIAL_TIMEOUT_S: Final = 1.0
-FETCH_TIMEOUT_S: Final = 120.0
 STREAMS_MAX: Final = 1024
 FETCH_STREAM_BIT: Final = 1 << 63
 READ_BYTES: Final = 256 << 10

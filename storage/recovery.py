@@ -1,8 +1,9 @@
 """What a node does before it takes part again: check the end of its log against the bytes, and tidy the spool.
 
 Everything that was acknowledged was synced before. So an entry since the last checkpoint whose bytes are missing or
-wrong means that a disk broke its promise: this copy is then no longer whole, which is noted durably before anything
-else is done, and the node can't be promoted until it has followed a leader up to date.
+wrong means that a disk broke its promise or is away. Nothing is cut off or deleted here: the entry stays, is noted as
+missing until its bytes are back, and this copy isn't whole, so that the node can't be promoted until it has followed a
+leader up to date.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ import structlog
 import xxhash
 
 from storage.catalogue import Batch, Catalogue
-from storage.model import Entry
+from storage.model import Entry, Location
+from storage.volume import Volume
 from storage.volumes import Volumes
 
 log = structlog.get_logger()
@@ -22,10 +24,14 @@ READ_BYTES: Final = 1 << 20
 
 @dataclass(frozen=True)
 class Recovered:
-    """`missing` are published entries whose bytes this node lacks; to be fetched from the peer."""
+    """`missing` are entries whose bytes this node lacks; `away` are volumes that hold objects and aren't online."""
 
-    whole: bool
     missing: tuple[Entry, ...]
+    away: frozenset[str]
+
+    @property
+    def whole(self) -> bool:
+        return not self.missing and not self.away
 
 
 def file_digest(path: Path, offset: int) -> tuple[bytes, int]:
@@ -41,30 +47,30 @@ def file_digest(path: Path, offset: int) -> tuple[bytes, int]:
 
 
 def recover(catalogue: Catalogue, volumes: Volumes, *, verify: bool) -> Recovered:
-    applied, last = int(catalogue.meta("applied", 0)), catalogue.epochs.last[1]
-    checkpoint = int(catalogue.meta("checkpoint", 0))
-    whole = bool(catalogue.meta("whole", True))
-    missing: list[Entry] = []
-    cut: int | None = None
-    for seq in range(checkpoint + 1, last + 1):
+    last = catalogue.epochs.last[1]
+    doubtful = set(range(int(catalogue.meta("checkpoint", 0)) + 1, last + 1))
+    doubtful |= {int(seq) for seq in catalogue.meta("missing", ()) if int(seq) <= last}
+    touched: dict[str, set[Path]] = {}
+    missing = []
+    for seq in sorted(doubtful):
         entry = catalogue.entry(seq)
-        if _intact(catalogue, volumes, entry, verify=verify):
-            continue
-        whole = False
-        log.error("recovery.lost", seq=seq, sop_instance=entry.operation.sop_instance)
-        if seq > applied:
-            cut = seq - 1
-            break
-        missing.append(entry)
-    if not whole or cut is not None:
-        catalogue.write(Batch(meta={"whole": False}))
-    if cut is not None:
-        catalogue.write(Batch(truncate_after=cut))
+        if not _intact(catalogue, volumes, entry, touched, verify=verify):
+            log.error("recovery.lost", seq=seq, sop_instance=entry.operation.sop_instance)
+            missing.append(entry)
+    for volume in volumes:
+        volume.sync_directories(touched.get(volume.id, ()))  # what was renamed again must not need a third time
+    online = {volume.id for volume in volumes}
+    known = {str(volume_id) for volume_id in catalogue.meta("volumes", ())}
+    for volume_id in known - online:
+        log.error("recovery.volume_away", volume=volume_id)
+    catalogue.write(Batch(meta={"missing": [entry.seq for entry in missing], "volumes": sorted(known | online)}))
     _tidy(catalogue, volumes)
-    return Recovered(whole, tuple(missing))
+    return Recovered(tuple(missing), frozenset(known - online))
 
 
-def _intact(catalogue: Catalogue, volumes: Volumes, entry: Entry, *, verify: bool) -> bool:
+def _intact(
+    catalogue: Catalogue, volumes: Volumes, entry: Entry, touched: dict[str, set[Path]], *, verify: bool
+) -> bool:
     put = entry.operation
     location = catalogue.location(put.sop_instance)
     if location is None:
@@ -72,7 +78,8 @@ def _intact(catalogue: Catalogue, volumes: Volumes, entry: Entry, *, verify: boo
     try:
         volume = volumes.get(location.volume)
         if location.path:
-            volume.publish(location.spool, location.path)  # the rename may have been lost with the power
+            # The rename may have been lost with the power.
+            touched.setdefault(volume.id, set()).update(volume.publish(location.spool, location.path))
         path = volume.locate(location.spool, location.path)
         if path is None:
             study, series = catalogue.folders(put, {})  # or it was done and its record was lost
@@ -88,9 +95,19 @@ def _intact(catalogue: Catalogue, volumes: Volumes, entry: Entry, *, verify: boo
 
 
 def _tidy(catalogue: Catalogue, volumes: Volumes) -> None:
-    """Remove spool files that no entry names: they were never complete, or never acknowledged."""
-    wanted = catalogue.spool_names()
+    """Set aside spool files that no entry names: they were never complete, or never acknowledged."""
     for volume in volumes:
-        for name in volume.spooled():
-            if name not in wanted:
-                (volume.path / "spool" / name).unlink(missing_ok=True)
+        present = set(volume.spooled())
+        if not present:
+            continue
+        wanted = {
+            location.spool
+            for location in catalogue.locations()
+            if location.spool in present and location.volume == volume.id and not _published(volume, location)
+        }
+        for name in present - wanted:
+            volume.quarantine(volume.path / "spool" / name, "left over from a crash; no entry names it", {})
+
+
+def _published(volume: Volume, location: Location) -> bool:
+    return bool(location.path) and (volume.path / "archive" / location.path).is_file()

@@ -22,6 +22,7 @@ from storage.effects import (
     Ask,
     DropLink,
     Effect,
+    FollowerState,
     InvariantBroken,
     Limits,
     Peer,
@@ -34,18 +35,6 @@ from storage.effects import (
 )
 from storage.epochs import Epochs
 from storage.messages import Ack, AnyMessage, Deny, Hello, Joined, Ping, Pong, Prepare, Welcome
-
-
-@dataclass
-class _Follower:
-    """Leader's state of the other node."""
-
-    stage: Peer = Peer.UNLINKED
-    session: int = 0
-    next_seq: int = 1
-    acked: int = 0
-    whole: bool = False
-    progress_at: float = 0.0
 
 
 @dataclass
@@ -71,6 +60,7 @@ class Replica:
     peer_hello: Hello | None = None
     peer_last: tuple[int, int] | None = None
     peer_info: bytes = b""
+    peer_unfit: bool = False  # the peer says that it can't keep anything
     grant_until: float = float("-inf")  # leader: the follower won't promote before (own clock)
     granted_until: float = float("-inf")  # follower: promised not to promote before (own clock)
 
@@ -80,11 +70,13 @@ class Replica:
         self._heard_at = 0.0
         self._pinged_at = float("-inf")
         self._lost_at: float | None = float("-inf")  # when the peer was last known to be there; None while it is
-        self._f = _Follower()
+        self._f = FollowerState()
         self._token = 0
         self._session = 0
         self._lead_from = 0
         self._greeted_at = 0.0
+        self._stalled_at: float | None = None  # since when commits wait for the follower without any progress
+        self._acked_max = 0
         self._adopting: Welcome | None = None
         self._following: Welcome | None = None
         self._greeting: Hello | None = None  # a leader's Hello that waits until nothing is in flight here
@@ -164,10 +156,11 @@ class Replica:
         self.required, self.confirmed, self.ask = in_sync, in_sync, None
         self.withhold = False
         self._following = self._greeting = None
-        self._f = _Follower()
+        self._f = FollowerState()
         self.grant_until = float("-inf")
         self._lost_at = None if self.linked else now
         self._lead_from = self.accepted
+        self._stalled_at, self._acked_max = None, 0
         self._advance()
         if self._linked:
             self._greet(now)
@@ -177,7 +170,7 @@ class Replica:
         if self.leading:
             self.role = Role.FOLLOWER
             self.required, self.ask = frozenset(), None
-            self._f = _Follower()
+            self._f = FollowerState()
             self._out.append(SteppedDown(self.promised))
 
     # -- log ---------------------------------------------------------------------------------------------------
@@ -278,8 +271,18 @@ class Replica:
         if waiting and now - self._f.progress_at > self.limits.ack_timeout_s:
             self._out.append(DropLink("the peer answers but doesn't acknowledge"))
             self.unlinked(now - self.limits.peer_timeout_s)
+        if self.commit == self.durable or self._f.acked > self._acked_max or self.peer not in self.required:
+            self._stalled_at = None
+            self._acked_max = max(self._acked_max, self._f.acked)
+        elif self._stalled_at is None:
+            self._stalled_at = now
+        stalled = self._stalled_at is not None and now - self._stalled_at > self.limits.ack_timeout_s
         lost = self._lost_at is not None and now - self._lost_at >= self.limits.peer_timeout_s
-        if lost and self.peer in self.required and self._asked() != frozenset({self.node}):
+        if (
+            (lost or stalled or self.peer_unfit)
+            and self.peer in self.required
+            and self._asked() != frozenset({self.node})
+        ):
             self._ask_for(frozenset({self.node}))
         self._expand()
 
@@ -328,10 +331,10 @@ class Replica:
 
     def _welcome(self, hello: Hello, now: float) -> None:
         match = self.epochs.common(Epochs(hello.epochs))
-        self._f = _Follower(Peer.GREETED, self._f.session, match + 1, match, hello.whole, now)
+        self._f = FollowerState(Peer.GREETED, self._f.session, match + 1, match, match, hello.whole, now)
         behind = match < self.commit or not hello.whole
-        if behind and self.peer in self.required and self._asked() != frozenset({self.node}):
-            self._ask_for(frozenset({self.node}))
+        if behind and self.peer in self.required:
+            self._ask_to_go_alone()
         self._out.append(Send(Welcome(self.epoch, self._f.session, match, self.commit)))
 
     def _on_welcome(self, welcome: Welcome) -> None:
@@ -350,6 +353,7 @@ class Replica:
         f = self._f
         if self.leading and joined.session == f.session and joined.epoch == self.epoch and f.stage is Peer.GREETED:
             f.stage, f.next_seq, f.acked, f.progress_at = Peer.JOINED, joined.seq + 1, joined.seq, now
+            f.joined_at = joined.seq
             self._advance()
             self._transmit()
             self._expand()
@@ -390,7 +394,9 @@ class Replica:
         elif ping.session and ping.epoch < self.promised:
             self._out.append(Send(Deny(self.promised)))
         grant = ours and not self.withhold
-        self._out.append(Send(Pong(ping.epoch, ping.session, ping.sent_s, grant, self.whole, self._settled(), b"")))
+        self._out.append(
+            Send(Pong(ping.epoch, ping.session, ping.sent_s, grant, self.whole, self._settled().last, b""))
+        )
 
     def _on_pong(self, pong: Pong) -> None:
         self.peer_last, self.peer_info = pong.epochs_last, pong.info or self.peer_info
@@ -415,35 +421,22 @@ class Replica:
 
     # -- helpers -----------------------------------------------------------------------------------------------
 
-    def _settled(self) -> tuple[int, int]:
-        """(epoch, seq) of the last durable entry."""
-        if self.idle:
-            return self.last
+    def _settled(self) -> Epochs:
+        """The durable part of the log."""
         settled = Epochs(self.epochs.pairs)
         settled.truncate(self.durable)
-        return settled.last
+        return settled
 
     def _hello(self, session: int) -> Hello:
-        settled = Epochs(self.epochs.pairs)
-        settled.truncate(self.durable)
-        return Hello(
-            cluster=self.cluster,
-            node=self.node,
-            store_id=self.store_id,
-            incarnation=self.incarnation,
-            promised=self.promised,
-            leading=self.leading,
-            session=session,
-            epochs=settled.pairs,
-            commit=self.commit,
-            whole=self.whole,
-        )
+        me = (self.cluster, self.node, self.store_id, self.incarnation)
+        log = (self._settled().pairs, self.commit, self.whole)
+        return Hello(*me, self.promised, self.leading, session, *log)
 
     def _greet(self, now: float) -> None:
         self._session += 1
         self._greeted_at = now
         acked = self._f.acked
-        self._f = _Follower(session=self._session, acked=acked)
+        self._f = FollowerState(session=self._session, acked=acked)
         self._out.append(Send(self._hello(self._session)))
 
     def _answer_greeting(self) -> None:
@@ -480,6 +473,11 @@ class Replica:
     def _asked(self) -> frozenset[str]:
         return self.ask.members if self.ask else self.required
 
+    def _ask_to_go_alone(self) -> None:
+        alone = frozenset({self.node})
+        if self._asked() != alone:
+            self._ask_for(alone)
+
     def _ask_for(self, members: frozenset[str]) -> None:
         self._token += 1
         self.required = self.required | members
@@ -490,8 +488,10 @@ class Replica:
 
         First commits wait for it, so that it reaches what is committed even under load; then the set is asked for.
         """
-        if self.peer is None or not (self.live and self._f.whole):
+        if self.peer is None or self.peer_unfit or not (self.live and self._f.whole):
             return
+        if self._f.acked == self._f.joined_at < self.accepted:
+            return  # linked, but it hasn't shown yet that it can keep anything
         both = frozenset({self.node, self.peer})
         if self._asked() == both and (self.ask or self.confirmed == both):
             return

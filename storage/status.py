@@ -62,7 +62,7 @@ def _peer_leads(store: "Store") -> bool:
 def _peer(store: "Store") -> dict[str, Any]:
     core = store.core
     info: dict[str, Any] = msgspec.msgpack.decode(core.peer_info) if core.peer_info and core.linked else {}
-    info.pop("room", None)
+    info = {key: value for key, value in info.items() if key not in ("room", "usable")}
     role = "standby" if core.leading else "primary" if _peer_leads(store) else "unknown"
     seq = core.peer_last[1] if core.peer_last else None
     return {"role": role if core.linked else "away", "seq": seq, "volumes": [], **info}

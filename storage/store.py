@@ -5,18 +5,19 @@ committed and visible; anything else is an exception. Reading: `settled()` and t
 """
 
 import asyncio
+import errno
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
-import lmdb
 import msgspec
 import structlog
 
 from conf.settings import Settings
 from storage.catalogue import Batch, Catalogue
 from storage.control import Report, Tell, boottime
+from storage.copies import Copies
 from storage.duty import Duty
 from storage.effects import (
     Adopt,
@@ -76,16 +77,15 @@ class Store:
         self.on_stepped_down: Callable[[], None] = lambda: None
         self._disk = ThreadPoolExecutor(DISK_THREADS, "disk")
         self.core = self._new_core(recovered.whole)
-        self.journal = Journal(
-            self.catalogue, self.volumes.get, self.view, self._durable, self._applied, self._journal_failed
-        )
+        self.journal = Journal(self.catalogue, self.volumes.get, self.view, self._durable, self._applied, self._die)
+        self._copies = Copies(self.catalogue, self.volumes, self._disk, self._pending_copy)
         self.peering = self._new_peering()
         self.follower = Follower(
             self.peering, self.journal, self.volumes, self._disk, self.catalogue.location, self._stuck
         )
         self.follower.restart(self.core.durable)
         self.healing = Healing(
-            self.core, self.catalogue, self.volumes, self.journal, self.follower, self._disk, recovered.missing
+            self.core, self.catalogue, self.volumes, self.journal, self.follower, self._disk, recovered
         )
         self.duty = Duty(
             self.core,
@@ -110,7 +110,7 @@ class Store:
         limits = Limits()
         if cluster:
             limits = Limits(peer_timeout_s=cluster.peer_timeout_s, ack_timeout_s=cluster.ack_timeout_s)
-        return Replica(
+        core = Replica(
             self.settings.node.name,
             cluster.peer if cluster else None,
             cluster.name if cluster else "",
@@ -120,9 +120,12 @@ class Store:
             Epochs(self.catalogue.epochs.pairs),
             self.catalogue.epochs.last[1],
             int(self.catalogue.meta("applied", 0)),
-            whole or cluster is None,  # alone there is no better copy to follow; what is lost was logged
+            whole or cluster is None,  # alone there is no better copy to follow; what is lost is in log and status
             limits,
         )
+        if cluster:
+            core.granted_until = boottime() + limits.grant_s  # a promise given before a restart still holds
+        return core
 
     def _new_peering(self) -> Peering:
         cluster = self.settings.cluster
@@ -133,7 +136,7 @@ class Store:
             port=cluster.replication_port if cluster else 0,
             volumes=self.volumes,
             executor=self._disk,
-            find=self._find,
+            find=self._copies.find,
             on_up=self._link_up,
             on_down=self._link_down,
             on_message=self._message,
@@ -148,6 +151,7 @@ class Store:
         else:
             epoch = self.core.promised + 1
             self.tell(Tell("lead", epoch, (self.core.node,), serve_until=float("inf")))
+            await self.duty.led()
         self._spawn(self._ticking())
 
     async def stop(self) -> None:
@@ -179,6 +183,7 @@ class Store:
     async def _ticking(self) -> None:
         count = 0
         while True:
+            self.core.peer_unfit = self._peer_info().get("usable", 1) == 0
             self.core.tick(boottime())
             self.flush()
             count += 1
@@ -236,10 +241,13 @@ class Store:
 
     def _peer_is_full(self) -> bool:
         cluster = self.settings.cluster
-        if cluster is None or cluster.peer not in self.core.required or not self.core.peer_info:
+        if cluster is None or cluster.peer not in self.core.required:
             return False
-        info = msgspec.msgpack.decode(self.core.peer_info)
-        return int(info.get("room", 1)) <= 0
+        return int(self._peer_info().get("room", 1)) <= 0
+
+    def _peer_info(self) -> dict[str, Any]:
+        """What the peer last said of its volumes."""
+        return msgspec.msgpack.decode(self.core.peer_info) if self.core.peer_info else {}
 
     def _degraded(self) -> bool:
         cluster = self.settings.cluster
@@ -266,8 +274,14 @@ class Store:
         if not self.may_serve:
             await upload.discard()
             raise NotServing("no longer the primary")
+        upload.keep()
         await self._propose(put, Location(incoming.volume.id, incoming.spool, ""), upload.stream)
         return True
+
+    def _pending_copy(self, sop_instance: str) -> tuple[Put, Location] | None:
+        """Record and place of an instance that isn't in the catalogue yet."""
+        kept = self._entries.get(self._pending.get(sop_instance, 0))
+        return (kept[0].operation, kept[1]) if kept else None
 
     def _known(self, sop_instance: str) -> tuple[Put, int] | None:
         """(record, seq) of an instance that is published or on its way."""
@@ -279,6 +293,9 @@ class Store:
 
     async def _again(self, upload: Upload, put: Put, known: Put, seq: int) -> bool:
         if (known.digest, known.length - known.offset) == (put.digest, put.length - put.offset):
+            if not await self._copies.intact(known):
+                await upload.set_aside("the stored copy of it can't be read here now", put.sop_instance)
+                raise OSError(errno.EIO, "the stored copy can't be read now")
             await upload.discard()
             if seq in self._waiting:
                 await asyncio.wait([self._waiting[seq]])
@@ -297,7 +314,7 @@ class Store:
         self._waiting[seq] = waiting
         self.journal.append(entry, location)
         self.flush()
-        await waiting
+        await asyncio.shield(waiting)
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -310,33 +327,6 @@ class Store:
         self._barriers.append((commit, barrier))
         self.journal.hurry()
         await barrier
-
-    def _find(self, sop_instance: str) -> tuple[str, int] | None:
-        """Path and data set offset of this node's copy, for the peer."""
-        seq = self._pending.get(sop_instance)
-        if seq is not None and seq in self._entries:
-            entry, location, _ = self._entries[seq]
-            put = entry.operation
-        else:
-            found, known = self.catalogue.location(sop_instance), self.catalogue.instance(sop_instance)
-            if found is None:
-                return None
-            location = found
-            put = known.put if known else self._put_in_log(sop_instance)
-        try:
-            volume = self.volumes.get(location.volume)
-        except LookupError:
-            return None
-        study, series = self.catalogue.folders(put, {})
-        path = volume.locate(location.spool, location.path or f"{study}/{series}/{sop_instance}.dcm")
-        return (str(path), put.offset) if path else None
-
-    def _put_in_log(self, sop_instance: str) -> Put:
-        for seq in range(self.core.durable, self.journal.applied, -1):
-            put = self.catalogue.entry(seq).operation
-            if put.sop_instance == sop_instance:
-                return put
-        raise LookupError(sop_instance)
 
     # -- effects of the core -----------------------------------------------------------------------------------
 
@@ -368,7 +358,12 @@ class Store:
     def _with_info(self, message: AnyMessage) -> AnyMessage:
         if not isinstance(message, Pong):
             return message
-        info = {"room": self.volumes.free_bytes(), "volumes": self.volumes.status(), **self.catalogue.counts()}
+        info = {
+            "room": self.volumes.free_bytes(),
+            "usable": self.volumes.usable,
+            "volumes": self.volumes.status(),
+            **self.catalogue.counts(),
+        }
         return msgspec.structs.replace(message, info=msgspec.msgpack.encode(info))
 
     def _transmit(self, session: int, seq: int) -> None:
@@ -402,16 +397,20 @@ class Store:
 
     def _queue_applies(self, upto: int) -> None:
         for seq in range(self._queued + 1, upto + 1):
-            kept = self._entries.get(seq) or self.follower.entries.pop(seq, None)
-            if kept:
-                self.journal.apply(kept[0], kept[1])
-            else:
-                entry = self.catalogue.entry(seq)
-                location = self.catalogue.location(entry.operation.sop_instance)
-                if location is None:
-                    raise InvariantBroken(f"entry {seq} has no location")
-                self.journal.apply(entry, location)
+            kept = self._entries.get(seq) or self.follower.entries.pop(seq, None) or self._from_log(seq)
+            entry, location = kept[0], kept[1]
+            # Until it is in the catalogue, a repeated UID must find it here, also what an earlier leader committed.
+            self._entries.setdefault(seq, (entry, location, 0))
+            self._pending[entry.operation.sop_instance] = seq
+            self.journal.apply(entry, location)
             self._queued = seq
+
+    def _from_log(self, seq: int) -> tuple[Entry, Location]:
+        entry = self.catalogue.entry(seq)
+        location = self.catalogue.location(entry.operation.sop_instance)
+        if location is None:
+            raise InvariantBroken(f"entry {seq} has no location")
+        return entry, location
 
     def _stepped_down(self) -> None:
         self.duty.stepped_down()
@@ -453,11 +452,6 @@ class Store:
         if both > self.pair_seq:
             self.pair_seq = both
             self.journal.note(pair_seq=both)
-
-    def _journal_failed(self, error: BaseException) -> None:
-        if isinstance(error, lmdb.Error | OSError | LookupError):
-            log.critical("journal.failed", error=str(error))
-        self._die(error)
 
     def _abandon(self) -> None:
         """Give up entries of a lost leader that can't be completed, once the journal is at rest."""

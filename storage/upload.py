@@ -16,6 +16,7 @@ class Upload:
         self.incoming, self.stream = incoming, stream
         self._peering, self._place = peering, place
         self._completed = False
+        self._kept = False
 
     def place(self, study: str) -> None:
         self._place(self.incoming, study)
@@ -44,11 +45,19 @@ class Upload:
             self.incoming.on_drained = drained.set
             await drained.wait()
 
+    def keep(self) -> None:
+        """An entry of the log names the object now: whatever happens to the sender, it isn't discarded any more."""
+        self._kept = True
+
     async def discard(self) -> None:
+        if self._kept:
+            return
         self._peering.abort_stream(self.stream)
         await self.incoming.discard()
 
     async def set_aside(self, reason: str, sop_instance: str) -> None:
         """Keep a refused object in quarantine. It must be finished."""
+        if self._kept:
+            raise RuntimeError("an entry of the log names it")
         self._peering.abort_stream(self.stream)
         await self.incoming.set_aside(reason, {"sop_instance": sop_instance})

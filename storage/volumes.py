@@ -71,6 +71,11 @@ class Volumes:
             raise NoRoom("no volume is online with room")
         return best[1]
 
+    @property
+    def usable(self) -> int:
+        """Volumes in service, full ones included."""
+        return sum(slot.volume is not None and not slot.state.startswith("failed") for slot in self.slots)
+
     def free_bytes(self) -> int:
         """Largest room on one volume, 0 if there is none."""
         try:

@@ -41,6 +41,7 @@ class SimGateway:
             disk.applied,
             limits=LIMITS,
         )
+        self.core.granted_until = node.clock() + LIMITS.grant_s  # as the store does
         self.published = disk.applied
         self.contents = {disk.log[seq][1] for seq in range(1, disk.applied + 1)}
         self.duty = Duty(

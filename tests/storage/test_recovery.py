@@ -1,13 +1,16 @@
 """Recovery on a real gateway process: killed, cut short, or with its bytes damaged while it was down."""
 
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 from storage.catalogue import Catalogue
 from storage.recovery import file_digest
+from storage.volume import create_marker
 from tests.builders import item
 from tests.conftest import Gateway, wait_for
+from tools.dicom_client import store_command
 from tools.samples import archived
 
 
@@ -71,3 +74,72 @@ def test_digest_is_of_the_data_set(tmp_path: Path) -> None:
     second.write_bytes(b"HEADER" + b"data")
     assert file_digest(first, 6) == file_digest(second, 6)
     assert file_digest(first, 6)[1] == 10
+
+
+def test_sender_that_leaves_before_the_response_loses_nothing(new_gateway: Callable[..., Gateway]) -> None:
+    """The entry is in the log when the connection ends: its bytes must stay, and the gateway must go on."""
+    gateway = new_gateway()
+    items = [item() for _ in range(40)]
+    for one in items:
+        client = gateway.client(one)
+        command = store_command(1, one.sop_class, one.sop_instance)
+        client.send_raw(client.pdvs(1, command, command=True) + client.pdvs(1, one.data, command=False))
+        client.close()
+    with gateway.client(items[0]) as client:
+        assert client.store(items[0]) == 0
+    assert gateway.process is not None
+    assert gateway.process.poll() is None
+    count = gateway.status()["instances"]
+    wait_for(lambda: len(archived([gateway.volume])) == count, "every entry's file")
+    assert gateway.stop() == 0
+
+
+def test_repeat_of_an_object_whose_copy_is_gone_is_not_success(new_gateway: Callable[..., Gateway]) -> None:
+    gateway = new_gateway()
+    one = item()
+    with gateway.client(one) as client:
+        assert client.store(one) == 0
+        path = wait_for(lambda: archived([gateway.volume]).get(one.sop_instance), "the file")
+        path.unlink()
+        assert client.store(one) == 0xA700
+    assert len(gateway.quarantined()) == 1
+
+
+def test_disk_away_at_start_takes_nothing_with_it(new_gateway: Callable[..., Gateway]) -> None:
+    """Killed with a full tail; one disk isn't mounted at the next start, and is back at the one after."""
+    gateway = new_gateway()
+    other = gateway.folder / "other"
+    gateway.stop()
+    create_marker(other)
+    gateway.environment["TANDEM__STORAGE__VOLUMES"] = json.dumps([str(gateway.volume), str(other)])
+    gateway.start()
+    uids = stored(gateway, 30)
+    gateway.stop(signal.SIGKILL)
+    other.rename(gateway.folder / "unplugged")
+    gateway.start()
+    stored(gateway, 3)
+    gateway.stop(signal.SIGKILL)
+    (gateway.folder / "unplugged").rename(other)
+    gateway.start()
+    assert gateway.status()["instances"] == 33
+    assert gateway.status()["catch_up"]["missing"] == 0
+    gateway.stop()
+    held = {path.stem for volume in (gateway.volume, other) for path in (volume / "archive").rglob("*.dcm")}
+    spooled = sum(len(list((volume / "spool").iterdir())) for volume in (gateway.volume, other))
+    assert len(held & set(uids)) + spooled >= 30
+
+
+def test_rename_lost_twice_does_not_lose_the_object(new_gateway: Callable[..., Gateway]) -> None:
+    gateway = new_gateway()
+    [uid] = stored(gateway, 1)
+    wait_for(lambda: uid in archived([gateway.volume]), "the file")
+    gateway.stop()  # a clean stop moves the checkpoint past it
+    path = archived([gateway.volume])[uid]
+    catalogue = Catalogue(gateway.folder / "state" / "catalogue", 1 << 30)
+    location = catalogue.location(uid)
+    catalogue.close()
+    assert location is not None
+    path.rename(gateway.volume / "spool" / location.spool)
+    gateway.start()
+    kept = [path, gateway.volume / "spool" / location.spool]
+    assert any(copy.exists() for copy in kept)

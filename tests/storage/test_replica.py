@@ -155,3 +155,36 @@ def test_old_epochs_are_not_led(epoch: int) -> None:
     a, _ = joined()
     with pytest.raises(InvariantBroken):
         a.core.lead(epoch, BOTH, 0.0)
+
+
+def test_follower_that_can_not_keep_an_entry_leaves_the_set() -> None:
+    """It links again and again, and each time fails at the same entry: commits must not wait for ever."""
+    a, b = joined()
+    b.held = True
+    a.propose(1.0)
+    now = 1.0
+    while a.core.ask is None and now < 30.0:
+        now += 0.2
+        b.core.abandon()
+        for node in (a, b):
+            node.core.unlinked(now)
+            node.core.linked_up(now)
+        for node in (a, b, a):
+            node.run(now)
+        a.core.tick(now)
+        a.run(now)
+    assert a.core.ask is not None
+    assert a.core.ask.members == ALONE
+    assert now > a.core.limits.ack_timeout_s
+    a.core.answered(a.core.ask.token)
+    a.run(now)
+    assert a.published == 1
+    assert a.core.required == ALONE
+
+
+def test_peer_without_a_disk_leaves_the_set() -> None:
+    a, _ = joined()
+    a.core.peer_unfit = True
+    a.core.tick(0.5)
+    assert a.core.ask is not None
+    assert a.core.ask.members == ALONE

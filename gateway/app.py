@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import signal
+import sys
 from typing import Any
 
 import structlog
@@ -17,10 +18,13 @@ from storage.store import Store
 log = structlog.get_logger()
 
 EXIT_FATAL = 70
+SWITCH_INTERVAL_S = 0.0001
 
 
 def run(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT; returns the exit code."""
+    # A disk thread that was handed work gets the interpreter at once, and not only when the event loop next waits.
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     return uvloop.run(_main(settings))
 
 

@@ -1,13 +1,12 @@
 """Where this node's copy of an instance lies: published, still in a spool folder, or on its way between the two."""
 
-import asyncio
 from collections.abc import Callable
-from concurrent.futures import Executor
 from pathlib import Path
 
 from storage.catalogue import Catalogue
 from storage.model import Location, Put
 from storage.volumes import Volumes
+from storage.workers import Workers
 
 
 class Copies:
@@ -15,11 +14,11 @@ class Copies:
         self,
         catalogue: Catalogue,
         volumes: Volumes,
-        executor: Executor,
+        workers: Workers,
         pending: Callable[[str], tuple[Put, Location] | None],
     ) -> None:
         """`pending(sop_instance)` knows those that are in the log and not yet in the catalogue."""
-        self._catalogue, self._volumes, self._executor, self._pending = catalogue, volumes, executor, pending
+        self._catalogue, self._volumes, self._workers, self._pending = catalogue, volumes, workers, pending
 
     def find(self, sop_instance: str) -> tuple[str, int] | None:
         """(path, bytes before the data set), None if there is no copy here now."""
@@ -58,4 +57,4 @@ class Copies:
             except OSError:
                 return False
 
-        return await asyncio.get_running_loop().run_in_executor(self._executor, look)
+        return await self._workers.run(look)

@@ -3,7 +3,6 @@ them to the journal in order."""
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import Executor
 from typing import Final
 
 import structlog
@@ -15,6 +14,7 @@ from storage.model import Entry, Location, Put, decode_entry
 from storage.peering import FetchFailed, Peering
 from storage.recovery import file_digest
 from storage.volumes import NoRoom, Volumes
+from storage.workers import Workers
 
 log = structlog.get_logger()
 
@@ -31,11 +31,11 @@ class Follower:
         peering: Peering,
         journal: Journal,
         volumes: Volumes,
-        executor: Executor,
+        workers: Workers,
         location_of: Callable[[str], Location | None],
         on_stuck: Callable[[str], None],
     ) -> None:
-        self._peering, self._journal, self._volumes, self._executor = peering, journal, volumes, executor
+        self._peering, self._journal, self._volumes, self._workers = peering, journal, volumes, workers
         self._location_of, self._on_stuck = location_of, on_stuck
         self._fetching = asyncio.Semaphore(FETCHES_MAX)
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -122,8 +122,7 @@ class Follower:
             path = self._volumes.get(location.volume).locate(location.spool, location.path)
             if path is None:
                 return None
-            loop = asyncio.get_running_loop()
-            found = await loop.run_in_executor(self._executor, file_digest, path, put.offset)
+            found = await self._workers.run(file_digest, path, put.offset)
             return location if found == (put.digest, put.length) else None
         except (OSError, LookupError):
             return None

@@ -1,7 +1,6 @@
 """Makes an incomplete copy whole again, and sets aside what must not be served."""
 
 import asyncio
-from concurrent.futures import Executor
 
 import structlog
 
@@ -13,6 +12,7 @@ from storage.peering import FetchFailed
 from storage.recovery import Recovered
 from storage.replica import Replica
 from storage.volumes import NoRoom, Volumes
+from storage.workers import Workers
 
 log = structlog.get_logger()
 
@@ -25,11 +25,11 @@ class Healing:
         volumes: Volumes,
         journal: Journal,
         follower: Follower,
-        executor: Executor,
+        workers: Workers,
         recovered: Recovered,
     ) -> None:
         self._core, self._catalogue, self._volumes, self._journal = core, catalogue, volumes, journal
-        self._follower, self._executor = follower, executor
+        self._follower, self._workers = follower, workers
         self._missing = list(recovered.missing)
         self._away = recovered.away
         self._checking = asyncio.Lock()
@@ -96,7 +96,6 @@ class Healing:
             path = volume.locate(location.spool, location.path)
             if path:
                 detail = {"sop_instance": put.sop_instance}
-                loop = asyncio.get_running_loop()
-                await loop.run_in_executor(self._executor, volume.quarantine, path, reason, detail)
+                await self._workers.run(volume.quarantine, path, reason, detail)
         except (OSError, LookupError) as error:
             log.error("quarantine.failed", sop_instance=put.sop_instance, error=str(error))

@@ -6,12 +6,12 @@ an object; a small object costs one thread hop in all. Memory is bounded: the se
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import Executor
 from typing import Final
 
 import xxhash
 
 from storage.volume import Spooled, Volume
+from storage.workers import Workers
 
 CHUNK_BYTES: Final = 64 << 10  # what goes to the peer at once
 WRITE_BYTES: Final = 512 << 10  # what goes to the disk at once
@@ -21,9 +21,9 @@ Tee = Callable[[bytearray], None]
 
 
 class Incoming:
-    def __init__(self, executor: Executor, volume: Volume, header: bytes, tee: Tee | None = None) -> None:
+    def __init__(self, workers: Workers, volume: Volume, header: bytes, tee: Tee | None = None) -> None:
         """`header` is what comes before the data set; `tee` is given each chunk as well (the stream to the peer)."""
-        self._executor, self.volume = executor, volume
+        self._workers, self.volume = workers, volume
         self._tee = tee
         self.offset = len(header)
         self.length = len(header)
@@ -82,7 +82,7 @@ class Incoming:
     def _start_job(self) -> None:
         queue, self._queue = self._queue, []
         size = sum(len(chunk) for chunk in queue)
-        self._job = asyncio.get_running_loop().run_in_executor(self._executor, self._write, queue)
+        self._job = self._workers.run(self._write, queue)
         self._job.add_done_callback(lambda job: self._written(job, size))
 
     def _written(self, job: "asyncio.Future[None]", size: int) -> None:
@@ -129,7 +129,7 @@ class Incoming:
         if self._failed:
             raise self._failed
         queue, self._queue = self._queue, []
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self._write_and_finish, queue)
+        return await self._workers.run(self._write_and_finish, queue)
 
     def _write_and_finish(self, queue: list[bytearray | bytes]) -> bytes:
         if queue or self._spooled is None:
@@ -149,10 +149,9 @@ class Incoming:
             await asyncio.wait([self._finishing])
         spooled = self._spooled
         if spooled:
-            await asyncio.get_running_loop().run_in_executor(self._executor, spooled.discard)
+            await self._workers.run(spooled.discard)
 
     async def set_aside(self, reason: str, detail: dict[str, str]) -> None:
         """Move the finished object to its volume's quarantine."""
         source = self.volume.path / "spool" / self.spool
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._executor, self.volume.quarantine, source, reason, detail)
+        await self._workers.run(self.volume.quarantine, source, reason, detail)

@@ -6,16 +6,16 @@ rows) rides on the next batch, or gets one of its own when a reader waits or not
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
 import structlog
 
 from storage.catalogue import Batch, Catalogue
-from storage.model import Entry, Location
+from storage.model import Entry, Location, Put
 from storage.view import View
 from storage.volume import Volume
+from storage.workers import Workers
 
 log = structlog.get_logger()
 
@@ -38,7 +38,7 @@ class Journal:
     ) -> None:
         self._catalogue, self._volumes, self._view = catalogue, volumes, view
         self._on_durable, self._on_applied, self._on_failed = on_durable, on_applied, on_failed
-        self._thread = ThreadPoolExecutor(1, "journal")
+        self._thread = Workers(1, "journal")
         self._appends: list[tuple[Entry, Location]] = []
         self._applies: list[tuple[Entry, Location]] = []
         self._meta: dict[str, Any] = {}
@@ -60,7 +60,7 @@ class Journal:
         return not self._running and not self._appends
 
     def close(self) -> None:
-        self._thread.shutdown(wait=True)
+        self._thread.stop()
 
     @property
     def behind(self) -> bool:
@@ -124,39 +124,44 @@ class Journal:
         if self._checkpointed < self.applied and loop.time() - self._checkpointed_at > CHECKPOINT_INTERVAL_S:
             self._checkpointed_at = loop.time()
             batch.meta["checkpoint"] = self._checkpointed = self.applied
-        job = loop.run_in_executor(self._thread, self._write, batch)
+        job = self._thread.run(self._write, batch, loop)
         job.add_done_callback(lambda done: self._written(done, batch, waiters))
 
-    def _write(self, batch: Batch) -> None:
+    def _write(self, batch: Batch, loop: asyncio.AbstractEventLoop) -> None:
         named = [location for _, location in batch.appends]
         for volume in {location.volume for location in (*named, *batch.relocations.values())}:
             self._volumes(volume).sync_spool()
         fresh: dict[str, str] = {}
-        batch.applies[:] = [(entry, self._publish(entry, location, fresh)) for entry, location in batch.applies]
+        batch.applies[:] = [(entry, self._place(entry, location, fresh)) for entry, location in batch.applies]
         if "checkpoint" in batch.meta:
             # All of these renames were done before; after this sync recovery needn't look at them again.
             touched, self._touched = self._touched, {}
             for volume, directories in touched.items():
                 self._volumes(volume).sync_directories(directories)
         self._catalogue.write(batch)
+        if batch.appends:
+            loop.call_soon_threadsafe(self._on_durable, batch.appends[-1][0].seq)
+        for entry, location in batch.applies:
+            self._publish(entry.operation, location)
 
-    def _publish(self, entry: Entry, location: Location, fresh: dict[str, str]) -> Location:
-        """Move the object into the tree. One that can't be moved stays where it is, and is found there."""
-        put = entry.operation
-        study, series = self._catalogue.folders(put, fresh)
-        relative = f"{study}/{series}/{put.sop_instance}.dcm"
+    def _place(self, entry: Entry, location: Location, fresh: dict[str, str]) -> Location:
+        """Where the object will be in the tree. Until it is moved there it is found in the spool."""
+        study, series = self._catalogue.folders(entry.operation, fresh)
+        return Location(location.volume, location.spool, f"{study}/{series}/{entry.operation.sop_instance}.dcm")
+
+    def _publish(self, put: Put, location: Location) -> None:
+        study = "/".join(location.path.split("/")[:2])
         try:
             volume = self._volumes(location.volume)
-            touched = volume.publish(location.spool, relative)
+            touched = volume.publish(location.spool, location.path)
         except (OSError, LookupError) as error:
             log.error("publish.failed", sop_instance=put.sop_instance, error=type(error).__name__)
-            return location
+            return
         self._touched.setdefault(location.volume, set()).update(touched)
         try:
             self._view.show(study, volume.path / "archive" / study)
         except OSError as error:
             log.error("share.not_shown", study=put.study, error=error.strerror)
-        return Location(location.volume, location.spool, relative)
 
     def _written(self, job: "asyncio.Future[None]", batch: Batch, waiters: list["asyncio.Future[None]"]) -> None:
         self._running = False
@@ -170,8 +175,6 @@ class Journal:
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)
-        if batch.appends:
-            self._on_durable(batch.appends[-1][0].seq)
         if batch.applies:
             self.applied = max(self.applied, batch.applied)
             self._hurried = self._hurried and bool(self._applies)

@@ -18,6 +18,7 @@ import xxhash
 MAGIC: Final = b"TD"
 HEADER: Final = struct.Struct(">2sBxIQQ")
 PAYLOAD_BYTES_MAX: Final = 4 << 20
+SCRATCH_BYTES: Final = 64 << 10
 HIGH_WATER_BYTES: Final = 4 << 20
 
 
@@ -38,9 +39,9 @@ class Link(asyncio.BufferedProtocol):
     def __init__(self, on_up: Callable[["Link"], None], on_frame: OnFrame, on_down: Callable[["Link"], None]) -> None:
         self._on_up, self._on_frame, self._on_down = on_up, on_frame, on_down
         self._transport: asyncio.Transport | None = None
-        self._header = bytearray(HEADER.size)
-        self._target: bytearray = self._header
-        self._filled = 0
+        self._scratch = bytearray(SCRATCH_BYTES)
+        self._target: bytearray | None = None  # a payload that is being received in place
+        self._filled = 0  # bytes in the target, or else in the buffer
         self._kind, self._stream, self._checksum = Kind.MESSAGE, 0, 0
         self._room = asyncio.Event()
         self._room.set()
@@ -98,25 +99,41 @@ class Link(asyncio.BufferedProtocol):
             self._transport.resume_reading()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return memoryview(self._target)[self._filled :]
+        """The rest of a long payload is received in its place; anything else goes through a buffer."""
+        if self._target is not None:
+            return memoryview(self._target)[self._filled :]
+        return memoryview(self._scratch)[self._filled :]
 
     def buffer_updated(self, nbytes: int) -> None:
         self._filled += nbytes
-        if self._filled < len(self._target):
-            return
-        self._filled = 0
-        if self._target is self._header:
-            magic, kind, length, self._stream, self._checksum = HEADER.unpack(self._header)
+        if self._target is None:
+            self._split()
+        elif self._filled == len(self._target):
+            payload, self._target, self._filled = self._target, None, 0
+            self._complete(payload)
+
+    def _split(self) -> None:
+        """Take the frames out of the buffer; what is left begins the next one."""
+        at, end = 0, self._filled
+        while end - at >= HEADER.size and not self.why_closed:
+            magic, kind, length, self._stream, self._checksum = HEADER.unpack_from(self._scratch, at)
             if magic != MAGIC or length > PAYLOAD_BYTES_MAX or kind not in Kind._value2member_map_:
                 self.close("not a frame of ours")
                 return
             self._kind = Kind(kind)
-            if length:
-                self._target = bytearray(length)
+            at += HEADER.size
+            here = min(length, end - at)
+            if here < length:
+                self._target, self._filled = bytearray(length), here
+                self._target[:here] = self._scratch[at:end]
                 return
-            payload = bytearray()
-        else:
-            payload, self._target = self._target, self._header
+            payload = self._scratch[at : at + length]
+            at += length
+            self._complete(payload)
+        self._scratch[: end - at] = self._scratch[at:end]
+        self._filled = end - at
+
+    def _complete(self, payload: bytearray) -> None:
         if xxhash.xxh3_64_intdigest(payload) != self._checksum:
             self.close("a frame was damaged on the way")
             return

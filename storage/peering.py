@@ -5,7 +5,6 @@ The node whose name sorts first dials, so that there is one connection and not t
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import Executor
 from typing import Final
 
 import msgspec
@@ -16,6 +15,7 @@ from storage.link import Kind, Link
 from storage.messages import AnyMessage, decode
 from storage.messages import encode as encode_message
 from storage.volumes import NoRoom, Volumes
+from storage.workers import Workers
 
 log = structlog.get_logger()
 
@@ -42,7 +42,7 @@ class Peering:
         peer_address: str,
         port: int,
         volumes: Volumes,
-        executor: Executor,
+        workers: Workers,
         find: Callable[[str], tuple[str, int] | None],
         on_up: Callable[[], None],
         on_down: Callable[[str], None],
@@ -50,7 +50,7 @@ class Peering:
     ) -> None:
         """`find(sop_instance)` gives the path of this node's copy and the bytes before its data set."""
         self._dial, self._own, self._peer, self._port = dial, own_address, peer_address, port
-        self._volumes, self._executor, self._find = volumes, executor, find
+        self._volumes, self._workers, self._find = volumes, workers, find
         self._on_up, self._on_down, self._on_message = on_up, on_down, on_message
         self.link: Link | None = None
         self._server: asyncio.Server | None = None
@@ -63,11 +63,12 @@ class Peering:
         self._waiting_for_disk: set[int] = set()
 
     async def start(self) -> None:
-        loop = asyncio.get_running_loop()
         if self._dial:
             self._spawn(self._keep_dialling())
         else:
-            self._server = await loop.create_server(self._new_link, self._own, self._port, reuse_address=True)
+            self._server = await asyncio.get_running_loop().create_server(
+                self._new_link, self._own, self._port, reuse_address=True
+            )
 
     async def stop(self) -> None:
         for task in list(self._tasks):
@@ -90,12 +91,13 @@ class Peering:
         return Link(self._up, self._frame, self._down)
 
     async def _keep_dialling(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             if self.link is None:
                 try:
                     async with asyncio.timeout(DIAL_TIMEOUT_S):
-                        await loop.create_connection(self._new_link, self._peer, self._port, local_addr=(self._own, 0))
+                        await asyncio.get_running_loop().create_connection(
+                            self._new_link, self._peer, self._port, local_addr=(self._own, 0)
+                        )
                 except (OSError, TimeoutError):
                     pass
             await asyncio.sleep(DIAL_INTERVAL_S)
@@ -209,7 +211,7 @@ class Peering:
         except NoRoom:
             self._fail(stream, "no room here")
             return
-        incoming = self._incoming[stream] = Incoming(self._executor, volume, header)
+        incoming = self._incoming[stream] = Incoming(self._workers, volume, header)
         incoming.on_drained = lambda: self._drained(link, stream)
 
     def _hold_back(self, link: Link, stream: int, incoming: Incoming) -> None:
@@ -252,17 +254,16 @@ class Peering:
     # -- giving ------------------------------------------------------------------------------------------------
 
     async def _serve(self, link: Link, stream: int, sop_instance: str) -> None:
-        loop = asyncio.get_running_loop()
         found = self._find(sop_instance)
         async with self._serving:
             try:
                 if found is None:
                     raise FileNotFoundError(sop_instance)
                 path, offset = found
-                file = await loop.run_in_executor(self._executor, lambda: open(path, "rb", buffering=0))  # noqa: SIM115
+                file = await self._workers.run(lambda: open(path, "rb", buffering=0))  # noqa: SIM115
                 try:
-                    link.send(Kind.OPEN, stream, await loop.run_in_executor(self._executor, file.read, offset))
-                    while block := await loop.run_in_executor(self._executor, file.read, READ_BYTES):
+                    link.send(Kind.OPEN, stream, await self._workers.run(file.read, offset))
+                    while block := await self._workers.run(file.read, READ_BYTES):
                         link.send(Kind.CHUNK, stream, block)
                         await link.room()
                     link.send(Kind.END, stream)

@@ -8,7 +8,6 @@ import asyncio
 import errno
 import uuid
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import msgspec
@@ -45,6 +44,7 @@ from storage.status import node_status
 from storage.upload import Upload
 from storage.view import View
 from storage.volumes import NoRoom, Volumes
+from storage.workers import Workers
 
 log = structlog.get_logger()
 
@@ -75,7 +75,7 @@ class Store:
         self.fatal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.on_change: Callable[[], None] = lambda: None
         self.on_stepped_down: Callable[[], None] = lambda: None
-        self._disk = ThreadPoolExecutor(DISK_THREADS, "disk")
+        self._disk = Workers(DISK_THREADS, "disk")
         self.core = self._new_core(recovered.whole)
         self.journal = Journal(self.catalogue, self.volumes.get, self.view, self._durable, self._applied, self._die)
         self._copies = Copies(self.catalogue, self.volumes, self._disk, self._pending_copy)
@@ -135,7 +135,7 @@ class Store:
             peer_address=cluster.peer_address if cluster else "",
             port=cluster.replication_port if cluster else 0,
             volumes=self.volumes,
-            executor=self._disk,
+            workers=self._disk,
             find=self._copies.find,
             on_up=self._link_up,
             on_down=self._link_down,
@@ -161,7 +161,7 @@ class Store:
         if not self.fatal.done():
             await self.journal.checkpoint()
         self.journal.close()
-        self._disk.shutdown(wait=True)
+        self._disk.stop()
         self.catalogue.close()
 
     def _spawn(self, coroutine: Any) -> None:

@@ -2,15 +2,19 @@
 
 import errno
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import structlog
 
 from storage.volume import LocalVolume, Volume, VolumeOffline
 
 log = structlog.get_logger()
+
+LOOK_INTERVAL_S: Final = 0.2
 
 
 class NoRoom(Exception):
@@ -23,7 +27,9 @@ class Slot:
 
     path: Path
     volume: Volume | None
-    state: str  # "online", "no marker", "failed: ...", "full"
+    state: str  # "online", "offline: ...", "failed: ...", "full"
+    free_bytes: int = 0
+    looked_at: float = float("-inf")
 
 
 class Volumes:
@@ -58,7 +64,7 @@ class Volumes:
             if slot.volume is None or slot.state.startswith("failed"):
                 continue
             try:
-                free = slot.volume.free_bytes() - self._reserve_bytes - need_bytes
+                free = self._free(slot) - self._reserve_bytes - need_bytes
             except OSError as error:
                 self.failed(slot.volume.id, error)
                 continue
@@ -70,6 +76,13 @@ class Volumes:
         if best is None:
             raise NoRoom("no volume is online with room")
         return best[1]
+
+    def _free(self, slot: Slot) -> int:
+        """Free bytes, asked of the disk a few times a second at most. Raises OSError."""
+        now = time.monotonic()
+        if slot.volume is not None and now - slot.looked_at > LOOK_INTERVAL_S:
+            slot.free_bytes, slot.looked_at = slot.volume.free_bytes(), now
+        return slot.free_bytes
 
     @property
     def usable(self) -> int:

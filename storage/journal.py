@@ -1,7 +1,7 @@
 """Group commit: many entries share one sync of the spool folders and one LMDB transaction.
 
 Entries become durable in the order of their seq. Publication (the rename into the readable tree and the catalogue
-rows) rides on the next batch, or gets one of its own when a reader waits or nothing else comes.
+rows) comes in batches of its own rhythm: when a reader waits, after a moment, or when many have gathered.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ log = structlog.get_logger()
 
 BATCH_ENTRIES_MAX: Final = 256
 APPLY_DELAY_S: Final = 0.02
+APPLIES_WAITING_MAX: Final = 64
 CHECKPOINT_INTERVAL_S: Final = 5.0
 
 
@@ -47,7 +48,7 @@ class Journal:
         self._waiters: list[asyncio.Future[None]] = []
         self._truncate: int | None = None
         self._running = False
-        self._hurried = False
+        self._due = False  # what is committed is to be published with the next batch
         self._broken: BaseException | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._touched: dict[str, set[Path]] = {}
@@ -73,14 +74,21 @@ class Journal:
 
     def apply(self, entry: Entry, location: Location) -> None:
         self._applies.append((entry, location))
-        if self._timer is None and not self._running:
-            self._timer = asyncio.get_running_loop().call_later(APPLY_DELAY_S, self._kick)
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        if self._applies and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(APPLY_DELAY_S, self._apply_now)
+
+    def _apply_now(self) -> None:
+        self._timer = None
+        self._due = True
+        self._kick()
 
     def hurry(self) -> None:
         """Somebody waits for what was published to be in the catalogue."""
-        self._hurried = bool(self._applies) or self._running
-        if self._applies:
-            self._kick()
+        self._due = True
+        self._kick()
 
     async def relocate(self, sop_instance: str, location: Location) -> None:
         """Note durably where an object lies that isn't published yet."""
@@ -104,22 +112,24 @@ class Journal:
         await future
 
     def _kick(self) -> None:
-        if self._timer:
-            self._timer.cancel()
-            self._timer = None
-        if self._running or self._broken or not (self._appends or self._applies or self._meta or self._waiters):
+        apply = self._due or bool(self._waiters) or len(self._applies) >= APPLIES_WAITING_MAX
+        wanted = self._appends or self._meta or self._waiters or (apply and self._applies)
+        if self._running or self._broken or not wanted:
             return
         self._running = True
+        self._due = apply and len(self._applies) > BATCH_ENTRIES_MAX
+        applies = self._applies[:BATCH_ENTRIES_MAX] if apply else []
+        del self._applies[: len(applies)]
         loop = asyncio.get_running_loop()
         batch = Batch(
             self._appends[:BATCH_ENTRIES_MAX],
-            self._applies[:BATCH_ENTRIES_MAX],
+            applies,
             self._relocations,
             {**self._notes, **self._meta},
             self._truncate,
         )
         self._relocations = {}
-        del self._appends[:BATCH_ENTRIES_MAX], self._applies[:BATCH_ENTRIES_MAX]
+        del self._appends[:BATCH_ENTRIES_MAX]
         waiters, self._waiters, self._meta, self._notes, self._truncate = self._waiters, [], {}, {}, None
         if self._checkpointed < self.applied and loop.time() - self._checkpointed_at > CHECKPOINT_INTERVAL_S:
             self._checkpointed_at = loop.time()
@@ -177,12 +187,9 @@ class Journal:
                 waiter.set_result(None)
         if batch.applies:
             self.applied = max(self.applied, batch.applied)
-            self._hurried = self._hurried and bool(self._applies)
             self._on_applied(self.applied)
-        if self._appends or self._meta or self._waiters or (self._hurried and self._applies):
-            self._kick()
-        elif self._applies and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(APPLY_DELAY_S, self._kick)
+        self._kick()
+        self._set_timer()
 
     async def checkpoint(self) -> None:
         """Make the tree durable up to what is applied, so that recovery is short."""

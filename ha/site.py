@@ -13,7 +13,6 @@ from ha.vip import NoInterface, VirtualAddresses
 
 log = structlog.get_logger()
 
-ANNOUNCE_TIMES = 3
 ANNOUNCE_AGAIN_S = 30.0
 SAMBA_CHECK_S = 1.0
 
@@ -90,13 +89,6 @@ class NodeSite:
             self._samba_checked_at = now
             if self._samba.pid is None:
                 await asyncio.to_thread(self._samba.start)
-
-    async def announce_repeatedly(self) -> None:
-        """A few more announcements after taking over, for hosts that missed the first."""
-        for _ in range(ANNOUNCE_TIMES - 1):
-            await asyncio.sleep(0.5)
-            if self.up:
-                await asyncio.to_thread(self._addresses.announce)
 
     def _give_up(self) -> None:
         self._fence.darken()

@@ -43,10 +43,6 @@ class Follower:
         self._next_seq = 0
         self.entries: dict[int, tuple[Entry, Location]] = {}  # accepted here and not yet published
 
-    @property
-    def idle(self) -> bool:
-        return not self._tasks and not self._ready and self._journal.idle
-
     def restart(self, durable: int) -> None:
         """Forget what isn't in the journal yet; entries after `durable` come anew."""
         for task in self._tasks.values():

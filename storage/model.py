@@ -1,10 +1,6 @@
 """The records that are stored and replicated. All are immutable msgspec structs, encoded as MessagePack."""
 
-from typing import Final
-
 import msgspec
-
-DIGEST_BYTES: Final = 16  # xxh3-128 of the data set
 
 
 class Put(msgspec.Struct, frozen=True, tag="put"):
@@ -15,7 +11,7 @@ class Put(msgspec.Struct, frozen=True, tag="put"):
     study: str
     series: str
     transfer_syntax: str
-    digest: bytes
+    digest: bytes  # xxh3-128 of the data set
     length: int  # bytes of the file: preamble, file meta, data set
     offset: int  # bytes before the data set
     keys: dict[str, str]

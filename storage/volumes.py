@@ -57,14 +57,14 @@ class Volumes:
             raise LookupError(f"volume {volume_id} is offline")
         return slot.volume
 
-    def choose(self, prefer: str = "", need_bytes: int = 0) -> Volume:
+    def choose(self, prefer: str = "") -> Volume:
         """The preferred volume if it has room, else the one with the most; raises NoRoom."""
         best: tuple[int, Volume] | None = None
         for slot in self.slots:
             if slot.volume is None or slot.state.startswith("failed"):
                 continue
             try:
-                free = self._free(slot) - self._reserve_bytes - need_bytes
+                free = self._free(slot) - self._reserve_bytes
             except OSError as error:
                 self.failed(slot.volume.id, error)
                 continue

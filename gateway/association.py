@@ -19,7 +19,7 @@ from gateway.upper_layer import (
     ReleaseRequested,
     UpperLayer,
 )
-from storage.store import NotServing
+from storage.ingest import NotServing
 
 if TYPE_CHECKING:
     from gateway.server import DicomServer

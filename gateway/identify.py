@@ -4,6 +4,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 from typing import Any, BinaryIO, Final
 
@@ -45,14 +46,21 @@ def identify(
 
     Raises Unreadable.
     """
-    syntax = UID(transfer_syntax)
-    if not syntax.is_deflated and isinstance(source, bytes | bytearray | memoryview):
+    implicit, little, deflated = _encoding(transfer_syntax)
+    if not deflated and isinstance(source, bytes | bytearray | memoryview):
         try:
-            scanner = Scanner(source, implicit=syntax.is_implicit_VR, little=syntax.is_little_endian)
-            return _identity(scanner.find(_WANTED, keys.LAST_TAG), little_endian=syntax.is_little_endian)
+            scanner = Scanner(source, implicit=implicit, little=little)
+            return _identity(scanner.find(_WANTED, keys.LAST_TAG), little_endian=little)
         except GiveUp:
             pass
-    return _parse(source, syntax, whole=whole)
+    return _parse(source, UID(transfer_syntax), whole=whole)
+
+
+@lru_cache(maxsize=256)
+def _encoding(transfer_syntax: str) -> tuple[bool, bool, bool]:
+    """(implicit VR, little endian, deflated)."""
+    syntax = UID(transfer_syntax)
+    return syntax.is_implicit_VR, syntax.is_little_endian, syntax.is_deflated
 
 
 def _parse(source: bytes | bytearray | memoryview | BinaryIO, syntax: UID, *, whole: bool) -> Identity | None:
@@ -135,7 +143,7 @@ def _text(vr: str, value: bytes, tag: int, encodings: list[str], *, little_endia
         code = ("<" if little_endian else ">") + _NUMBERS[vr]
         size = struct.calcsize(code)
         return str(struct.unpack_from(code, value)[0]) if len(value) >= size else ""
-    if vr in _TEXT:
+    if vr in _TEXT and not (value.isascii() and b"\x1b" not in value):
         try:
             return str(decode_bytes(value, encodings, TEXT_VR_DELIMS)).strip(" \0")
         except (LookupError, UnicodeError):

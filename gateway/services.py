@@ -20,11 +20,12 @@ from gateway.find import BadQuery, Query, decode_identifier, encode_identifier
 from gateway.identify import Identity, Unreadable, identify
 from gateway.negotiate import STUDY_ROOT_FIND, VERIFICATION, is_storage_class
 from gateway.part10 import file_header
+from storage.ingest import Conflict, NotServing
 from storage.model import Put
 from storage.paths import is_uid
-from storage.store import Conflict, NotServing, Store
+from storage.store import Store
 from storage.upload import Upload
-from storage.volumes import NoRoom
+from storage.volume import NoRoom
 
 log = structlog.get_logger()
 
@@ -186,10 +187,7 @@ class Storer:
 
     async def _store(self) -> None:
         upload, incoming, store = self._upload, self._upload.incoming, self._services.store
-        if not store.places_by_study:
-            upload.complete()  # disk and peer begin while the identity is read
-        else:
-            incoming.complete()
+        incoming.complete()
         if not self._looked:
             self._look(whole=True)
         try:

@@ -84,6 +84,11 @@ class Duty:
         if not self._core.leading and self._told and self._told <= self._core.epoch:
             self._told = 0
 
+    def standing(self) -> tuple[object, ...]:
+        """What the HA agent should hear of at once when it changes; the rest it hears a few times a second."""
+        core = self._core
+        return (core.role, core.promised, core.whole, core.linked, core.withhold, core.ask, self.serving)
+
     def report(self, cluster_id: str) -> Report:
         core = self._core
         hello = core.peer_hello

@@ -1,5 +1,5 @@
 """Makes the leader's entries durable on this node: waits for the streamed bytes or fetches them, checks them, and hands
-them to the journal in order."""
+them to the journal."""
 
 import asyncio
 from collections.abc import Callable
@@ -13,7 +13,8 @@ from storage.journal import Journal
 from storage.model import Entry, Location, Put, decode_entry
 from storage.peering import FetchFailed, Peering
 from storage.recovery import file_digest
-from storage.volumes import NoRoom, Volumes
+from storage.volume import NoRoom
+from storage.volumes import Volumes
 from storage.workers import Workers
 
 log = structlog.get_logger()
@@ -39,8 +40,6 @@ class Follower:
         self._location_of, self._on_stuck = location_of, on_stuck
         self._fetching = asyncio.Semaphore(FETCHES_MAX)
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._ready: dict[int, tuple[Entry, Location]] = {}
-        self._next_seq = 0
         self.entries: dict[int, tuple[Entry, Location]] = {}  # accepted here and not yet published
 
     def restart(self, durable: int) -> None:
@@ -48,8 +47,7 @@ class Follower:
         for task in self._tasks.values():
             task.cancel()
         self._tasks.clear()
-        self._ready.clear()
-        self._next_seq = durable + 1
+        self._journal.restart(durable)
         self.entries = {seq: kept for seq, kept in self.entries.items() if seq <= durable}
 
     def persist(self, effect: Persist) -> None:
@@ -57,8 +55,22 @@ class Follower:
         if (entry.epoch, entry.seq) != (effect.entry_epoch, effect.seq):
             self._on_stuck("an entry doesn't match its envelope")
             return
+        incoming = self._peering.ended(effect.stream)
+        if incoming and self._journal.idle and incoming.digest_at_once() and _fits(incoming, entry.operation):
+            self._peering.forget(effect.stream)
+            self._journal.append_landing(entry, lambda: self._land(entry, incoming))
+            return
+        if incoming:
+            incoming.begin_finish()
         task = asyncio.get_running_loop().create_task(self._persist(entry, effect.stream))
         self._tasks[effect.seq] = task
+
+    def _land(self, entry: Entry, incoming: Incoming) -> Location:
+        """In the journal's thread."""
+        incoming.land_here()
+        location = Location(incoming.volume.id, incoming.spool, "")
+        self.entries[entry.seq] = (entry, location)
+        return location
 
     async def _persist(self, entry: Entry, stream: int) -> None:
         try:
@@ -70,11 +82,8 @@ class Follower:
         finally:
             if self._tasks.get(entry.seq) is asyncio.current_task():
                 del self._tasks[entry.seq]
-        self._ready[entry.seq] = (entry, location)
-        while ready := self._ready.pop(self._next_seq, None):
-            self.entries[self._next_seq] = ready
-            self._journal.append(*ready)
-            self._next_seq += 1
+        self.entries[entry.seq] = (entry, location)
+        self._journal.append(entry, location)
 
     async def obtain(self, put: Put, stream: int = 0) -> Location:
         """Durable bytes of `put` on this node, checked against its digest. Raises FetchFailed, NoRoom or OSError."""
@@ -100,12 +109,11 @@ class Follower:
 
     async def _checked(self, incoming: Incoming, put: Put) -> Location:
         try:
-            digest = await incoming.finish()
-        except OSError as error:
-            self._volumes.failed(incoming.volume.id, error)
+            await incoming.finish()
+        except (OSError, NoRoom):
             await incoming.discard()
             raise
-        if digest != put.digest or incoming.length != put.length or incoming.offset != put.offset:
+        if not _fits(incoming, put):
             await incoming.discard()
             raise FetchFailed("what came isn't what the entry names")
         return Location(incoming.volume.id, incoming.spool, "")
@@ -122,3 +130,8 @@ class Follower:
             return location if found == (put.digest, put.length) else None
         except (OSError, LookupError):
             return None
+
+
+def _fits(incoming: Incoming, put: Put) -> bool:
+    """What came is what the entry names."""
+    return (incoming.digest, incoming.length, incoming.offset) == (put.digest, put.length, put.offset)

@@ -11,7 +11,8 @@ from storage.model import Entry, Put
 from storage.peering import FetchFailed
 from storage.recovery import Recovered
 from storage.replica import Replica
-from storage.volumes import NoRoom, Volumes
+from storage.volume import NoRoom
+from storage.volumes import Volumes
 from storage.workers import Workers
 
 log = structlog.get_logger()

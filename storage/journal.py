@@ -6,6 +6,7 @@ rows) comes in batches of its own rhythm: when a reader waits, after a moment, o
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ import structlog
 from storage.catalogue import Batch, Catalogue
 from storage.model import Entry, Location, Put
 from storage.view import View
-from storage.volume import Volume
+from storage.volume import NoRoom, Volume
 from storage.workers import Workers
 
 log = structlog.get_logger()
@@ -23,6 +24,27 @@ BATCH_ENTRIES_MAX: Final = 256
 APPLY_DELAY_S: Final = 0.02
 APPLIES_WAITING_MAX: Final = 64
 CHECKPOINT_INTERVAL_S: Final = 5.0
+
+Land = Callable[[], Location]
+
+
+@dataclass
+class Ready:
+    """An entry to be written. `land`, if it is given, makes its bytes durable first, in the journal's thread."""
+
+    entry: Entry
+    location: Location | None
+    land: Land | None = None
+
+
+@dataclass
+class Work:
+    """What the journal's thread does in one go."""
+
+    ready: list[Ready]
+    batch: Batch
+    waiters: list["asyncio.Future[None]"]
+    stuck: tuple[int, Exception] | None = field(default=None)
 
 
 class Journal:
@@ -35,12 +57,17 @@ class Journal:
         view: View,
         on_durable: Callable[[int], None],
         on_applied: Callable[[int], None],
+        on_stuck: Callable[[int, Exception], None],
         on_failed: Callable[[BaseException], None],
     ) -> None:
+        """`on_stuck(seq, error)`: no disk took the bytes of this entry; it and those after it are forgotten."""
         self._catalogue, self._volumes, self._view = catalogue, volumes, view
-        self._on_durable, self._on_applied, self._on_failed = on_durable, on_applied, on_failed
+        self._on_durable, self._on_applied = on_durable, on_applied
+        self._on_stuck, self._on_failed = on_stuck, on_failed
         self._thread = Workers(1, "journal")
-        self._appends: list[tuple[Entry, Location]] = []
+        self._appends: list[Ready] = []
+        self._early: dict[int, Ready] = {}  # bytes are durable, an entry before it isn't
+        self._next_seq = catalogue.epochs.last[1] + 1
         self._applies: list[tuple[Entry, Location]] = []
         self._meta: dict[str, Any] = {}
         self._relocations: dict[str, Location] = {}
@@ -58,6 +85,7 @@ class Journal:
 
     @property
     def idle(self) -> bool:
+        """Nothing is being written or waits to be; then the next entry may bring its bytes along."""
         return not self._running and not self._appends
 
     def close(self) -> None:
@@ -69,8 +97,24 @@ class Journal:
         return bool(self._applies) or self._running
 
     def append(self, entry: Entry, location: Location) -> None:
-        self._appends.append((entry, location))
+        """Write an entry whose bytes are durable, once all those before it are written."""
+        self._append(Ready(entry, location))
+
+    def append_landing(self, entry: Entry, land: Land) -> None:
+        """Land the bytes and write the entry in one go: the shortest way while the journal has nothing else to do."""
+        self._append(Ready(entry, None, land))
+
+    def _append(self, ready: Ready) -> None:
+        self._early[ready.entry.seq] = ready
+        while self._next_seq in self._early:
+            self._appends.append(self._early.pop(self._next_seq))
+            self._next_seq += 1
         self._kick()
+
+    def restart(self, durable: int) -> None:
+        """Forget what waits for earlier entries; those after `durable` come anew."""
+        self._early.clear()
+        self._next_seq = durable + 1
 
     def apply(self, entry: Entry, location: Location) -> None:
         self._applies.append((entry, location))
@@ -122,22 +166,36 @@ class Journal:
         del self._applies[: len(applies)]
         loop = asyncio.get_running_loop()
         batch = Batch(
-            self._appends[:BATCH_ENTRIES_MAX],
+            [],
             applies,
             self._relocations,
             {**self._notes, **self._meta},
             self._truncate,
         )
         self._relocations = {}
+        work = Work(self._appends[:BATCH_ENTRIES_MAX], batch, self._waiters)
         del self._appends[:BATCH_ENTRIES_MAX]
-        waiters, self._waiters, self._meta, self._notes, self._truncate = self._waiters, [], {}, {}, None
+        self._waiters, self._meta, self._notes, self._truncate = [], {}, {}, None
         if self._checkpointed < self.applied and loop.time() - self._checkpointed_at > CHECKPOINT_INTERVAL_S:
             self._checkpointed_at = loop.time()
             batch.meta["checkpoint"] = self._checkpointed = self.applied
-        job = self._thread.run(self._write, batch, loop)
-        job.add_done_callback(lambda done: self._written(done, batch, waiters))
+        job = self._thread.run(self._write, work, loop)
+        job.add_done_callback(lambda done: self._written(done, work))
 
-    def _write(self, batch: Batch, loop: asyncio.AbstractEventLoop) -> None:
+    def _land(self, work: Work) -> None:
+        for ready in work.ready:
+            try:
+                location = ready.location or (ready.land and ready.land())
+            except (OSError, NoRoom) as error:
+                work.stuck = (ready.entry.seq, error)
+                return
+            if location is None:
+                raise RuntimeError("an entry without bytes")
+            work.batch.appends.append((ready.entry, location))
+
+    def _write(self, work: Work, loop: asyncio.AbstractEventLoop) -> None:
+        self._land(work)
+        batch = work.batch
         named = [location for _, location in batch.appends]
         for volume in {location.volume for location in (*named, *batch.relocations.values())}:
             self._volumes(volume).sync_spool()
@@ -173,8 +231,9 @@ class Journal:
         except OSError as error:
             log.error("share.not_shown", study=put.study, error=error.strerror)
 
-    def _written(self, job: "asyncio.Future[None]", batch: Batch, waiters: list["asyncio.Future[None]"]) -> None:
+    def _written(self, job: "asyncio.Future[None]", work: Work) -> None:
         self._running = False
+        batch, waiters = work.batch, work.waiters
         if error := job.exception():
             self._broken = error  # what came before may be lost: nothing later may become durable in its place
             for waiter in [*waiters, *self._waiters]:
@@ -188,6 +247,10 @@ class Journal:
         if batch.applies:
             self.applied = max(self.applied, batch.applied)
             self._on_applied(self.applied)
+        if work.stuck:
+            self._appends.clear()
+            self.restart(work.stuck[0] - 1)
+            self._on_stuck(*work.stuck)
         self._kick()
         self._set_timer()
 

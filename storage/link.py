@@ -38,11 +38,13 @@ OnFrame = Callable[["Link", Kind, int, bytearray], None]
 class Link(asyncio.BufferedProtocol):
     def __init__(self, on_up: Callable[["Link"], None], on_frame: OnFrame, on_down: Callable[["Link"], None]) -> None:
         self._on_up, self._on_frame, self._on_down = on_up, on_frame, on_down
+        self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._scratch = bytearray(SCRATCH_BYTES)
         self._target: bytearray | None = None  # a payload that is being received in place
         self._filled = 0  # bytes in the target, or else in the buffer
         self._kind, self._stream, self._checksum = Kind.MESSAGE, 0, 0
+        self._out: list[bytes | bytearray | memoryview] = []
         self._room = asyncio.Event()
         self._room.set()
         self.why_closed = ""
@@ -61,10 +63,14 @@ class Link(asyncio.BufferedProtocol):
         if self._transport is None or self._transport.is_closing():
             return
         header = HEADER.pack(MAGIC, kind, len(payload), stream, xxhash.xxh3_64_intdigest(payload))
-        if len(payload) > 4096:
-            self._transport.writelines((header, payload))
-        else:
-            self._transport.write(header + payload)
+        if not self._out:
+            self._loop.call_soon(self._flush)  # what is sent in one turn of the loop leaves, and arrives, together
+        self._out += (header, payload)
+
+    def _flush(self) -> None:
+        out, self._out = self._out, []
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.writelines(out)
 
     def close(self, why: str) -> None:
         if self._transport is not None and not self._transport.is_closing():

@@ -14,7 +14,8 @@ from storage.incoming import Incoming
 from storage.link import Kind, Link
 from storage.messages import AnyMessage, decode
 from storage.messages import encode as encode_message
-from storage.volumes import NoRoom, Volumes
+from storage.volume import NoRoom
+from storage.volumes import Volumes
 from storage.workers import Workers
 
 log = structlog.get_logger()
@@ -25,6 +26,7 @@ STREAMS_MAX: Final = 1024
 FETCH_STREAM_BIT: Final = 1 << 63
 READ_BYTES: Final = 256 << 10
 FETCHES_SERVED_MAX: Final = 4
+HELD_CHUNKS_MAX: Final = 4
 
 
 class FetchFailed(Exception):
@@ -58,6 +60,7 @@ class Peering:
         self._incoming: dict[int, Incoming] = {}
         self._ended: dict[int, asyncio.Future[Incoming]] = {}
         self._next_stream = 0
+        self._held: dict[int, list[bytes | bytearray]] = {}  # streams of which nothing was sent yet
         self._next_fetch = FETCH_STREAM_BIT
         self._serving = asyncio.Semaphore(FETCHES_SERVED_MAX)
         self._waiting_for_disk: set[int] = set()
@@ -120,6 +123,7 @@ class Peering:
             self._spawn(incoming.discard())
         self._incoming.clear()
         self._ended.clear()
+        self._held.clear()
         self._waiting_for_disk.clear()
         self._on_down(link.why_closed)
 
@@ -134,22 +138,43 @@ class Peering:
         if self.link is None:
             return 0
         self._next_stream += 1
-        self.link.send(Kind.OPEN, self._next_stream, header)
+        self._held[self._next_stream] = [header]
         return self._next_stream
 
     def chunk(self, stream: int, chunk: bytearray) -> None:
-        if self.link:
+        held = self._held.get(stream)
+        if held is not None and len(held) <= HELD_CHUNKS_MAX:
+            held.append(chunk)
+        elif self.link:
+            self._let_go(stream)
             self.link.send(Kind.CHUNK, stream, chunk)
 
+    def _let_go(self, stream: int) -> None:
+        """A small object is held back until it is complete: the peer wakes once for it and its entry."""
+        held = self._held.pop(stream, None)
+        if held and self.link:
+            self.link.send(Kind.OPEN, stream, held[0])
+            for chunk in held[1:]:
+                self.link.send(Kind.CHUNK, stream, chunk)
+
     def end_stream(self, stream: int) -> None:
+        self._let_go(stream)
         if self.link:
             self.link.send(Kind.END, stream)
 
     def abort_stream(self, stream: int) -> None:
-        if self.link and stream:
+        if self._held.pop(stream, None) is None and self.link and stream:
             self.link.send(Kind.ABORT, stream)
 
     # -- receiving ---------------------------------------------------------------------------------------------
+
+    def ended(self, stream: int) -> Incoming | None:
+        """The object of a stream whose last byte is here."""
+        future = self._ended.get(stream)
+        return future.result() if future and future.done() and not future.exception() else None
+
+    def forget(self, stream: int) -> None:
+        self._ended.pop(stream, None)
 
     async def received(self, stream: int) -> Incoming:
         """The object of a stream once its last byte is here; raises FetchFailed."""
@@ -211,7 +236,7 @@ class Peering:
         except NoRoom:
             self._fail(stream, "no room here")
             return
-        incoming = self._incoming[stream] = Incoming(self._workers, volume, header)
+        incoming = self._incoming[stream] = Incoming(self._workers, self._volumes, volume, header)
         incoming.on_drained = lambda: self._drained(link, stream)
 
     def _hold_back(self, link: Link, stream: int, incoming: Incoming) -> None:
@@ -233,7 +258,8 @@ class Peering:
         if future is None or future.done():
             self._spawn(incoming.discard())
             return
-        incoming.begin_finish()  # the disk starts now, before the entry comes
+        if not incoming.in_memory:
+            incoming.begin_finish()  # the disk starts now, before the entry comes
         future.set_result(incoming)
 
     def _abandon(self, stream: int) -> None:

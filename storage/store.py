@@ -5,7 +5,6 @@ committed and visible; anything else is an exception. Reading: `settled()` and t
 """
 
 import asyncio
-import errno
 import uuid
 from collections.abc import Callable
 from typing import Any, Final
@@ -33,17 +32,18 @@ from storage.effects import (
 from storage.epochs import Epochs
 from storage.follower import Follower
 from storage.healing import Healing
-from storage.incoming import Incoming
+from storage.ingest import Ingest, NotServing
 from storage.journal import Journal
 from storage.messages import AnyMessage, Pong, Prepare
 from storage.model import Entry, Location, Put, encode
 from storage.peering import Peering
+from storage.pending import Pending, Pendings
 from storage.recovery import recover
 from storage.replica import Replica
 from storage.status import node_status
 from storage.upload import Upload
 from storage.view import View
-from storage.volumes import NoRoom, Volumes
+from storage.volumes import Volumes
 from storage.workers import Workers
 
 log = structlog.get_logger()
@@ -51,14 +51,6 @@ log = structlog.get_logger()
 DISK_THREADS: Final = 8
 TICK_S: Final = 0.1
 STUDIES_REMEMBERED_MAX: Final = 4096
-
-
-class NotServing(Exception):
-    """This node isn't the primary, or may not act as it now. Whether the object was stored is not known."""
-
-
-class Conflict(Exception):
-    """The SOP Instance UID is taken by other bytes; the newcomer is in quarantine."""
 
 
 class Store:
@@ -77,8 +69,11 @@ class Store:
         self.on_stepped_down: Callable[[], None] = lambda: None
         self._disk = Workers(DISK_THREADS, "disk")
         self.core = self._new_core(recovered.whole)
-        self.journal = Journal(self.catalogue, self.volumes.get, self.view, self._durable, self._applied, self._die)
-        self._copies = Copies(self.catalogue, self.volumes, self._disk, self._pending_copy)
+        self.journal = Journal(
+            self.catalogue, self.volumes.get, self.view, self._durable, self._applied, self._not_kept, self._die
+        )
+        self._pendings = Pendings()
+        self._copies = Copies(self.catalogue, self.volumes, self._disk, self._pendings.copy)
         self.peering = self._new_peering()
         self.follower = Follower(
             self.peering, self.journal, self.volumes, self._disk, self.catalogue.location, self._stuck
@@ -94,12 +89,24 @@ class Store:
             abandon=self._abandon,
             flush=self.flush,
         )
-        self._entries: dict[int, tuple[Entry, Location, int]] = {}  # as leader: proposed and not yet published
-        self._waiting: dict[int, asyncio.Future[None]] = {}
-        self._pending: dict[str, int] = {}  # SOP Instance UID -> seq, from proposal to publication in the catalogue
         self._barriers: list[tuple[int, asyncio.Future[None]]] = []
         self._queued = self.journal.applied
-        self._study_volume: dict[str, str] = {}
+        self.ingest = Ingest(
+            self.core,
+            self.duty,
+            settings.cluster,
+            self.catalogue,
+            self.volumes,
+            self._disk,
+            self.peering,
+            self.journal,
+            self._pendings,
+            self._copies,
+            peer_room=lambda: int(self._peer_info().get("room", 1)),
+            flush=self.flush,
+            die=self._die,
+        )
+        self._standing = self.duty.standing()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def _new_core(self, whole: bool) -> Replica:
@@ -216,105 +223,15 @@ class Store:
 
     def begin(self, header: bytes) -> Upload:
         """Start an object. `header` is what precedes the data set. Raises NotServing or NoRoom."""
-        if not self.may_serve:
-            raise NotServing("not the primary")
-        if self._peer_is_full() or self._degraded():
-            raise NoRoom("the second copy can't be kept now")
-        volume = self.volumes.choose()
-        stream = self.peering.open_stream(header) if self.core.live else 0
-        tee = (lambda chunk: self.peering.chunk(stream, chunk)) if stream else None
-        return Upload(Incoming(self._disk, volume, header, tee), stream, self.peering, self.place)
+        return self.ingest.begin(header)
 
-    @property
-    def places_by_study(self) -> bool:
-        """There is a choice of volumes, so that the study should be known before anything is written."""
-        return len(self.volumes.slots) > 1
-
-    def place(self, incoming: Incoming, study: str) -> None:
-        """Put an object where the rest of its study lies, if there is room and nothing was written yet."""
-        if incoming.placed:
-            return
-        if len(self._study_volume) >= STUDIES_REMEMBERED_MAX:
-            self._study_volume.clear()
-        incoming.volume = self.volumes.choose(self._study_volume.get(study, ""))
-        self._study_volume[study] = incoming.volume.id
-
-    def _peer_is_full(self) -> bool:
-        cluster = self.settings.cluster
-        if cluster is None or cluster.peer not in self.core.required:
-            return False
-        return int(self._peer_info().get("room", 1)) <= 0
+    async def put(self, upload: Upload, make: Callable[[bytes, int], Put]) -> bool:
+        """Commit a finished object, see `Ingest.put`."""
+        return await self.ingest.put(upload, make)
 
     def _peer_info(self) -> dict[str, Any]:
         """What the peer last said of its volumes."""
         return msgspec.msgpack.decode(self.core.peer_info) if self.core.peer_info else {}
-
-    def _degraded(self) -> bool:
-        cluster = self.settings.cluster
-        return cluster is not None and cluster.degraded == "refuse" and self.core.required == {self.core.node}
-
-    async def put(self, upload: Upload, make: Callable[[bytes, int], Put]) -> bool:
-        """Commit a finished object. `make(digest, length)` gives its record.
-
-        Returns True if it is stored now, False if the same object was there already. Raises Conflict, NotServing,
-        or OSError when this node's disk failed.
-        """
-        incoming = upload.incoming
-        upload.complete()
-        try:
-            digest = await incoming.finish()
-        except OSError as error:
-            self.volumes.failed(incoming.volume.id, error)
-            await upload.discard()
-            raise
-        put = make(digest, incoming.length)
-        known = self._known(put.sop_instance)
-        if known is not None:
-            return await self._again(upload, put, *known)
-        if not self.may_serve:
-            await upload.discard()
-            raise NotServing("no longer the primary")
-        upload.keep()
-        await self._propose(put, Location(incoming.volume.id, incoming.spool, ""), upload.stream)
-        return True
-
-    def _pending_copy(self, sop_instance: str) -> tuple[Put, Location] | None:
-        """Record and place of an instance that isn't in the catalogue yet."""
-        kept = self._entries.get(self._pending.get(sop_instance, 0))
-        return (kept[0].operation, kept[1]) if kept else None
-
-    def _known(self, sop_instance: str) -> tuple[Put, int] | None:
-        """(record, seq) of an instance that is published or on its way."""
-        seq = self._pending.get(sop_instance)
-        if seq is not None and seq in self._entries:
-            return self._entries[seq][0].operation, seq
-        found = self.catalogue.instance(sop_instance)
-        return (found.put, found.seq) if found else None
-
-    async def _again(self, upload: Upload, put: Put, known: Put, seq: int) -> bool:
-        if (known.digest, known.length - known.offset) == (put.digest, put.length - put.offset):
-            if not await self._copies.intact(known):
-                await upload.set_aside("the stored copy of it can't be read here now", put.sop_instance)
-                raise OSError(errno.EIO, "the stored copy can't be read now")
-            await upload.discard()
-            if seq in self._waiting:
-                await asyncio.wait([self._waiting[seq]])
-                if self.core.commit < seq:
-                    raise NotServing("no longer the primary")
-            return False
-        await upload.set_aside("SOP Instance UID is taken by other bytes", put.sop_instance)
-        raise Conflict(put.sop_instance)
-
-    async def _propose(self, put: Put, location: Location, stream: int) -> None:
-        seq = self.core.propose(boottime())
-        entry = Entry(self.core.epoch, seq, put)
-        waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._entries[seq] = (entry, location, stream)
-        self._pending[put.sop_instance] = seq
-        self._waiting[seq] = waiting
-        self.journal.append(entry, location)
-        self.flush()
-        await asyncio.shield(waiting)
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -331,10 +248,11 @@ class Store:
     # -- effects of the core -----------------------------------------------------------------------------------
 
     def flush(self) -> None:
-        effects = self.core.take()
-        for effect in effects:
+        for effect in self.core.take():
             self._carry_out(effect)
-        if effects:
+        standing = self.duty.standing()
+        if standing != self._standing:
+            self._standing = standing
             self.on_change()
 
     def _carry_out(self, effect: Effect) -> None:
@@ -367,10 +285,9 @@ class Store:
         return msgspec.structs.replace(message, info=msgspec.msgpack.encode(info))
 
     def _transmit(self, session: int, seq: int) -> None:
-        kept = self._entries.get(seq)
+        kept = self._pendings.get(seq)
         if kept:
-            entry, stream = kept[0], kept[2]
-            raw, epoch = encode(entry), entry.epoch
+            raw, epoch, stream = encode(kept.entry), kept.entry.epoch, kept.stream
         else:
             raw, stream = self.catalogue.entry_bytes(seq), 0
             epoch = msgspec.msgpack.decode(raw, type=Entry).epoch
@@ -380,28 +297,25 @@ class Store:
     async def _adopt(self, epoch: int, match: int) -> None:
         await self.healing.set_tail_aside(match)
         await self.journal.set(truncate_after=match, promised=max(epoch, self.core.promised))
-        self.follower.restart(match)
-        for seq in [seq for seq in self._entries if seq > match]:
-            entry, _, _ = self._entries.pop(seq)
-            self._pending.pop(entry.operation.sop_instance, None)
+        self._forget_after(match)
         self.core.adopted(epoch, match)
         self.flush()
         await self.healing.check()
 
     def _publish(self, upto: int) -> None:
         self._queue_applies(upto)
-        for seq in [seq for seq in self._waiting if seq <= upto]:
-            waiting = self._waiting.pop(seq)
-            if not waiting.done():
-                waiting.set_result(None)
+        self._pendings.committed(upto)
 
     def _queue_applies(self, upto: int) -> None:
         for seq in range(self._queued + 1, upto + 1):
-            kept = self._entries.get(seq) or self.follower.entries.pop(seq, None) or self._from_log(seq)
-            entry, location = kept[0], kept[1]
-            # Until it is in the catalogue, a repeated UID must find it here, also what an earlier leader committed.
-            self._entries.setdefault(seq, (entry, location, 0))
-            self._pending[entry.operation.sop_instance] = seq
+            kept = self._pendings.get(seq)
+            if kept and kept.location:
+                entry, location = kept.entry, kept.location
+            else:
+                followed = self.follower.entries.pop(seq, None)
+                entry, location = followed or self._from_log(seq)
+                # Until it is in the catalogue, a repeated UID must find it here, also what an earlier leader committed.
+                self._pendings.add(Pending(entry, location))
             self.journal.apply(entry, location)
             self._queued = seq
 
@@ -414,10 +328,7 @@ class Store:
 
     def _stepped_down(self) -> None:
         self.duty.stepped_down()
-        waiting, self._waiting = self._waiting, {}
-        for future in waiting.values():
-            if not future.done():
-                future.set_exception(NotServing("another node has taken over"))
+        self._pendings.fail(NotServing("another node has taken over"))
         self.on_stepped_down()
 
     # -- what happened -----------------------------------------------------------------------------------------
@@ -429,9 +340,7 @@ class Store:
             self._spawn(self.healing.check())
 
     def _applied(self, seq: int) -> None:
-        for done in [done for done in self._entries if done <= seq]:
-            entry, _, _ = self._entries.pop(done)
-            self._pending.pop(entry.operation.sop_instance, None)
+        self._pendings.forget_upto(seq)
         still = []
         for wanted, barrier in self._barriers:
             if wanted > seq:
@@ -458,8 +367,20 @@ class Store:
         if self.core.leading or self.core.idle:
             return
         if self.journal.idle:
-            self.follower.restart(self.core.durable)
+            self._forget_after(self.core.durable)
             self.core.abandon()
+
+    def _forget_after(self, seq: int) -> None:
+        """Entries after `seq` are no longer in the log."""
+        self.follower.restart(seq)
+        self._pendings.forget_after(seq)
+
+    def _not_kept(self, seq: int, error: Exception) -> None:
+        """No disk of this node took the bytes of an entry."""
+        if self.core.leading:
+            self._die(error)
+        else:
+            self._stuck(str(error))
 
     def _stuck(self, why: str) -> None:
         self.peering.drop(f"an entry can't be kept here: {why}")

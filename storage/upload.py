@@ -11,7 +11,11 @@ class Upload:
     """`place(incoming, study)` chooses the volume once the study is known."""
 
     def __init__(
-        self, incoming: Incoming, stream: int, peering: Peering, place: Callable[[Incoming, str], None]
+        self,
+        incoming: Incoming,
+        stream: int,
+        peering: Peering,
+        place: Callable[[Incoming, str], None],
     ) -> None:
         self.incoming, self.stream = incoming, stream
         self._peering, self._place = peering, place
@@ -22,13 +26,12 @@ class Upload:
         self._place(self.incoming, study)
 
     def complete(self) -> None:
-        """The last byte has come: disk and peer begin to make it durable."""
+        """The last byte has come."""
         if self._completed:
             return
         self._completed = True
         self.incoming.complete()
         self._peering.end_stream(self.stream)
-        self.incoming.begin_finish()
 
     @property
     def backlogged(self) -> bool:

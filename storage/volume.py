@@ -23,6 +23,10 @@ MARKER: Final = "tandem-volume.json"
 WRITEBACK_BYTES: Final = 32 << 20  # a long object is flushed every so often, so that its last fsync isn't long
 
 
+class NoRoom(Exception):
+    """No volume is online with room for another object."""
+
+
 class VolumeOffline(Exception):
     """The marker is missing or isn't ours."""
 

@@ -10,15 +10,11 @@ from typing import Final
 
 import structlog
 
-from storage.volume import LocalVolume, Volume, VolumeOffline
+from storage.volume import LocalVolume, NoRoom, Volume, VolumeOffline
 
 log = structlog.get_logger()
 
 LOOK_INTERVAL_S: Final = 0.2
-
-
-class NoRoom(Exception):
-    """No volume of this node can take the object."""
 
 
 @dataclass

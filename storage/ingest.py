@@ -1,0 +1,176 @@
+"""Writing on the primary: from the first byte of an object to its commit on both nodes.
+
+The entry is proposed, and the peer asked to prepare it, as soon as the object is complete in memory: this node's disk
+and the peer's work at the same time. An object too long for that is made durable here first. Either way the commit
+needs both, so the order only decides what the sender hears when this node's last disk fails.
+"""
+
+import asyncio
+import errno
+from collections.abc import Callable
+from typing import Final
+
+from conf.settings import ClusterSettings
+from storage.catalogue import Catalogue
+from storage.control import boottime
+from storage.copies import Copies
+from storage.duty import Duty
+from storage.incoming import Incoming
+from storage.journal import Journal
+from storage.model import Entry, Location, Put
+from storage.peering import Peering
+from storage.pending import Pending, Pendings
+from storage.replica import Replica
+from storage.upload import Upload
+from storage.volume import NoRoom
+from storage.volumes import Volumes
+from storage.workers import Workers
+
+STUDIES_REMEMBERED_MAX: Final = 4096
+
+
+class NotServing(Exception):
+    """This node isn't the primary, or may not act as it now. Whether the object was stored is not known."""
+
+
+class Conflict(Exception):
+    """The SOP Instance UID is taken by other bytes; the newcomer is in quarantine."""
+
+
+class Ingest:
+    def __init__(
+        self,
+        core: Replica,
+        duty: Duty,
+        cluster: ClusterSettings | None,
+        catalogue: Catalogue,
+        volumes: Volumes,
+        disk: Workers,
+        peering: Peering,
+        journal: Journal,
+        pendings: Pendings,
+        copies: Copies,
+        *,
+        peer_room: Callable[[], int],
+        flush: Callable[[], None],
+        die: Callable[[BaseException], None],
+    ) -> None:
+        self._core, self._duty, self._cluster = core, duty, cluster
+        self._catalogue, self._volumes, self._disk = catalogue, volumes, disk
+        self._peering, self._journal, self._pendings, self._copies = peering, journal, pendings, copies
+        self._peer_room, self._flush, self._die = peer_room, flush, die
+        self._study_volume: dict[str, str] = {}
+
+    def begin(self, header: bytes) -> Upload:
+        """Start an object. `header` is what precedes the data set. Raises NotServing or NoRoom."""
+        if not self._duty.may_serve:
+            raise NotServing("not the primary")
+        if self._peer_is_full() or self._degraded():
+            raise NoRoom("the second copy can't be kept now")
+        volume = self._volumes.choose()
+        stream = self._peering.open_stream(header) if self._core.live else 0
+        tee = (lambda chunk: self._peering.chunk(stream, chunk)) if stream else None
+        return Upload(Incoming(self._disk, self._volumes, volume, header, tee), stream, self._peering, self._place)
+
+    def _place(self, incoming: Incoming, study: str) -> None:
+        """Put an object where the rest of its study lies, if there is room and nothing was written yet."""
+        if incoming.placed:
+            return
+        if len(self._study_volume) >= STUDIES_REMEMBERED_MAX:
+            self._study_volume.clear()
+        incoming.volume = self._volumes.choose(self._study_volume.get(study, ""))
+        self._study_volume[study] = incoming.volume.id
+
+    def _peer_is_full(self) -> bool:
+        return self._core.peer in self._core.required and self._peer_room() <= 0
+
+    def _degraded(self) -> bool:
+        cluster = self._cluster
+        return cluster is not None and cluster.degraded == "refuse" and self._core.required == {self._core.node}
+
+    async def put(self, upload: Upload, make: Callable[[bytes, int], Put]) -> bool:
+        """Commit a finished object. `make(digest, length)` gives its record.
+
+        Returns True if it is stored now, False if the same object was there already. Raises Conflict, NotServing,
+        NoRoom, or OSError when this node's disk failed.
+        """
+        incoming = upload.incoming
+        upload.complete()
+        digest = incoming.digest_at_once() if self._asks_early() else None
+        if digest is None:
+            try:
+                digest = await incoming.finish()
+            except (OSError, NoRoom):
+                await upload.discard()
+                raise
+        put = make(digest, incoming.length)
+        known = self._known(put.sop_instance)
+        if known is not None:
+            await incoming.finish()
+            return await self._again(upload, put, *known)
+        if not self._duty.may_serve:
+            await upload.discard()
+            raise NotServing("no longer the primary")
+        upload.keep()
+        await self._propose(put, upload)
+        return True
+
+    def _asks_early(self) -> bool:
+        """The peer may be asked while this node's own disk still works: it keeps the object whatever happens here."""
+        return self._core.live and self._core.peer in self._core.required
+
+    def _known(self, sop_instance: str) -> tuple[Put, int] | None:
+        """(record, seq) of an instance that is published or on its way."""
+        pending = self._pendings.find(sop_instance)
+        if pending is not None:
+            return pending.entry.operation, pending.entry.seq
+        found = self._catalogue.instance(sop_instance)
+        return (found.put, found.seq) if found else None
+
+    async def _again(self, upload: Upload, put: Put, known: Put, seq: int) -> bool:
+        if (known.digest, known.length - known.offset) != (put.digest, put.length - put.offset):
+            await upload.set_aside("SOP Instance UID is taken by other bytes", put.sop_instance)
+            raise Conflict(put.sop_instance)
+        pending = self._pendings.get(seq)
+        if pending and pending.waiting:
+            await asyncio.wait([pending.waiting])
+            if self._core.commit < seq:
+                await upload.discard()
+                raise NotServing("no longer the primary")
+        if not await self._copies.intact(known):
+            await upload.set_aside("the stored copy of it can't be read here now", put.sop_instance)
+            raise OSError(errno.EIO, "the stored copy can't be read now")
+        await upload.discard()
+        return False
+
+    async def _propose(self, put: Put, upload: Upload) -> None:
+        seq = self._core.propose(boottime())
+        waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        pending = Pending(Entry(self._core.epoch, seq, put), None, upload.stream, waiting)
+        self._pendings.add(pending)
+        incoming = upload.incoming
+        if incoming.in_memory and self._journal.idle:
+            self._journal.append_landing(pending.entry, lambda: self._land(pending, incoming))
+        elif incoming.begin_finish().done():
+            self._landed(pending, incoming)
+        else:
+            incoming.begin_finish().add_done_callback(lambda _: self._landed(pending, incoming))
+        self._flush()
+        await asyncio.shield(waiting)
+
+    def _land(self, pending: Pending, incoming: Incoming) -> Location:
+        """In the journal's thread."""
+        incoming.land_here()
+        pending.location = Location(incoming.volume.id, incoming.spool, "")
+        return pending.location
+
+    def _landed(self, pending: Pending, incoming: Incoming) -> None:
+        """The bytes of a proposed entry are durable here, or will never be."""
+        if self._pendings.get(pending.entry.seq) is not pending:
+            return  # given up meanwhile; recovery sets the bytes aside
+        error = incoming.begin_finish().exception()
+        if error:
+            self._die(error)
+            return
+        pending.location = Location(incoming.volume.id, incoming.spool, "")
+        self._journal.append(pending.entry, pending.location)

@@ -1,0 +1,68 @@
+"""Entries between their proposal (or commit) and their publication in the catalogue."""
+
+import asyncio
+from dataclasses import dataclass
+
+from storage.model import Entry, Location, Put
+
+
+@dataclass
+class Pending:
+    """`location` is known once the bytes are durable here, `waiting` while somebody waits for the commit."""
+
+    entry: Entry
+    location: Location | None
+    stream: int = 0
+    waiting: "asyncio.Future[None] | None" = None
+
+
+class Pendings:
+    """By seq, and by SOP Instance UID: a repeated UID must find what isn't in the catalogue yet."""
+
+    def __init__(self) -> None:
+        self._by_seq: dict[int, Pending] = {}
+        self._by_uid: dict[str, int] = {}
+
+    def add(self, pending: Pending) -> None:
+        self._by_seq[pending.entry.seq] = pending
+        self._by_uid[pending.entry.operation.sop_instance] = pending.entry.seq
+
+    def get(self, seq: int) -> Pending | None:
+        return self._by_seq.get(seq)
+
+    def find(self, sop_instance: str) -> Pending | None:
+        return self._by_seq.get(self._by_uid.get(sop_instance, 0))
+
+    def copy(self, sop_instance: str) -> tuple[Put, Location] | None:
+        """Record and place of an instance whose bytes are durable here."""
+        pending = self.find(sop_instance)
+        return (pending.entry.operation, pending.location) if pending and pending.location else None
+
+    def committed(self, upto: int) -> None:
+        """Tell those who wait."""
+        for pending in self._waiting():
+            if pending.entry.seq <= upto and pending.waiting and not pending.waiting.done():
+                pending.waiting.set_result(None)
+
+    def fail(self, error: Exception) -> None:
+        """The outcome is unknown to whoever still waits."""
+        for pending in self._waiting():
+            if pending.waiting and not pending.waiting.done():
+                pending.waiting.set_exception(error)
+
+    def _waiting(self) -> list[Pending]:
+        return [pending for pending in self._by_seq.values() if pending.waiting and not pending.waiting.done()]
+
+    def forget_upto(self, seq: int) -> None:
+        """These are in the catalogue now."""
+        self._forget([known for known in self._by_seq if known <= seq])
+
+    def forget_after(self, seq: int) -> None:
+        """These are no longer in the log."""
+        self._forget([known for known in self._by_seq if known > seq])
+
+    def _forget(self, seqs: list[int]) -> None:
+        for seq in seqs:
+            uid = self._by_seq.pop(seq).entry.operation.sop_instance
+            if self._by_uid.get(uid) == seq:
+                del self._by_uid[uid]

@@ -56,6 +56,12 @@ class StorageSettings(Section):
     volumes: tuple[FolderPath, ...] = Field((), strict=False, description="Directories, one on each disk")
     reserve_bytes: int = Field(256 << 20, ge=0, description="Space kept free on each volume")
     map_size_bytes: int = Field(64 << 30, ge=1 << 20, description="Largest size of the LMDB file (sparse)")
+    duplicates: Literal["replace-same-source", "replace", "refuse"] = Field(
+        "replace-same-source", description="Other bytes under a stored SOP Instance UID: who may replace what is stored"
+    )
+    slow_io_s: Seconds = Field(5.0, description="A disk that takes longer for one object is avoided for a while")
+    reprotect_after_s: Seconds = Field(600.0, description="A volume absent at start is written off after this")
+    scrub_days: float = Field(30.0, ge=0, description="Check every copy against its digest in so many days; 0: never")
     verify_tail: bool = Field(True, description="Check entries since the last checkpoint against their bytes at start")
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import resource
 import signal
 import sys
 from typing import Any
@@ -25,6 +26,8 @@ def run(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT; returns the exit code."""
     # A disk thread that was handed work gets the interpreter at once, and not only when the event loop next waits.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a lack of descriptors must not look like a bad disk
     return uvloop.run(_main(settings))
 
 

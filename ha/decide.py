@@ -6,7 +6,7 @@ again; every answer is right on its own, so a lost or repeated action does no ha
 Invariants kept here (letters of the design):
 
  H1 (B) `Acquire` only when no leader is in etcd, this node is in the in-sync set with the store it had then, its copy
-        is whole, and every promise that it gave the old primary has run out.
+        is whole or there is no better one, and every promise that it gave the old primary has run out.
  H2 (C) The gateway serves until `serve_until`, never later than the lease this node holds or the peer's grant.
  H3 (E) The address and the share are up only while this node leads and may serve.
  H4     A gateway that was restarted leads only in a new epoch: what it had sent and not kept must not share its name.
@@ -131,7 +131,7 @@ def check_invariants(view: View, actions: list[Action]) -> None:
             if view.leader is not None or gateway is None or state is None:
                 raise ValueError("H1: acquire without a free lease")
             member = state.member(view.node)
-            if member is None or member.store_id != gateway.store_id or not gateway.whole:
+            if member is None or member.store_id != gateway.store_id or not _whole_enough(view, gateway, state):
                 raise ValueError("H1: acquire by a node that isn't in sync")
             if gateway.granted_until > view.now:
                 raise ValueError("H1: acquire against a promise")
@@ -177,6 +177,8 @@ def _lead_on(view: View, gateway: Report, in_sync: tuple[str, ...], epoch: int) 
 def _as_leader(view: View, gateway: Report, state: State) -> list[Action]:
     me = Member(view.node, gateway.store_id, gateway.incarnation)
     names = tuple(member.node for member in state.in_sync)
+    if not gateway.fit and gateway.linked and state.member(view.peer) is not None:
+        return [Serve(False), Tell("follow"), Release("this node has no disk to keep things on")]
     if gateway.leading == state.epoch:
         actions = _lead_on(view, gateway, names, state.epoch)
         if gateway.asked and gateway.asked.nonce != state.nonce:
@@ -186,7 +188,7 @@ def _as_leader(view: View, gateway: Report, state: State) -> list[Action]:
         return actions
     if state.member(view.node) == me and gateway.promised < state.epoch:
         return _lead_on(view, gateway, names, state.epoch)
-    if not gateway.whole or state.member(view.node) is None:
+    if not _whole_enough(view, gateway, state) or state.member(view.node) is None:
         return [Serve(False), Tell("follow"), Release("this copy isn't complete")]
     return [Tell("follow"), Bump(_with_me(me, state))]
 
@@ -224,14 +226,24 @@ def _candidate(view: View, gateway: Report, state: State) -> bool:
         and member.store_id == gateway.store_id
         and member.incarnation <= gateway.incarnation
         and gateway.promised <= state.epoch
-        and gateway.whole
+        and _whole_enough(view, gateway, state)
+        and (gateway.fit or state.member(view.peer) is None)
     )
+
+
+def _whole_enough(view: View, gateway: Report, state: State) -> bool:
+    """Whole; or there is no better copy: no other is in sync, or the peer is linked, isn't whole either, and its log
+    isn't longer."""
+    if gateway.whole or state.member(view.peer) is None:
+        return True
+    behind = gateway.peer_last is not None and gateway.last < gateway.peer_last
+    return gateway.linked and not gateway.peer_whole and not behind
 
 
 def _patience_s(view: View, gateway: Report, state: State) -> float:
     """How long a free lease is left to the other node, where that one may have the better claim."""
     if state.member(view.peer) is None:
-        return 0.0
+        return 0.0 if gateway.whole else 2 * view.ttl_s  # a disk may still be on its way
     if not gateway.linked or gateway.peer_last is None:
         booting = view.now - view.started_at < 2 * view.ttl_s
         return 2 * view.ttl_s if booting else 0.0

@@ -51,6 +51,8 @@ class Report(msgspec.Struct, frozen=True, tag="report"):
     granted_until: float  # as follower: promised not to be promoted before
     withhold: bool
     asked: Asked | None
+    fit: bool = True  # it has a disk to keep things on
+    peer_whole: bool = True  # the linked peer's copy is whole, as far as is known
 
 
 class Tell(msgspec.Struct, frozen=True, tag="tell"):
@@ -78,7 +80,28 @@ class StatusReply(msgspec.Struct, frozen=True, tag="status-reply"):
     status: dict[str, Any]
 
 
-Line = Report | Tell | StatusRequest | StatusReply
+class Order(msgspec.Struct, frozen=True, tag="order"):
+    """Something an operator wants done: the name of a service and what it needs."""
+
+    name: str
+    given: dict[str, Any] = {}
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """How far an order has come; any number of these precede its answer."""
+
+    done: int
+    of: int
+
+
+class Answer(msgspec.Struct, frozen=True, tag="answer"):
+    """`error` is one line for the operator, "" if all went well."""
+
+    result: dict[str, Any] = {}
+    error: str = ""
+
+
+Line = Report | Tell | StatusRequest | StatusReply | Order | Progress | Answer
 _decoder = msgspec.json.Decoder(Line)
 
 

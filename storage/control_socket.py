@@ -1,4 +1,4 @@
-"""The gateway's end of the control socket: takes `Tell`, gives `Report`, answers `status`."""
+"""The gateway's end of the control socket: takes `Tell`, gives `Report`, answers `status`, carries out orders."""
 
 import asyncio
 import os
@@ -8,8 +8,21 @@ from typing import Final
 import msgspec
 import structlog
 
-from storage.control import LINE_BYTES_MAX, StatusReply, StatusRequest, Tell, decode_line, encode_line
+from storage.control import (
+    LINE_BYTES_MAX,
+    Answer,
+    Order,
+    Progress,
+    StatusReply,
+    StatusRequest,
+    Tell,
+    decode_line,
+    encode_line,
+)
+from storage.ingest import NotServing
+from storage.service import Refused, Service
 from storage.store import Store
+from storage.volume import NoRoom
 
 log = structlog.get_logger()
 
@@ -19,6 +32,7 @@ REPORT_DELAY_S: Final = 0.02
 class ControlServer:
     def __init__(self, store: Store, path: Path) -> None:
         self._store, self._path = store, path
+        self._service = Service(store)
         self._agents: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
         self._scheduled = False
@@ -49,6 +63,19 @@ class ControlServer:
         for writer in self._agents:
             writer.write(line)
 
+    async def _carry_out(self, order: Order, writer: asyncio.StreamWriter) -> None:
+        def progress(done: int, of: int) -> None:
+            writer.write(encode_line(Progress(done, of)))
+
+        try:
+            answer = Answer(await self._service.carry_out(order.name, order.given, progress))
+        except Refused as error:
+            answer = Answer(error=str(error))
+        except (OSError, ValueError, NotServing, NoRoom) as error:
+            answer = Answer(error=str(error) or type(error).__name__)
+        writer.write(encode_line(answer))
+        await writer.drain()
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while line := await reader.readline():
@@ -62,6 +89,8 @@ class ControlServer:
                 elif isinstance(message, StatusRequest):
                     await self._store.settled()
                     writer.write(encode_line(StatusReply(self._store.status())))
+                elif isinstance(message, Order):
+                    await self._carry_out(message, writer)
         except (msgspec.DecodeError, ConnectionError, ValueError) as error:
             log.warning("control.bad_line", error=str(error))
         finally:

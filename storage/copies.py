@@ -1,59 +1,114 @@
-"""Where this node's copy of an instance lies: published, still in a spool folder, or on its way between the two."""
+"""This node's copy of each entry: where it is, whether it is all there, and reading it."""
 
 from collections.abc import Callable
-from pathlib import Path
+from typing import Final
 
-from storage.catalogue import Catalogue
-from storage.model import Location, Put
+import msgspec
+
+from storage.catalogue import Catalogue, same_copy
+from storage.model import Delete, Entry, Location, Put, Void
+from storage.pending import Pendings
+from storage.volume import Volume, digest_of
 from storage.volumes import Volumes
-from storage.workers import Workers
+from storage.workers import Threads
+
+LISTING_ENTRIES: Final = 200
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True):
+    """One entry of a node's log. `copy`: "good", "there" (not read), "bad", "missing", "" for none."""
+
+    seq: int
+    epoch: int
+    kind: str  # "put", "delete", "void"
+    sop_instance: str
+    digest: bytes
+    copy: str
 
 
 class Copies:
     def __init__(
-        self,
-        catalogue: Catalogue,
-        volumes: Volumes,
-        workers: Workers,
-        pending: Callable[[str], tuple[Put, Location] | None],
+        self, catalogue: Catalogue, volumes: Volumes, workers: Threads, pendings: Pendings, commit: Callable[[], int]
     ) -> None:
-        """`pending(sop_instance)` knows those that are in the log and not yet in the catalogue."""
-        self._catalogue, self._volumes, self._workers, self._pending = catalogue, volumes, workers, pending
+        """`commit()`: the last entry that is committed."""
+        self._catalogue, self._volumes, self._workers, self._pendings = catalogue, volumes, workers, pendings
+        self._commit = commit
 
-    def find(self, sop_instance: str) -> tuple[str, int] | None:
-        """(path, bytes before the data set), None if there is no copy here now."""
-        known = self._pending(sop_instance) or self._recorded(sop_instance)
-        if known is None:
+    def entry(self, seq: int) -> Entry | None:
+        """The entry with this number, logged or on its way."""
+        pending = self._pendings.get(seq)
+        if pending is not None:
+            return pending.entry
+        found = self._catalogue.entries(seq, 1)
+        return found[0] if found and found[0].seq == seq else None
+
+    def location(self, seq: int) -> Location | None:
+        pending = self._pendings.get(seq)
+        return (pending and pending.location) or self._catalogue.location(seq)
+
+    def find(self, seq: int) -> tuple[Volume, str, Put] | None:
+        """(volume, file, record) of this node's copy, None if there is none now. Blocks."""
+        entry, location = self.entry(seq), self.location(seq)
+        if entry is None or location is None or not isinstance(entry.operation, Put):
             return None
-        put, location = known
         try:
             volume = self._volumes.get(location.volume)
-        except LookupError:
+            name = volume.locate(location) or volume.locate(self._catalogue.location(seq) or location)
+        except (OSError, LookupError):
             return None
-        study, series = self._catalogue.folders(put, {})
-        path = volume.locate(location.spool, location.path or f"{study}/{series}/{sop_instance}.dcm")
-        return (str(path), put.offset) if path else None
+        return (volume, name, entry.operation) if name else None
 
-    def _recorded(self, sop_instance: str) -> tuple[Put, Location] | None:
-        location, known = self._catalogue.location(sop_instance), self._catalogue.instance(sop_instance)
-        if location is None:
+    def lacks(self, seq: int) -> bool:
+        """There is no copy here and won't be one soon: it is lost, or no longer wanted since something later deleted or
+        replaced it. An entry just proposed isn't lacking, its bytes may land in a moment. Blocks."""
+        entry = self.entry(seq)
+        return (seq <= self._commit() and self._catalogue.is_missing(seq)) or (
+            entry is not None and isinstance(entry.operation, Void)
+        )
+
+    def good(self, seq: int) -> bool | None:
+        """The copy's bytes are those of the record; None if there is no copy. Blocks. Raises OSError."""
+        found = self.find(seq)
+        if found is None:
             return None
-        if known is not None:
-            return known.put, location
-        applied = int(self._catalogue.meta("applied", 0))
-        for seq in range(self._catalogue.epochs.last[1], applied, -1):
-            put = self._catalogue.entry(seq).operation
-            if put.sop_instance == sop_instance:
-                return put, location
-        return None
+        volume, name, put = found
+        try:
+            return digest_of(volume, name, put.offset) == (put.digest, put.length)
+        except FileNotFoundError:
+            return None  # moved meanwhile
 
-    async def intact(self, put: Put) -> bool:
+    def set_aside(self, seq: int, location: Location, reason: str) -> None:
+        """Move a bad copy to quarantine, durably, if it is still the one at `location`. Blocks. Raises OSError."""
+        found, now = self.find(seq), self.location(seq)
+        if found and now and same_copy(now, location):
+            volume, name, put = found
+            volume.quarantine(name, reason, {"sop_instance": put.sop_instance})
+            volume.sync_quarantine()
+
+    def listing(self, start: int, read: bool) -> list[Row]:
+        """Entries from seq `start` on, each with the state of its copy. Blocks."""
+        return [self._row(entry, read) for entry in self._catalogue.entries(start, LISTING_ENTRIES)]
+
+    def _row(self, entry: Entry, read: bool) -> Row:
+        put = entry.operation
+        if not isinstance(put, Put):
+            return Row(entry.seq, entry.epoch, "delete" if isinstance(put, Delete) else "void", "", b"", "")
+        try:
+            if read:
+                copy = {True: "good", False: "bad", None: "missing"}[self.good(entry.seq)]
+            else:
+                copy = "there" if self.find(entry.seq) else "missing"
+        except OSError:
+            copy = "missing"
+        return Row(entry.seq, entry.epoch, "put", put.sop_instance, put.digest, copy)
+
+    async def intact(self, seq: int, length: int) -> bool:
         """A copy is there in full length. Saying Success on a mere record would be a lie."""
 
         def look() -> bool:
-            found = self.find(put.sop_instance)
+            found = self.find(seq)
             try:
-                return found is not None and Path(found[0]).stat().st_size == put.length
+                return found is not None and found[0].size(found[1]) == length
             except OSError:
                 return False
 

@@ -23,9 +23,12 @@ class Duty:
         persist_promise: Callable[[int], Awaitable[None]],
         abandon: Callable[[], None],
         flush: Callable[[], None],
+        fit: Callable[[], bool] = lambda: True,
     ) -> None:
+        """`fit`: this node has a disk to keep things on."""
         self._core, self._clock = core, clock
         self._persist_promise, self._abandon, self._flush = persist_promise, abandon, flush
+        self._fit = fit
         self._told = 0
         self._task: asyncio.Task[None] | None = None
         self.serve_until = NEVER
@@ -73,7 +76,7 @@ class Duty:
             await asyncio.sleep(POLL_S)
         if self._told != epoch:
             return
-        if core.promised != epoch or not core.whole:
+        if core.promised != epoch or not core.good_enough(in_sync):
             self._told = 0
             return
         core.lead(epoch, in_sync, self._clock())
@@ -87,7 +90,7 @@ class Duty:
     def standing(self) -> tuple[object, ...]:
         """What the HA agent should hear of at once when it changes; the rest it hears a few times a second."""
         core = self._core
-        return (core.role, core.promised, core.whole, core.linked, core.withhold, core.ask, self.serving)
+        return (core.role, core.promised, core.whole, core.linked, core.withhold, core.ask, self.serving, self._fit())
 
     def report(self, cluster_id: str) -> Report:
         core = self._core
@@ -110,6 +113,8 @@ class Duty:
             granted_until=max(core.granted_until, NEVER),
             withhold=core.withhold,
             asked=asked,
+            fit=self._fit(),
+            peer_whole=hello.whole if hello else True,
         )
 
     def _nonce(self, ask: Ask) -> str:

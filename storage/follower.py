@@ -7,15 +7,15 @@ from typing import Final
 
 import structlog
 
+from storage.catalogue import ADOPTED, Catalogue
 from storage.effects import Persist
 from storage.incoming import Incoming
 from storage.journal import Journal
-from storage.model import Entry, Location, Put, decode_entry
-from storage.peering import FetchFailed, Peering
-from storage.recovery import file_digest
-from storage.volume import NoRoom
+from storage.model import Delete, Entry, Location, Put, decode_entry
+from storage.peering import FetchFailed, Peering, PeerLacksIt
+from storage.volume import NoRoom, digest_of
 from storage.volumes import Volumes
-from storage.workers import Workers
+from storage.workers import Threads
 
 log = structlog.get_logger()
 
@@ -31,81 +31,104 @@ class Follower:
         self,
         peering: Peering,
         journal: Journal,
+        catalogue: Catalogue,
         volumes: Volumes,
-        workers: Workers,
-        location_of: Callable[[str], Location | None],
+        workers: Threads,
         on_stuck: Callable[[str], None],
     ) -> None:
-        self._peering, self._journal, self._volumes, self._workers = peering, journal, volumes, workers
-        self._location_of, self._on_stuck = location_of, on_stuck
+        self._peering, self._journal, self._catalogue = peering, journal, catalogue
+        self._volumes, self._workers, self._on_stuck = volumes, workers, on_stuck
         self._fetching = asyncio.Semaphore(FETCHES_MAX)
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        self.entries: dict[int, tuple[Entry, Location]] = {}  # accepted here and not yet published
+        # Files that the catalogue doesn't name are to be expected: it was made anew, or a disk is back.
+        self.may_lie_here = catalogue.epochs.last[1] == 0 or not catalogue.meta("whole", True)
+        self.entries: dict[int, tuple[Entry, Location | None]] = {}  # accepted here and not yet published
 
     def restart(self, durable: int) -> None:
-        """Forget what isn't in the journal yet; entries after `durable` come anew."""
+        """Forget what isn't in the journal yet; it comes anew."""
         for task in self._tasks.values():
             task.cancel()
         self._tasks.clear()
-        self._journal.restart(durable)
-        self.entries = {seq: kept for seq, kept in self.entries.items() if seq <= durable}
+        self._journal.forget_early()
+        handed = max(durable, self._journal.handed)
+        self.entries = {seq: kept for seq, kept in list(self.entries.items()) if seq <= handed}
 
     def persist(self, effect: Persist) -> None:
         entry = decode_entry(effect.entry)
         if (entry.epoch, entry.seq) != (effect.entry_epoch, effect.seq):
             self._on_stuck("an entry doesn't match its envelope")
             return
+        put = entry.operation
+        if not isinstance(put, Put):
+            self._keep(entry, None)
+            return
         incoming = self._peering.ended(effect.stream)
-        if incoming and self._journal.idle and incoming.digest_at_once() and _fits(incoming, entry.operation):
+        if incoming and self._journal.idle and incoming.digest_at_once() and _fits(incoming, put):
             self._peering.forget(effect.stream)
             self._journal.append_landing(entry, lambda: self._land(entry, incoming))
             return
         if incoming:
             incoming.begin_finish()
-        task = asyncio.get_running_loop().create_task(self._persist(entry, effect.stream))
+        task = asyncio.get_running_loop().create_task(self._persist(entry, put, effect.stream))
         self._tasks[effect.seq] = task
+        task.add_done_callback(lambda done: self._done(entry.seq, done))
+
+    def _done(self, seq: int, task: "asyncio.Task[None]") -> None:
+        if self._tasks.get(seq) is task:
+            del self._tasks[seq]
 
     def _land(self, entry: Entry, incoming: Incoming) -> Location:
         """In the journal's thread."""
         incoming.land_here()
-        location = Location(incoming.volume.id, incoming.spool, "")
-        self.entries[entry.seq] = (entry, location)
-        return location
+        self.entries[entry.seq] = (entry, incoming.location)
+        return incoming.location
 
-    async def _persist(self, entry: Entry, stream: int) -> None:
+    def _keep(self, entry: Entry, location: Location | None) -> None:
+        self.entries[entry.seq] = (entry, location)
+        self._journal.append(entry, location)
+
+    async def _persist(self, entry: Entry, put: Put, stream: int) -> None:
         try:
-            location = await self.obtain(entry.operation, stream)
+            location = await self.obtain(entry, put, stream)
+        except PeerLacksIt:
+            # It was committed, and it is on neither node now or was deleted later: the log goes on without the bytes.
+            location = None
         except (FetchFailed, NoRoom, OSError) as error:
             log.warning("follower.stuck", seq=entry.seq, error=str(error) or type(error).__name__)
             self._on_stuck(str(error))
             return
-        finally:
-            if self._tasks.get(entry.seq) is asyncio.current_task():
-                del self._tasks[entry.seq]
-        self.entries[entry.seq] = (entry, location)
-        self._journal.append(entry, location)
+        self._keep(entry, location)
 
-    async def obtain(self, put: Put, stream: int = 0) -> Location:
-        """Durable bytes of `put` on this node, checked against its digest. Raises FetchFailed, NoRoom or OSError."""
+    async def obtain(self, entry: Entry, put: Put, stream: int = 0) -> Location:
+        """Durable bytes of an entry on this node, checked against its digest: from a stream, from a file that lies here
+        already, or from the peer. Raises FetchFailed, NoRoom or OSError."""
         if stream:
             try:
                 return await self._checked(await self._peering.received(stream), put)
-            except (FetchFailed, OSError) as error:
+            except (FetchFailed, NoRoom, OSError) as error:
                 log.warning("stream.unusable", sop_instance=put.sop_instance, error=str(error))
-        else:
-            known = await self._already_here(put)
-            if known:
-                return known
+        elif self.may_lie_here and (found := await self._workers.run(self._lies_here, entry, put)):
+            return found
         for attempt in range(RETRIES):
             async with self._fetching:
                 try:
-                    return await self._checked(await self._peering.fetch(put.sop_instance), put)
-                except OSError as error:
-                    if attempt == RETRIES - 1:
+                    return await self._fetched(entry, put)
+                except PeerLacksIt:
+                    raise
+                except (FetchFailed, OSError) as error:
+                    if attempt == RETRIES - 1 or self._peering.link is None:
                         raise
                     log.warning("fetch.again", sop_instance=put.sop_instance, error=str(error))
             await asyncio.sleep(RETRY_S)
         raise FetchFailed("tried too often")
+
+    async def _fetched(self, entry: Entry, put: Put) -> Location:
+        incoming = await self._peering.fetch(entry.seq)
+        try:
+            return await self._checked(incoming, put)
+        except FetchFailed:
+            self._peering.suspect(entry.seq)
+            raise
 
     async def _checked(self, incoming: Incoming, put: Put) -> Location:
         try:
@@ -113,23 +136,43 @@ class Follower:
         except (OSError, NoRoom):
             await incoming.discard()
             raise
+        except asyncio.CancelledError:
+            self._peering.discard_soon(incoming)
+            raise
         if not _fits(incoming, put):
             await incoming.discard()
             raise FetchFailed("what came isn't what the entry names")
-        return Location(incoming.volume.id, incoming.spool, "")
+        return incoming.location
 
-    async def _already_here(self, put: Put) -> Location | None:
-        location = self._location_of(put.sop_instance)
-        if location is None:
-            return None
-        try:
-            path = self._volumes.get(location.volume).locate(location.spool, location.path)
-            if path is None:
-                return None
-            found = await self._workers.run(file_digest, path, put.offset)
-            return location if found == (put.digest, put.length) else None
-        except (OSError, LookupError):
-            return None
+    def _lies_here(self, entry: Entry, put: Put) -> Location | None:
+        """A good file in its place in the tree that the catalogue doesn't name: a disk came back, or the catalogue was
+        rebuilt. Blocks."""
+        if self._catalogue.leavings(1):
+            return None  # what lies there may be on its way out
+        path = self._catalogue.path_of(entry, {})
+        for volume in self._volumes:
+            location = Location(volume.id, f"{ADOPTED}{entry.seq}", path)
+            try:
+                name = volume.locate(location)
+                good = name and digest_of(volume, name, put.offset) == (put.digest, put.length)
+                if good and not self._belongs_to_another(entry, put):
+                    return location
+            except OSError:
+                continue
+        return None
+
+    def _belongs_to_another(self, entry: Entry, put: Put) -> bool:
+        """What lies in this place is the copy of an older entry, at least until a deletion is carried out."""
+        known = self._catalogue.instance(put.sop_instance)
+        coming = [kept.operation for kept, _ in list(self.entries.values()) if kept.seq != entry.seq]
+        return (
+            (known is not None and known.seq != entry.seq)
+            or bool(self._catalogue.leavings(1))
+            or any(
+                isinstance(one, Delete) or (isinstance(one, Put) and one.sop_instance == put.sop_instance)
+                for one in coming
+            )
+        )
 
 
 def _fits(incoming: Incoming, put: Put) -> bool:

@@ -1,21 +1,38 @@
-"""Makes an incomplete copy whole again, and sets aside what must not be served."""
+"""Makes the copies again that this node has lost: oldest first, from the peer, giving way to what comes in.
+
+A copy that is lost or no good is noted in `missing`; whatever is there is fetched, checked by digest and placed on any
+volume with room. A volume that fails is written off: all that lay on it is missing from then on.
+"""
 
 import asyncio
+import errno
+from collections.abc import Callable
+from typing import Final
 
 import structlog
 
-from storage.catalogue import Catalogue
+from storage import crash
+from storage.catalogue import Catalogue, same_copy
+from storage.copies import Copies
 from storage.follower import Follower
 from storage.journal import Journal
-from storage.model import Entry, Put
-from storage.peering import FetchFailed
-from storage.recovery import Recovered
+from storage.model import Location, Put
+from storage.peering import FetchFailed, Peering, PeerLacksIt
 from storage.replica import Replica
 from storage.volume import NoRoom
 from storage.volumes import Volumes
-from storage.workers import Workers
+from storage.workers import Threads
 
 log = structlog.get_logger()
+
+BATCH: Final = 128
+WRITE_OFF_BATCH: Final = 2000
+POLL_S: Final = 0.5
+RETRY_S: Final = 5.0
+CHECK_VOLUMES_S: Final = 10.0
+SKIPPED: Final = -1  # there was nothing to do in this part of the list
+BUSY_SHARE: Final = 3.0  # while images come in: this much rest for each second of healing
+RATE_WINDOW_S: Final = 30.0
 
 
 class Healing:
@@ -26,77 +43,203 @@ class Healing:
         volumes: Volumes,
         journal: Journal,
         follower: Follower,
-        workers: Workers,
-        recovered: Recovered,
+        peering: Peering,
+        copies: Copies,
+        workers: Threads,
+        *,
+        clock: Callable[[], float],
+        away: frozenset[str],
+        reprotect_after_s: float,
+        not_kept: Callable[[int, Exception], None],
     ) -> None:
+        """`away`: volumes that hold objects and weren't there at the start; written off after `reprotect_after_s`.
+        `not_kept(seq, error)`: this node has lost the bytes of an entry before it was committed."""
         self._core, self._catalogue, self._volumes, self._journal = core, catalogue, volumes, journal
-        self._follower, self._workers = follower, workers
-        self._missing = list(recovered.missing)
-        self._away = recovered.away
-        self._checking = asyncio.Lock()
+        self._follower, self._peering, self._copies, self._workers = follower, peering, copies, workers
+        self._clock, self._not_kept = clock, not_kept
+        self._away_until = dict.fromkeys(away, clock() + reprotect_after_s)
+        self._lost: set[str] = set()  # failed while running, still to be written off
+        self._suspects: set[int] = set()
+        self._retry_at: dict[int, float] = {}
+        self._healed: list[tuple[float, int]] = []
+        self._at = 0
+        self._unreadable: set[int] = set()
+        self.unreadable = 0  # copies that the peer lacks as well
+        self.healed = 0
+        self.in_flight: set[str] = set()  # spool files of copies that were made and aren't recorded yet
+        self._wake = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def failed(volume_id: str) -> None:
+            loop.call_soon_threadsafe(self._volume_failed, volume_id)
+
+        volumes.on_failed = failed
+
+    # -- what happened -----------------------------------------------------------------------------------------
+
+    def _volume_failed(self, volume_id: str) -> None:
+        self._lost.add(volume_id)
+        self._wake.set()
+
+    def suspect(self, seq: int) -> None:
+        """The peer says that this node's copy isn't what the record says."""
+        self._suspects.add(seq)
+        self._wake.set()
+
+    async def check_whole(self) -> None:
+        """A copy is whole again when it has followed a leader up to all that was committed when it joined."""
+        core = self._core
+        if not core.whole and core.whole_at is not None and core.durable >= core.whole_at:
+            await self._journal.record(whole=True)
+            core.whole = True
+            log.info("copy.whole")
 
     @property
-    def missing(self) -> int:
-        """Published entries whose bytes this node still lacks."""
-        return len(self._missing)
+    def rate(self) -> float:
+        """Copies made again a second, over the last half minute."""
+        return sum(count for _, count in self._healed) / RATE_WINDOW_S
 
-    async def check(self) -> None:
-        """A copy is whole when it holds all that was committed when it joined, old losses included."""
-        if not self._checking.locked():
-            async with self._checking:
-                await self._check()
+    # -- work --------------------------------------------------------------------------------------------------
 
-    async def _check(self) -> None:
-        core = self._core
-        lost = [entry.seq for entry in self._missing]
-        while self._missing and core.joined:
-            if not await self._heal(self._missing[-1]):
-                return
-            self._missing.pop()
-        reached = core.whole_at is not None and core.durable >= core.whole_at
-        if core.whole or not reached or self._missing or self._away:
-            return
-        if lost:
-            while self._journal.behind:
-                await self._journal.set()
-            await self._journal.checkpoint()  # what was healed is synced before it is no longer noted as missing
-            await self._journal.set(missing=[])
-        core.whole = True
-        log.info("copy.whole")
+    async def run(self) -> None:
+        while True:
+            suspects, self._suspects = self._suspects, set()
+            for seq in sorted(suspects):
+                await self.examine(seq)
+            await self._write_off_lost()
+            healed = await self._heal_some() if self._peering.link and self._core.linked else 0
+            if healed:
+                continue
+            self._wake.clear()
+            try:
+                await asyncio.wait_for(self._wake.wait(), POLL_S)
+            except TimeoutError:
+                continue
 
-    async def _heal(self, entry: Entry) -> bool:
-        put = entry.operation
+    async def watch_volumes(self) -> None:
+        """Look at the disks now and then also when nobody writes."""
+        while True:
+            await asyncio.sleep(CHECK_VOLUMES_S)
+            await self._workers.run(self._volumes.check)
+            known = {str(one) for one in self._catalogue.meta("volumes", ())}
+            if new := {volume.id for volume in self._volumes} - known:  # mounted since
+                self._follower.may_lie_here = True
+                await self._journal.record(volumes=sorted(known | new))
+
+    async def examine(self, seq: int) -> bool:
+        """Read a copy; if it isn't good it is set aside and made again. Returns whether it was good."""
+        before = self._copies.location(seq)
         try:
-            location = await self._follower.obtain(put)
-        except (FetchFailed, OSError, NoRoom) as error:
-            log.warning("heal.failed", sop_instance=put.sop_instance, error=str(error))
+            good = await self._workers.run(self._copies.good, seq)
+        except OSError as error:
+            if before:
+                self._volumes.failed(before.volume, error)
             return False
-        if location != self._catalogue.location(put.sop_instance):
-            await self._set_aside(put, "damaged copy")
-            if self._catalogue.instance(put.sop_instance) is not None:
-                self._journal.apply(entry, location)
-                self._journal.hurry()
-            else:
-                await self._journal.relocate(put.sop_instance, location)
+        if good:
+            return True
+        location = self._copies.location(seq)
+        if location is None or not self._is_online(location):
+            return False  # its volume is dealt with as a whole
+        if before is None or not same_copy(location, before):
+            return False  # made again meanwhile
+        why = "damaged" if good is False else "the file is gone"
+        log.error("copy.bad", seq=seq, why=why)
+        try:
+            if good is False:
+                await self._workers.run(self._copies.set_aside, seq, before, why)
+        except OSError as error:
+            self._volumes.failed(location.volume, error)
+            return False
+        await self._journal.lose({seq: (why, before)})
+        self._wake.set()
+        return False
+
+    def _is_online(self, location: Location) -> bool:
+        try:
+            self._volumes.get(location.volume)
+        except LookupError:
+            return False
         return True
 
-    async def set_tail_aside(self, match: int) -> None:
-        """Entries after `match` that the leader doesn't have were never acknowledged; their objects are kept."""
-        self._missing = [entry for entry in self._missing if entry.seq <= match]
-        for seq in range(match + 1, self._catalogue.epochs.last[1] + 1):
-            put = self._catalogue.entry(seq).operation
-            if self._catalogue.instance(put.sop_instance) is None:
-                await self._set_aside(put, "diverged: prepared here and not committed")
+    async def _write_off_lost(self) -> None:
+        if self._core.peer is None:
+            return  # alone there is nowhere to heal from; the disk may come back
+        now = self._clock()
+        online = {volume.id for volume in self._volumes}
+        self._away_until = {one: until for one, until in self._away_until.items() if one not in online}
+        due = self._lost | {volume_id for volume_id, until in self._away_until.items() if until <= now}
+        for volume_id in sorted(due):
+            await self._write_off(volume_id)
+            self._lost.discard(volume_id)
+            self._away_until.pop(volume_id, None)
 
-    async def _set_aside(self, put: Put, reason: str) -> None:
-        location = self._catalogue.location(put.sop_instance)
-        if location is None:
-            return
+    async def _write_off(self, volume_id: str) -> None:
+        count, start = 0, 0
+        await self._journal.record()  # what was on its way to the disk when it failed is in the catalogue, or given up
+        while True:
+            found = await self._workers.run(lambda at: list(self._catalogue.locations(at, WRITE_OFF_BATCH)), start)
+            lost = {seq: ("its disk failed", location) for seq, location in found if location.volume == volume_id}
+            if lost:
+                if self._core.leading and max(lost) > self._core.commit:
+                    self._not_kept(max(lost), OSError(errno.EIO, "the disk of an entry that isn't committed failed"))
+                await self._journal.lose(lost)
+                count += len(lost)
+            if len(found) < WRITE_OFF_BATCH:
+                break
+            start = found[-1][0] + 1
+        known = {str(one) for one in self._catalogue.meta("volumes", ())} - {volume_id}
+        known |= {volume.id for volume in self._volumes}
+        gone = [key for key, _ in await self._workers.run(self._catalogue.leavings, 1 << 30, volume_id)]
+        await self._journal.forget_leavings(gone)
+        await self._journal.record(volumes=sorted(known))
+        log.warning("volume.written_off", volume=volume_id, copies=count)
+
+    # -- healing -----------------------------------------------------------------------------------------------
+
+    async def _heal_some(self) -> int:
+        """One batch; returns how many copies were made."""
+        now = self._clock()
+        self._retry_at = {seq: at for seq, at in self._retry_at.items() if at > now}
+        wanted = await self._workers.run(self._catalogue.missing, self._at, BATCH)
+        self.unreadable = len(self._unreadable)
+        due = [seq for seq in wanted if seq not in self._retry_at]
+        self._at = wanted[-1] + 1 if len(wanted) == BATCH else 0  # round and round: none that fails holds up the others
+        if not wanted:
+            self._unreadable.clear()
+        if not due:
+            return 0 if self._at == 0 else SKIPPED
+        busy = self._journal.busy
+        start = self._clock()
+        groups = [due[at : at + 1] for at in range(len(due))] if busy else [due]
+        total = 0
+        for group in groups:
+            found = await asyncio.gather(*(self._heal(seq) for seq in group))
+            moved = {seq: location for seq, location in found if location is not None}
+            if moved:
+                crash.point("heal.before_move")
+                total += len(await self._journal.move(moved))
+            self.in_flight.clear()
+            if busy:
+                await asyncio.sleep(min(1.0, BUSY_SHARE * (self._clock() - start)))
+                start = self._clock()
+        self.healed += total
+        self._healed = [(at, count) for at, count in self._healed if at > now - RATE_WINDOW_S] + [(now, total)]
+        return total
+
+    async def _heal(self, seq: int) -> tuple[int, Location | None]:
+        entry = self._copies.entry(seq)
+        if entry is None or not isinstance(entry.operation, Put):
+            return seq, None
         try:
-            volume = self._volumes.get(location.volume)
-            path = volume.locate(location.spool, location.path)
-            if path:
-                detail = {"sop_instance": put.sop_instance}
-                await self._workers.run(volume.quarantine, path, reason, detail)
-        except (OSError, LookupError) as error:
-            log.error("quarantine.failed", sop_instance=put.sop_instance, error=str(error))
+            location = await self._follower.obtain(entry, entry.operation)
+            self._unreadable.discard(seq)
+            self.in_flight.add(location.spool)
+            return seq, location
+        except PeerLacksIt:
+            if seq not in self._unreadable:
+                log.error("copy.unreadable", seq=seq, sop_instance=entry.operation.sop_instance, why="no node has it")
+            self._unreadable.add(seq)
+        except (FetchFailed, OSError, NoRoom) as error:
+            log.warning("heal.failed", seq=seq, error=str(error))
+        self._retry_at[seq] = self._clock() + RETRY_S
+        return seq, None

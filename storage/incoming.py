@@ -7,17 +7,23 @@ An object that is still in memory as a whole when its disk fails is written agai
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import xxhash
 
+from storage import crash
+from storage.model import Location
 from storage.volume import Spooled, Volume
-from storage.workers import Workers
+from storage.workers import Threads
 
 CHUNK_BYTES: Final = 64 << 10  # what goes to the peer at once
 WRITE_BYTES: Final = 1 << 20  # what goes to the disk at once; up to this an object stays in memory until it is durable
 BACKLOG_BYTES_MAX: Final = 2 * WRITE_BYTES
+
+if TYPE_CHECKING:
+    import weakref
 
 Tee = Callable[[bytearray], None]
 
@@ -25,17 +31,21 @@ Tee = Callable[[bytearray], None]
 class Placement(Protocol):
     """Where objects go, and who is told of a disk that failed."""
 
+    on_their_way: "weakref.WeakSet[Incoming]"
+
     def choose(self, prefer: str = "") -> Volume: ...
     def failed(self, volume_id: str, error: OSError) -> None: ...
+    def took(self, volume_id: str, seconds: float) -> None: ...
 
 
 class Incoming:
     def __init__(
-        self, workers: Workers, placement: Placement, volume: Volume, header: bytes, tee: Tee | None = None
+        self, workers: Threads, placement: Placement, volume: Volume, header: bytes, tee: Tee | None = None
     ) -> None:
         """`header` is what comes before the data set; `tee` is given each chunk as well (the stream to the peer)."""
         self._workers, self._placement, self.volume = workers, placement, volume
         self._tee = tee
+        placement.on_their_way.add(self)
         self.offset = len(header)
         self.length = len(header)
         self._digest = xxhash.xxh3_128()
@@ -47,6 +57,7 @@ class Incoming:
         self._failed: OSError | None = None
         self._finishing: asyncio.Future[bytes] | None = None
         self._digested = False
+        self._given_up = False
         self.first: bytearray | None = None  # the first chunk of the data set, kept to read the identity from
         self.on_drained: Callable[[], None] | None = None
 
@@ -54,6 +65,11 @@ class Incoming:
     def backlogged(self) -> bool:
         """More is waiting for the disk than should be held in memory."""
         return self._queued_bytes > BACKLOG_BYTES_MAX
+
+    @property
+    def written(self) -> bool:
+        """There is a file of it."""
+        return self._spooled is not None
 
     @property
     def spool(self) -> str:
@@ -82,7 +98,7 @@ class Incoming:
         self.length += len(chunk)
         if self.first is None:
             self.first = chunk
-        if self._failed:
+        if self._failed or self._given_up:
             return
         if self._tee:
             self._tee(chunk)
@@ -107,7 +123,7 @@ class Incoming:
             self._queued_bytes = 0
         if self._finishing is not None:
             self._start_last()
-        elif self._queued_bytes > WRITE_BYTES:
+        elif self._queued_bytes > WRITE_BYTES and not self._given_up:
             self._start_job()
         if self.on_drained and not self.backlogged:
             self.on_drained()
@@ -207,7 +223,11 @@ class Incoming:
             self._write(queue, digest)
         if self._spooled is None:
             raise RuntimeError("nothing spooled")
+        crash.point("incoming.before_fsync")
+        start = time.monotonic()
         self._spooled.finish()
+        self._placement.took(self.volume.id, time.monotonic() - start)
+        crash.point("incoming.after_fsync")
 
     def _last_written(self, job: "asyncio.Future[None]") -> None:
         self._queue = []
@@ -230,6 +250,7 @@ class Incoming:
 
     async def discard(self) -> None:
         """Forget the object; nothing of it stays on the disk."""
+        self._given_up = True
         self._queue.clear()
         while self._job is not None:
             await asyncio.wait([self._job])
@@ -241,8 +262,16 @@ class Incoming:
 
     async def set_aside(self, reason: str, detail: dict[str, str]) -> None:
         """Move the finished object to its volume's quarantine."""
-        source = self.volume.path / "spool" / self.spool
-        await self._workers.run(self.volume.quarantine, source, reason, detail)
+        await self._workers.run(self._quarantine, reason, detail)
+
+    def _quarantine(self, reason: str, detail: dict[str, str]) -> None:
+        self.volume.quarantine(f"spool/{self.spool}", reason, detail)
+        self.volume.sync_quarantine()
+
+    @property
+    def location(self) -> Location:
+        """Where it lies once it is finished."""
+        return Location(self.volume.id, self.spool, "")
 
 
 def _discard(spooled: Spooled) -> None:

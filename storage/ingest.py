@@ -2,29 +2,31 @@
 
 The entry is proposed, and the peer asked to prepare it, as soon as the object is complete in memory: this node's disk
 and the peer's work at the same time. An object too long for that is made durable here first. Either way the commit
-needs both, so the order only decides what the sender hears when this node's last disk fails.
+needs both. Should this node's last disk fail then, it stops leading, and whoever leads next decides about the entry.
 """
 
 import asyncio
 import errno
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
+import msgspec
+
 from conf.settings import ClusterSettings
+from storage import crash
 from storage.catalogue import Catalogue
-from storage.control import boottime
 from storage.copies import Copies
 from storage.duty import Duty
 from storage.incoming import Incoming
 from storage.journal import Journal
-from storage.model import Entry, Location, Put
+from storage.model import Delete, Entry, Location, Operation, Put
 from storage.peering import Peering
 from storage.pending import Pending, Pendings
 from storage.replica import Replica
 from storage.upload import Upload
 from storage.volume import NoRoom
 from storage.volumes import Volumes
-from storage.workers import Workers
+from storage.workers import Threads
 
 STUDIES_REMEMBERED_MAX: Final = 4096
 
@@ -45,7 +47,7 @@ class Ingest:
         cluster: ClusterSettings | None,
         catalogue: Catalogue,
         volumes: Volumes,
-        disk: Workers,
+        disk: Threads,
         peering: Peering,
         journal: Journal,
         pendings: Pendings,
@@ -53,12 +55,18 @@ class Ingest:
         *,
         peer_room: Callable[[], int],
         flush: Callable[[], None],
-        die: Callable[[BaseException], None],
+        clock: Callable[[], float],
+        duplicates: str,
+        examine: Callable[[int], Awaitable[bool]],
+        not_kept: Callable[[int, Exception], None],
     ) -> None:
+        """`examine(seq)` reads this node's copy of an entry, sets a bad one aside and says whether it was good;
+        `not_kept(seq, error)`: no disk of this node takes the bytes of an entry that was proposed."""
         self._core, self._duty, self._cluster = core, duty, cluster
         self._catalogue, self._volumes, self._disk = catalogue, volumes, disk
         self._peering, self._journal, self._pendings, self._copies = peering, journal, pendings, copies
-        self._peer_room, self._flush, self._die = peer_room, flush, die
+        self._peer_room, self._flush, self._clock, self._duplicates = peer_room, flush, clock, duplicates
+        self._examine, self._not_kept = examine, not_kept
         self._study_volume: dict[str, str] = {}
 
     def begin(self, header: bytes) -> Upload:
@@ -88,6 +96,15 @@ class Ingest:
         cluster = self._cluster
         return cluster is not None and cluster.degraded == "refuse" and self._core.required == {self._core.node}
 
+    async def delete(self, delete: Delete) -> None:
+        """Commit a deletion; returns when both nodes will carry it out. Raises NotServing."""
+        if not self._duty.may_serve:
+            raise NotServing("not the primary")
+        pending, waiting = self._pend(delete, 0)
+        self._journal.append(pending.entry, None)
+        self._flush()
+        await asyncio.shield(waiting)
+
     async def put(self, upload: Upload, make: Callable[[bytes, int], Put]) -> bool:
         """Commit a finished object. `make(digest, length)` gives its record.
 
@@ -104,31 +121,47 @@ class Ingest:
                 await upload.discard()
                 raise
         put = make(digest, incoming.length)
-        known = self._known(put.sop_instance)
+        known = self._known(put)
         if known is not None:
             await incoming.finish()
-            return await self._again(upload, put, *known)
+            if not self._replaces(put, known[0]):
+                return await self._again(upload, put, *known)
+            put = msgspec.structs.replace(put, replaces=True)
         if not self._duty.may_serve:
             await upload.discard()
             raise NotServing("no longer the primary")
         upload.keep()
-        await self._propose(put, upload)
+        try:
+            await self._propose(put, upload)
+        finally:
+            self._volumes.on_their_way.discard(incoming)  # committed; or given up, and then it is swept away some time
         return True
 
     def _asks_early(self) -> bool:
         """The peer may be asked while this node's own disk still works: it keeps the object whatever happens here."""
         return self._core.live and self._core.peer in self._core.required
 
-    def _known(self, sop_instance: str) -> tuple[Put, int] | None:
-        """(record, seq) of an instance that is published or on its way."""
-        pending = self._pendings.find(sop_instance)
-        if pending is not None:
-            return pending.entry.operation, pending.entry.seq
-        found = self._catalogue.instance(sop_instance)
-        return (found.put, found.seq) if found else None
+    def _known(self, put: Put) -> tuple[Put, int] | None:
+        """(record, seq) of an instance with this UID that is published or on its way."""
+        pending = self._pendings.find(put.sop_instance)
+        if pending is not None and isinstance(pending.entry.operation, Put):
+            known, seq = pending.entry.operation, pending.entry.seq
+        else:
+            found = self._catalogue.instance(put.sop_instance)
+            if found is None:
+                return None
+            known, seq = found.put, found.seq
+        return None if self._pendings.deletes(known, seq) else (known, seq)
+
+    def _replaces(self, put: Put, known: Put) -> bool:
+        """The newcomer takes the place of what is stored under its UID: other bytes, and the policy allows it."""
+        if _same_bytes(put, known) or self._duplicates == "refuse":
+            return False
+        same_source = (put.calling_ae, put.study, put.series) == (known.calling_ae, known.study, known.series)
+        return same_source or self._duplicates == "replace"
 
     async def _again(self, upload: Upload, put: Put, known: Put, seq: int) -> bool:
-        if (known.digest, known.length - known.offset) != (put.digest, put.length - put.offset):
+        if not _same_bytes(put, known):
             await upload.set_aside("SOP Instance UID is taken by other bytes", put.sop_instance)
             raise Conflict(put.sop_instance)
         pending = self._pendings.get(seq)
@@ -137,17 +170,19 @@ class Ingest:
             if self._core.commit < seq:
                 await upload.discard()
                 raise NotServing("no longer the primary")
-        if not await self._copies.intact(known):
+        if await self._copies.intact(seq, known.length) or await self._examine(seq):
+            await upload.discard()
+            return False
+        if put.offset != known.offset:
             await upload.set_aside("the stored copy of it can't be read here now", put.sop_instance)
             raise OSError(errno.EIO, "the stored copy can't be read now")
-        await upload.discard()
+        upload.keep()  # it came just in time: these bytes become this node's copy
+        if not await self._journal.move({seq: upload.incoming.location}):
+            raise OSError(errno.EIO, "the disk failed at the last moment")
         return False
 
     async def _propose(self, put: Put, upload: Upload) -> None:
-        seq = self._core.propose(boottime())
-        waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        pending = Pending(Entry(self._core.epoch, seq, put), None, upload.stream, waiting)
-        self._pendings.add(pending)
+        pending, waiting = self._pend(put, upload.stream)
         incoming = upload.incoming
         if incoming.in_memory and self._journal.idle:
             self._journal.append_landing(pending.entry, lambda: self._land(pending, incoming))
@@ -155,22 +190,38 @@ class Ingest:
             self._landed(pending, incoming)
         else:
             incoming.begin_finish().add_done_callback(lambda _: self._landed(pending, incoming))
+        crash.point("primary.before_prepare")
         self._flush()
         await asyncio.shield(waiting)
+        crash.point("primary.before_answer")
+
+    def _pend(self, operation: Operation, stream: int) -> "tuple[Pending, asyncio.Future[None]]":
+        """Propose an entry. Its bytes are still to land, and the effects to be carried out."""
+        seq = self._core.propose(self._clock())
+        waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        pending = Pending(Entry(self._core.epoch, seq, operation), None, stream, waiting)
+        self._pendings.add(pending)
+        return pending, waiting
 
     def _land(self, pending: Pending, incoming: Incoming) -> Location:
         """In the journal's thread."""
         incoming.land_here()
-        pending.location = Location(incoming.volume.id, incoming.spool, "")
+        pending.location = incoming.location
         return pending.location
 
     def _landed(self, pending: Pending, incoming: Incoming) -> None:
         """The bytes of a proposed entry are durable here, or will never be."""
         if self._pendings.get(pending.entry.seq) is not pending:
-            return  # given up meanwhile; recovery sets the bytes aside
+            return  # given up meanwhile; the sweep sets the bytes aside
         error = incoming.begin_finish().exception()
-        if error:
-            self._die(error)
-            return
-        pending.location = Location(incoming.volume.id, incoming.spool, "")
-        self._journal.append(pending.entry, pending.location)
+        if isinstance(error, OSError | NoRoom):
+            self._not_kept(pending.entry.seq, error)
+        elif error:
+            raise error
+        else:
+            pending.location = incoming.location
+            self._journal.append(pending.entry, pending.location)
+
+
+def _same_bytes(put: Put, known: Put) -> bool:
+    return (known.digest, known.length - known.offset) == (put.digest, put.length - put.offset)

@@ -1,22 +1,24 @@
-"""Group commit: many entries share one sync of the spool folders and one LMDB transaction.
+"""Group commit: many entries share one sync of the spool folders and one transaction.
 
 Entries become durable in the order of their seq. Publication (the rename into the readable tree and the catalogue
 rows) comes in batches of its own rhythm: when a reader waits, after a moment, or when many have gathered.
 """
 
 import asyncio
+import errno
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Final
 
 import structlog
 
-from storage.catalogue import Batch, Catalogue
-from storage.model import Entry, Location, Put
-from storage.view import View
-from storage.volume import NoRoom, Volume
-from storage.workers import Workers
+from storage import crash
+from storage.catalogue import Batch, Catalogue, same_copy
+from storage.model import Delete, Entry, Location, Put
+from storage.view import Showing
+from storage.volume import NoRoom
+from storage.volumes import Volumes
+from storage.workers import Threads, WorkersFactory
 
 log = structlog.get_logger()
 
@@ -24,6 +26,7 @@ BATCH_ENTRIES_MAX: Final = 256
 APPLY_DELAY_S: Final = 0.02
 APPLIES_WAITING_MAX: Final = 64
 CHECKPOINT_INTERVAL_S: Final = 5.0
+BUSY_S: Final = 0.25
 
 Land = Callable[[], Location]
 
@@ -44,7 +47,7 @@ class Work:
     ready: list[Ready]
     batch: Batch
     waiters: list["asyncio.Future[None]"]
-    stuck: tuple[int, Exception] | None = field(default=None)
+    stuck: tuple[int, Exception] | None = None
 
 
 class Journal:
@@ -53,8 +56,10 @@ class Journal:
     def __init__(
         self,
         catalogue: Catalogue,
-        volumes: Callable[[str], Volume],
-        view: View,
+        volumes: Volumes,
+        view: Showing,
+        workers: WorkersFactory,
+        *,
         on_durable: Callable[[int], None],
         on_applied: Callable[[int], None],
         on_stuck: Callable[[int, Exception], None],
@@ -64,22 +69,20 @@ class Journal:
         self._catalogue, self._volumes, self._view = catalogue, volumes, view
         self._on_durable, self._on_applied = on_durable, on_applied
         self._on_stuck, self._on_failed = on_stuck, on_failed
-        self._thread = Workers(1, "journal")
+        self._thread: Threads = workers(1, "journal")
         self._appends: list[Ready] = []
         self._early: dict[int, Ready] = {}  # bytes are durable, an entry before it isn't
         self._next_seq = catalogue.epochs.last[1] + 1
-        self._applies: list[tuple[Entry, Location]] = []
-        self._meta: dict[str, Any] = {}
-        self._relocations: dict[str, Location] = {}
-        self._notes: dict[str, Any] = {}
+        self._applies: list[tuple[Entry, Location | None]] = []
+        self._next = Batch()  # what else the next transaction is to do
         self._waiters: list[asyncio.Future[None]] = []
-        self._truncate: int | None = None
         self._running = False
         self._due = False  # what is committed is to be published with the next batch
         self._broken: BaseException | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._touched: dict[str, set[Path]] = {}
+        self._touched: dict[str, set[str]] = {}
         self._checkpointed_at = 0.0
+        self._appended_at = float("-inf")
         self._checkpointed = 0
         self.applied = int(catalogue.meta("applied", 0))
 
@@ -87,6 +90,11 @@ class Journal:
     def idle(self) -> bool:
         """Nothing is being written or waits to be; then the next entry may bring its bytes along."""
         return not self._running and not self._appends
+
+    @property
+    def busy(self) -> bool:
+        """Images came in just now: work that can wait gives way."""
+        return asyncio.get_running_loop().time() - self._appended_at < BUSY_S
 
     def close(self) -> None:
         self._thread.stop()
@@ -96,7 +104,9 @@ class Journal:
         """Something committed isn't in the catalogue yet."""
         return bool(self._applies) or self._running
 
-    def append(self, entry: Entry, location: Location) -> None:
+    # -- what is asked of it -----------------------------------------------------------------------------------
+
+    def append(self, entry: Entry, location: Location | None) -> None:
         """Write an entry whose bytes are durable, once all those before it are written."""
         self._append(Ready(entry, location))
 
@@ -106,19 +116,85 @@ class Journal:
 
     def _append(self, ready: Ready) -> None:
         self._early[ready.entry.seq] = ready
+        self._appended_at = asyncio.get_running_loop().time()
         while self._next_seq in self._early:
             self._appends.append(self._early.pop(self._next_seq))
             self._next_seq += 1
         self._kick()
 
-    def restart(self, durable: int) -> None:
-        """Forget what waits for earlier entries; those after `durable` come anew."""
-        self._early.clear()
-        self._next_seq = durable + 1
+    @property
+    def handed(self) -> int:
+        """The last entry that is durable or being written."""
+        return self._next_seq - 1
 
-    def apply(self, entry: Entry, location: Location) -> None:
+    def forget_early(self) -> None:
+        """Forget what waits for earlier entries; what was handed over is still being written."""
+        self._early.clear()
+
+    def rewind(self, seq: int) -> None:
+        """The log ends at `seq` now, and nothing is being written."""
+        self._early.clear()
+        self._next_seq = seq + 1
+
+    def apply(self, entry: Entry, location: Location | None) -> None:
+        """Publish a committed entry some time soon."""
         self._applies.append((entry, location))
         self._set_timer()
+
+    def hurry(self) -> None:
+        """Somebody waits for what was committed to be in the catalogue."""
+        self._due = True
+        self._kick()
+
+    def note(self, **meta: Any) -> None:
+        """Write facts with the next batch; nobody waits for them."""
+        self._next.meta.update(meta)
+
+    async def forget_leavings(self, keys: list[str]) -> None:
+        """These files are out of the way."""
+        self._next.gone.extend(keys)
+        await self._flushed()
+
+    async def quiet(self) -> None:
+        """Return when no images have come in for a moment."""
+        loop = asyncio.get_running_loop()
+        while (rest := self._appended_at + BUSY_S - loop.time()) > 0:  # noqa: ASYNC110 - each append moves the time
+            await asyncio.sleep(rest)
+
+    async def record(self, truncate_after: int | None = None, **meta: Any) -> None:
+        """Write facts (and drop the log's tail) durably."""
+        self._next.meta.update(meta)
+        if truncate_after is not None:
+            self._next.truncate_after = truncate_after
+        await self._flushed()
+
+    async def lose(self, lost: dict[int, tuple[str, Location]]) -> None:
+        """Note that copies of this node are gone: seq -> (why, where it was)."""
+        self._next.lost.update(lost)
+        await self._flushed()
+
+    async def move(self, moved: dict[int, Location]) -> set[int]:
+        """Note where copies lie from now on; their bytes are durable there. Returns those for which that is so now: not
+        the ones whose disk failed at the last moment, or that were deleted meanwhile."""
+        self._next.moved.update(moved)
+        await self._flushed()
+        now = {seq: self._catalogue.location(seq) for seq in moved}
+        return {seq for seq, found in now.items() if found is not None and same_copy(found, moved[seq])}
+
+    async def _flushed(self) -> None:
+        if self._broken:
+            raise self._broken
+        future = asyncio.get_running_loop().create_future()
+        self._waiters.append(future)
+        self._kick()
+        await future
+
+    async def checkpoint(self) -> None:
+        """Make the tree durable up to what is applied, so that recovery is short."""
+        self._checkpointed_at = float("-inf")
+        await self.record()
+
+    # -- the loop's side ---------------------------------------------------------------------------------------
 
     def _set_timer(self) -> None:
         if self._applies and self._timer is None:
@@ -129,132 +205,160 @@ class Journal:
         self._due = True
         self._kick()
 
-    def hurry(self) -> None:
-        """Somebody waits for what was published to be in the catalogue."""
-        self._due = True
-        self._kick()
-
-    async def relocate(self, sop_instance: str, location: Location) -> None:
-        """Note durably where an object lies that isn't published yet."""
-        self._relocations[sop_instance] = location
-        await self.set()
-
-    def note(self, **meta: Any) -> None:
-        """Write facts with the next batch; nobody waits for them."""
-        self._notes.update(meta)
-
-    async def set(self, truncate_after: int | None = None, **meta: Any) -> None:
-        """Write facts (and drop the log's tail) durably."""
-        if self._broken:
-            raise self._broken
-        future = asyncio.get_running_loop().create_future()
-        self._meta.update(meta)
-        if truncate_after is not None:
-            self._truncate = truncate_after
-        self._waiters.append(future)
-        self._kick()
-        await future
-
     def _kick(self) -> None:
         apply = self._due or bool(self._waiters) or len(self._applies) >= APPLIES_WAITING_MAX
-        wanted = self._appends or self._meta or self._waiters or (apply and self._applies)
+        wanted = self._appends or self._waiters or (apply and self._applies)
         if self._running or self._broken or not wanted:
             return
         self._running = True
         self._due = apply and len(self._applies) > BATCH_ENTRIES_MAX
-        applies = self._applies[:BATCH_ENTRIES_MAX] if apply else []
-        del self._applies[: len(applies)]
-        loop = asyncio.get_running_loop()
-        batch = Batch(
-            [],
-            applies,
-            self._relocations,
-            {**self._notes, **self._meta},
-            self._truncate,
-        )
-        self._relocations = {}
+        batch, self._next = self._next, Batch()
+        if apply:
+            batch.applies = self._applies[:BATCH_ENTRIES_MAX]
+            del self._applies[:BATCH_ENTRIES_MAX]
         work = Work(self._appends[:BATCH_ENTRIES_MAX], batch, self._waiters)
         del self._appends[:BATCH_ENTRIES_MAX]
-        self._waiters, self._meta, self._notes, self._truncate = [], {}, {}, None
+        self._waiters = []
+        loop = asyncio.get_running_loop()
         if self._checkpointed < self.applied and loop.time() - self._checkpointed_at > CHECKPOINT_INTERVAL_S:
             self._checkpointed_at = loop.time()
             batch.meta["checkpoint"] = self._checkpointed = self.applied
         job = self._thread.run(self._write, work, loop)
         job.add_done_callback(lambda done: self._written(done, work))
 
-    def _land(self, work: Work) -> None:
-        for ready in work.ready:
-            try:
-                location = ready.location or (ready.land and ready.land())
-            except (OSError, NoRoom) as error:
-                work.stuck = (ready.entry.seq, error)
-                return
-            if location is None:
-                raise RuntimeError("an entry without bytes")
-            work.batch.appends.append((ready.entry, location))
-
-    def _write(self, work: Work, loop: asyncio.AbstractEventLoop) -> None:
-        self._land(work)
-        batch = work.batch
-        named = [location for _, location in batch.appends]
-        for volume in {location.volume for location in (*named, *batch.relocations.values())}:
-            self._volumes(volume).sync_spool()
-        fresh: dict[str, str] = {}
-        batch.applies[:] = [(entry, self._place(entry, location, fresh)) for entry, location in batch.applies]
-        if "checkpoint" in batch.meta:
-            # All of these renames were done before; after this sync recovery needn't look at them again.
-            touched, self._touched = self._touched, {}
-            for volume, directories in touched.items():
-                self._volumes(volume).sync_directories(directories)
-        self._catalogue.write(batch)
-        if batch.appends:
-            loop.call_soon_threadsafe(self._on_durable, batch.appends[-1][0].seq)
-        for entry, location in batch.applies:
-            self._publish(entry.operation, location)
-
-    def _place(self, entry: Entry, location: Location, fresh: dict[str, str]) -> Location:
-        """Where the object will be in the tree. Until it is moved there it is found in the spool."""
-        study, series = self._catalogue.folders(entry.operation, fresh)
-        return Location(location.volume, location.spool, f"{study}/{series}/{entry.operation.sop_instance}.dcm")
-
-    def _publish(self, put: Put, location: Location) -> None:
-        study = "/".join(location.path.split("/")[:2])
-        try:
-            volume = self._volumes(location.volume)
-            touched = volume.publish(location.spool, location.path)
-        except (OSError, LookupError) as error:
-            log.error("publish.failed", sop_instance=put.sop_instance, error=type(error).__name__)
-            return
-        self._touched.setdefault(location.volume, set()).update(touched)
-        try:
-            self._view.show(study, volume.path / "archive" / study)
-        except OSError as error:
-            log.error("share.not_shown", study=put.study, error=error.strerror)
-
     def _written(self, job: "asyncio.Future[None]", work: Work) -> None:
         self._running = False
-        batch, waiters = work.batch, work.waiters
+        if job.cancelled():
+            return
         if error := job.exception():
             self._broken = error  # what came before may be lost: nothing later may become durable in its place
-            for waiter in [*waiters, *self._waiters]:
+            for waiter in [*work.waiters, *self._waiters]:
                 if not waiter.done():
                     waiter.set_exception(error)
             self._on_failed(error)
             return
-        for waiter in waiters:
+        for waiter in work.waiters:
             if not waiter.done():
                 waiter.set_result(None)
-        if batch.applies:
-            self.applied = max(self.applied, batch.applied)
+        if work.batch.applies:
+            self.applied = max(self.applied, work.batch.applied)
             self._on_applied(self.applied)
         if work.stuck:
             self._appends.clear()
-            self.restart(work.stuck[0] - 1)
+            self.rewind(work.stuck[0] - 1)
             self._on_stuck(*work.stuck)
         self._kick()
         self._set_timer()
 
-    async def checkpoint(self) -> None:
-        """Make the tree durable up to what is applied, so that recovery is short."""
-        self._checkpointed_at = float("-inf")
-        await self.set()
+    # -- the thread's side -------------------------------------------------------------------------------------
+
+    def _write(self, work: Work, loop: asyncio.AbstractEventLoop) -> None:
+        self._land(work)
+        batch = work.batch
+        self._sync_names(work)
+        self._place_all(batch)
+        if "checkpoint" in batch.meta:
+            self._sync_tree()
+        crash.point("journal.before_commit")
+        self._catalogue.write(batch)
+        crash.point("journal.after_commit")
+        if batch.appends:
+            loop.call_soon_threadsafe(self._on_durable, batch.appends[-1][0].seq)
+        for entry, location in batch.applies:
+            if location and isinstance(entry.operation, Put):
+                self._publish(entry.operation.study, location)
+        for location in batch.moved.values():
+            if location.path:
+                self._publish("", location)
+        crash.point("journal.after_publish")
+
+    def _land(self, work: Work) -> None:
+        for ready in work.ready:
+            try:
+                location = ready.land() if ready.land else ready.location
+            except (OSError, NoRoom) as error:
+                work.stuck = (ready.entry.seq, error)
+                return
+            work.batch.appends.append((ready.entry, location))
+
+    def _sync_names(self, work: Work) -> None:
+        batch = work.batch
+        named = [location for _, location in batch.appends if location] + list(batch.moved.values())
+        for volume_id in {location.volume for location in named}:
+            try:
+                self._volumes.get(volume_id).sync_spool()
+            except (OSError, LookupError) as error:
+                failure = error if isinstance(error, OSError) else OSError(errno.EIO, str(error))
+                self._volumes.failed(volume_id, failure)
+                self._without(work, volume_id, failure)
+
+    def _without(self, work: Work, volume_id: str, error: OSError) -> None:
+        """A disk failed between bytes and names: nothing on it counts."""
+        batch = work.batch
+        batch.moved = {seq: location for seq, location in batch.moved.items() if location.volume != volume_id}
+        for number, (entry, location) in enumerate(batch.appends):
+            if location and location.volume == volume_id:
+                work.stuck = (entry.seq, error)
+                del batch.appends[number:]
+                return
+
+    def _sync_tree(self) -> None:
+        """All renames of applied entries were done before; after this sync recovery needn't look at them again."""
+        touched, self._touched = self._touched, {}
+        for volume_id, directories in touched.items():
+            try:
+                self._volumes.get(volume_id).sync_directories(directories)
+            except (OSError, LookupError) as error:
+                # A dead disk: its copies are noted as lost and made again; until then nothing on it is relied on.
+                log.error("tree.not_synced", volume=volume_id, error=type(error).__name__)
+                if isinstance(error, OSError):
+                    self._volumes.failed(volume_id, error)
+
+    def _place_all(self, batch: Batch) -> None:
+        """Say where each object will be in the tree. Until it is moved there it is found in the spool; the record comes
+        before the rename, so that a copy is always at one of the two."""
+        if not batch.applies and not batch.moved:
+            return
+        fresh: dict[str, str] = {}
+        taken = self._catalogue.leaving_paths()
+        deleted = False
+        for number, (entry, location) in enumerate(batch.applies):
+            deleted = deleted or isinstance(entry.operation, Delete)
+            location = self._catalogue.location(entry.seq) or location  # it may have been made again elsewhere
+            batch.applies[number] = (entry, self._place(entry, location, fresh, taken, own_name=deleted))
+        for seq, location in batch.moved.items():
+            if seq <= max(self.applied, batch.applied):  # later ones may have been cut off meanwhile
+                entry = self._catalogue.entry(seq)
+                batch.moved[seq] = self._place(entry, location, fresh, taken) or location
+
+    def _place(
+        self,
+        entry: Entry,
+        location: Location | None,
+        fresh: dict[str, str],
+        taken: set[tuple[str, str]],
+        *,
+        own_name: bool = False,
+    ) -> Location | None:
+        if location is None or not isinstance(entry.operation, Put):
+            return None
+        if location.path:
+            return location  # adopted where it lies
+        path = self._catalogue.path_of(entry, fresh, own_name=own_name)
+        if (location.volume, path) in taken:
+            path = self._catalogue.path_of(entry, fresh, own_name=True)
+        return Location(location.volume, location.spool, path)
+
+    def _publish(self, study: str, location: Location) -> None:
+        folder = "/".join(location.path.split("/")[:2])
+        try:
+            volume = self._volumes.get(location.volume)
+            touched = volume.publish(location.spool, location.path)
+        except (OSError, LookupError) as error:
+            log.error("publish.failed", spool=location.spool, error=type(error).__name__)
+            return
+        self._touched.setdefault(location.volume, set()).update(touched)
+        try:
+            self._view.show(folder, volume.path / "archive" / folder)
+        except OSError as error:
+            log.error("share.not_shown", study=study, error=error.strerror)

@@ -28,8 +28,11 @@ class Kind(IntEnum):
     CHUNK = 3
     END = 4
     ABORT = 5
-    FETCH = 6  # payload: SOP Instance UID; the answer comes as this stream
-    MISSING = 7  # answer to FETCH
+    FETCH = 6  # payload: seq of the entry; the answer comes as this stream
+    MISSING = 7  # answer to FETCH: no copy here either
+    SUSPECT = 8  # the bytes that came for this entry weren't those of the record
+    LIST = 9  # payload: msgpack (first seq, whether to read the copies); the answer is LISTING with this stream number
+    LISTING = 10
 
 
 OnFrame = Callable[["Link", Kind, int, bytearray], None]

@@ -17,6 +17,25 @@ class Put(msgspec.Struct, frozen=True, tag="put"):
     keys: dict[str, str]
     calling_ae: str
     received: float  # wall clock, seconds since the epoch; for people, never for decisions
+    replaces: bool = False  # takes the place of an earlier version of the same SOP Instance UID
+
+
+class Delete(msgspec.Struct, frozen=True, tag="delete"):
+    """A study deleted, or one of its series, or one instance. As an entry of the log it is the tombstone."""
+
+    study: str
+    series: str  # "" for all
+    sop_instance: str  # "" for all
+    reason: str
+    by: str
+    at: float  # wall clock, for people
+
+
+class Void(msgspec.Struct, frozen=True, tag="void"):
+    """What is left in the log of an instance that was deleted or replaced: its number."""
+
+
+Operation = Put | Delete | Void
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -24,7 +43,7 @@ class Entry(msgspec.Struct, frozen=True):
 
     epoch: int
     seq: int
-    operation: Put
+    operation: Operation
 
 
 class Instance(msgspec.Struct, frozen=True):
@@ -42,12 +61,33 @@ class Location(msgspec.Struct, frozen=True):
     path: str  # below the volume's tree, "" before publication
 
 
+class Leaving(msgspec.Struct, frozen=True):
+    """A file that the catalogue no longer names and that is still to be moved out of the way."""
+
+    location: Location
+    sop_instance: str
+    reason: str
+    keep: bool  # in quarantine; False: another verified copy of it is on this node
+
+
+class Tombstone(msgspec.Struct, frozen=True):
+    """An instance that was deleted, by the entry `seq`."""
+
+    seq: int
+    reason: str
+    at: float
+
+
 _encoder = msgspec.msgpack.Encoder()
 _entry = msgspec.msgpack.Decoder(Entry)
 _instance = msgspec.msgpack.Decoder(Instance)
 _location = msgspec.msgpack.Decoder(Location)
+_leaving = msgspec.msgpack.Decoder(Leaving)
+_tombstone = msgspec.msgpack.Decoder(Tombstone)
 
 encode = _encoder.encode
 decode_entry = _entry.decode
 decode_instance = _instance.decode
 decode_location = _location.decode
+decode_leaving = _leaving.decode
+decode_tombstone = _tombstone.decode

@@ -4,33 +4,41 @@ The node whose name sorts first dials, so that there is one connection and not t
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Final
 
 import msgspec
 import structlog
 
+from storage.copies import Row
 from storage.incoming import Incoming
 from storage.link import Kind, Link
 from storage.messages import AnyMessage, decode
 from storage.messages import encode as encode_message
-from storage.volume import NoRoom
+from storage.model import Put
+from storage.network import Network
+from storage.volume import NoRoom, Reader, Volume
 from storage.volumes import Volumes
-from storage.workers import Workers
+from storage.workers import Threads
 
 log = structlog.get_logger()
 
 DIAL_INTERVAL_S: Final = 0.2
-DIAL_TIMEOUT_S: Final = 1.0
 STREAMS_MAX: Final = 1024
 FETCH_STREAM_BIT: Final = 1 << 63
 READ_BYTES: Final = 256 << 10
+BEGIN_BYTES: Final = 1 << 20  # read in one go
 FETCHES_SERVED_MAX: Final = 4
 HELD_CHUNKS_MAX: Final = 4
 
 
 class FetchFailed(Exception):
-    """The peer can't give the object, or the link went away meanwhile."""
+    """The peer can't give the object now, or the link went away meanwhile."""
+
+
+class PeerLacksIt(FetchFailed):
+    """The peer has no copy of its own."""
 
 
 class Peering:
@@ -40,25 +48,30 @@ class Peering:
         self,
         *,
         dial: bool,
-        own_address: str,
-        peer_address: str,
-        port: int,
+        network: Network,
         volumes: Volumes,
-        workers: Workers,
-        find: Callable[[str], tuple[str, int] | None],
+        workers: Threads,
+        find: Callable[[int], tuple[Volume, str, Put] | None],
+        lacks: Callable[[int], bool],
+        list_copies: Callable[[int, bool], list[Row]],
         on_up: Callable[[], None],
         on_down: Callable[[str], None],
         on_message: Callable[[AnyMessage], None],
+        on_suspect: Callable[[int], None],
     ) -> None:
-        """`find(sop_instance)` gives the path of this node's copy and the bytes before its data set."""
-        self._dial, self._own, self._peer, self._port = dial, own_address, peer_address, port
+        """`find(seq)` gives this node's copy of an entry, `lacks(seq)` says that there is none and won't be one soon;
+        `on_suspect(seq)`: the peer found that copy to be damaged, or it isn't where it should be."""
+        self._dial, self._network = dial, network
         self._volumes, self._workers, self._find = volumes, workers, find
-        self._on_up, self._on_down, self._on_message = on_up, on_down, on_message
+        self._on_up, self._on_down = on_up, on_down
+        self._on_message, self._on_suspect = on_message, on_suspect
+        self._lacks, self._list = lacks, list_copies
+        self._listings: dict[int, asyncio.Future[list[Row]]] = {}
         self.link: Link | None = None
-        self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._incoming: dict[int, Incoming] = {}
         self._ended: dict[int, asyncio.Future[Incoming]] = {}
+        self._claimed: set[int] = set()  # somebody waits for these and takes care of what comes
         self._next_stream = 0
         self._held: dict[int, list[bytes | bytearray]] = {}  # streams of which nothing was sent yet
         self._next_fetch = FETCH_STREAM_BIT
@@ -69,15 +82,12 @@ class Peering:
         if self._dial:
             self._spawn(self._keep_dialling())
         else:
-            self._server = await asyncio.get_running_loop().create_server(
-                self._new_link, self._own, self._port, reuse_address=True
-            )
+            await self._network.listen(self._new_link)
 
     async def stop(self) -> None:
         for task in list(self._tasks):
             task.cancel()
-        if self._server:
-            self._server.close()
+        self._network.close()
         self.drop("shutting down")
 
     def drop(self, why: str) -> None:
@@ -96,13 +106,8 @@ class Peering:
     async def _keep_dialling(self) -> None:
         while True:
             if self.link is None:
-                try:
-                    async with asyncio.timeout(DIAL_TIMEOUT_S):
-                        await asyncio.get_running_loop().create_connection(
-                            self._new_link, self._peer, self._port, local_addr=(self._own, 0)
-                        )
-                except (OSError, TimeoutError):
-                    pass
+                with contextlib.suppress(OSError, TimeoutError):
+                    await self._network.connect(self._new_link)
             await asyncio.sleep(DIAL_INTERVAL_S)
 
     def _up(self, link: Link) -> None:
@@ -115,12 +120,17 @@ class Peering:
         if self.link is not link:
             return
         self.link = None
-        for future in self._ended.values():
+        for stream, future in self._ended.items():
             if not future.done():
                 future.set_exception(FetchFailed(link.why_closed))
                 future.exception()  # seen here; whoever still waits sees it too
+            elif not future.exception() and stream not in self._claimed:
+                self._spawn(future.result().discard())
         for incoming in self._incoming.values():
             self._spawn(incoming.discard())
+        for waiting in self._listings.values():
+            waiting.set_exception(FetchFailed(link.why_closed))
+        self._listings.clear()
         self._incoming.clear()
         self._ended.clear()
         self._held.clear()
@@ -173,6 +183,10 @@ class Peering:
         future = self._ended.get(stream)
         return future.result() if future and future.done() and not future.exception() else None
 
+    def discard_soon(self, incoming: Incoming) -> None:
+        """Nobody wants this object any more."""
+        self._spawn(incoming.discard())
+
     def forget(self, stream: int) -> None:
         self._ended.pop(stream, None)
 
@@ -181,21 +195,28 @@ class Peering:
         future = self._ended.get(stream)
         if future is None:
             raise FetchFailed("no such stream")
+        self._claimed.add(stream)
         try:
             return await asyncio.shield(future)
         finally:
             self._ended.pop(stream, None)
+            self._claimed.discard(stream)
 
-    async def fetch(self, sop_instance: str) -> Incoming:
-        """Ask the peer for its copy; raises FetchFailed."""
+    async def fetch(self, seq: int) -> Incoming:
+        """Ask the peer for its copy of an entry; raises FetchFailed."""
         link = self.link
         if link is None:
             raise FetchFailed("no link")
         self._next_fetch += 1
         stream = self._next_fetch
         self._ended[stream] = asyncio.get_running_loop().create_future()
-        link.send(Kind.FETCH, stream, sop_instance.encode())
+        link.send(Kind.FETCH, stream, seq.to_bytes(8, "big"))
         return await self.received(stream)
+
+    def suspect(self, seq: int) -> None:
+        """Tell the peer that what it gave for this entry wasn't good."""
+        if self.link:
+            self.link.send(Kind.SUSPECT, seq)
 
     def _frame(self, link: Link, kind: Kind, stream: int, payload: bytearray) -> None:
         if self.link is not link:
@@ -221,9 +242,16 @@ class Peering:
                     self._spawn(incoming.discard())
                 self._abandon(stream)
             case Kind.FETCH:
-                self._spawn(self._serve(link, stream, payload.decode("ascii", "replace")))
+                self._spawn(self._serve(link, stream, int.from_bytes(payload, "big")))
             case Kind.MISSING:
-                self._fail(stream, "the peer doesn't have it")
+                self._fail(stream, PeerLacksIt("the peer doesn't have it"))
+            case Kind.SUSPECT:
+                self._on_suspect(stream)
+            case Kind.LIST:
+                self._spawn(self._give_listing(link, stream, payload))
+            case Kind.LISTING:
+                if waiting := self._listings.pop(stream, None):
+                    waiting.set_result(msgspec.msgpack.decode(payload, type=list[Row]))
 
     def _open(self, link: Link, stream: int, header: bytes) -> None:
         if len(self._incoming) >= STREAMS_MAX:
@@ -234,7 +262,7 @@ class Peering:
         try:
             volume = self._volumes.choose()
         except NoRoom:
-            self._fail(stream, "no room here")
+            self._fail(stream, FetchFailed("no room here"))
             return
         incoming = self._incoming[stream] = Incoming(self._workers, self._volumes, volume, header)
         incoming.on_drained = lambda: self._drained(link, stream)
@@ -269,33 +297,75 @@ class Peering:
             self._ended.pop(stream)
             self._spawn(future.result().discard())
         else:
-            self._fail(stream, "aborted by the peer")
+            self._fail(stream, FetchFailed("aborted by the peer"))
 
-    def _fail(self, stream: int, why: str) -> None:
+    def _fail(self, stream: int, error: FetchFailed) -> None:
         future = self._ended.get(stream)
         if future is not None and not future.done():
-            future.set_exception(FetchFailed(why))
+            future.set_exception(error)
             future.exception()
 
     # -- giving ------------------------------------------------------------------------------------------------
 
-    async def _serve(self, link: Link, stream: int, sop_instance: str) -> None:
-        found = self._find(sop_instance)
+    async def listing(self, start: int, *, read: bool) -> list[Row]:
+        """What the peer holds from entry `start` on, some hundreds; raises FetchFailed."""
+        link = self.link
+        if link is None:
+            raise FetchFailed("no link to the other node")
+        self._next_stream += 1
+        stream = self._next_stream
+        waiting = self._listings[stream] = asyncio.get_running_loop().create_future()
+        link.send(Kind.LIST, stream, msgspec.msgpack.encode((start, read)))
+        rows: list[Row] = await waiting
+        return rows
+
+    async def _give_listing(self, link: Link, stream: int, payload: bytearray) -> None:
+        start, read = msgspec.msgpack.decode(payload, type=tuple[int, bool])
+        rows = await self._workers.run(lambda: self._list(start, read))
+        link.send(Kind.LISTING, stream, msgspec.msgpack.encode(rows))
+
+    async def _serve(self, link: Link, stream: int, seq: int) -> None:
         async with self._serving:
+            begun = await self._workers.run(self._begin_reading, seq)
+            if isinstance(begun, Kind):
+                link.send(begun, stream)
+                if begun is Kind.ABORT:
+                    self._on_suspect(seq)
+                return
+            volume, header, block, file = begun
             try:
-                if found is None:
-                    raise FileNotFoundError(sop_instance)
-                path, offset = found
-                file = await self._workers.run(lambda: open(path, "rb", buffering=0))  # noqa: SIM115
-                try:
-                    link.send(Kind.OPEN, stream, await self._workers.run(file.read, offset))
-                    while block := await self._workers.run(file.read, READ_BYTES):
-                        link.send(Kind.CHUNK, stream, block)
-                        await link.room()
-                    link.send(Kind.END, stream)
-                finally:
-                    file.close()
+                link.send(Kind.OPEN, stream, header)
+                while block:
+                    for at in range(0, len(block), READ_BYTES):
+                        link.send(Kind.CHUNK, stream, memoryview(block)[at : at + READ_BYTES])
+                    await link.room()
+                    block = await self._workers.run(file.read, BEGIN_BYTES) if file else b""
+                link.send(Kind.END, stream)
             except OSError as error:
-                log.error("fetch.unreadable", sop_instance=sop_instance, error=type(error).__name__)
+                log.error("fetch.unreadable", seq=seq, error=error.strerror)
+                self._volumes.failed(volume.id, error)
                 link.send(Kind.ABORT, stream)
-                link.send(Kind.MISSING, stream)
+            finally:
+                if file:
+                    file.close()
+
+    def _begin_reading(self, seq: int) -> tuple[Volume, bytes, bytes, Reader | None] | Kind:
+        """Header, first bytes, and the file if there is more of it; or what to answer instead. In one thread hop."""
+        found = self._find(seq)
+        if found is None:
+            return Kind.MISSING if self._lacks(seq) else Kind.ABORT
+        volume, name, put = found
+        file = None
+        try:
+            file = volume.open(name)
+            header, block = file.read(put.offset), file.read(BEGIN_BYTES)
+        except OSError as error:
+            if file:
+                file.close()
+            if not isinstance(error, FileNotFoundError):  # that one was only moved just now
+                self._volumes.failed(volume.id, error)
+            return Kind.ABORT
+        if len(header) + len(block) < put.length:
+            return volume, header, block, file
+        file.close()
+        return volume, header, block, None

@@ -3,7 +3,7 @@
 import asyncio
 from dataclasses import dataclass
 
-from storage.model import Entry, Location, Put
+from storage.model import Delete, Entry, Location, Put
 
 
 @dataclass
@@ -25,18 +25,25 @@ class Pendings:
 
     def add(self, pending: Pending) -> None:
         self._by_seq[pending.entry.seq] = pending
-        self._by_uid[pending.entry.operation.sop_instance] = pending.entry.seq
+        if isinstance(pending.entry.operation, Put):
+            self._by_uid[pending.entry.operation.sop_instance] = pending.entry.seq
 
     def get(self, seq: int) -> Pending | None:
         return self._by_seq.get(seq)
 
+    def deletes(self, put: Put, seq: int) -> bool:
+        """A deletion that names this instance, stored by entry `seq`, is on its way."""
+        return any(
+            pending.entry.seq > seq
+            and isinstance(deletion := pending.entry.operation, Delete)
+            and deletion.study == put.study
+            and deletion.series in ("", put.series)
+            and deletion.sop_instance in ("", put.sop_instance)
+            for pending in self._by_seq.values()
+        )
+
     def find(self, sop_instance: str) -> Pending | None:
         return self._by_seq.get(self._by_uid.get(sop_instance, 0))
-
-    def copy(self, sop_instance: str) -> tuple[Put, Location] | None:
-        """Record and place of an instance whose bytes are durable here."""
-        pending = self.find(sop_instance)
-        return (pending.entry.operation, pending.location) if pending and pending.location else None
 
     def committed(self, upto: int) -> None:
         """Tell those who wait."""
@@ -50,6 +57,9 @@ class Pendings:
             if pending.waiting and not pending.waiting.done():
                 pending.waiting.set_exception(error)
 
+    def locations(self) -> list[Location | None]:
+        return [pending.location for pending in self._by_seq.values()]
+
     def _waiting(self) -> list[Pending]:
         return [pending for pending in self._by_seq.values() if pending.waiting and not pending.waiting.done()]
 
@@ -57,12 +67,15 @@ class Pendings:
         """These are in the catalogue now."""
         self._forget([known for known in self._by_seq if known <= seq])
 
-    def forget_after(self, seq: int) -> None:
-        """These are no longer in the log."""
-        self._forget([known for known in self._by_seq if known > seq])
+    def forget_after(self, seq: int) -> list[int]:
+        """These are no longer in the log. Returns the streams that carried their bytes."""
+        dropped = [known for known in self._by_seq if known > seq]
+        streams = [self._by_seq[known].stream for known in dropped]
+        self._forget(dropped)
+        return streams
 
     def _forget(self, seqs: list[int]) -> None:
         for seq in seqs:
-            uid = self._by_seq.pop(seq).entry.operation.sop_instance
-            if self._by_uid.get(uid) == seq:
-                del self._by_uid[uid]
+            operation = self._by_seq.pop(seq).entry.operation
+            if isinstance(operation, Put) and self._by_uid.get(operation.sop_instance) == seq:
+                del self._by_uid[operation.sop_instance]

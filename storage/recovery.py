@@ -7,107 +7,117 @@ leader up to date.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Final
 
 import structlog
-import xxhash
 
 from storage.catalogue import Batch, Catalogue
-from storage.model import Entry, Location
-from storage.volume import Volume
+from storage.model import Entry, Location, Put
+from storage.volume import digest_of
 from storage.volumes import Volumes
 
 log = structlog.get_logger()
-READ_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True)
 class Recovered:
-    """`missing` are entries whose bytes this node lacks; `away` are volumes that hold objects and aren't online."""
+    """`whole`: nothing is missing that wasn't known before; `away` are volumes that hold objects and aren't online."""
 
-    missing: tuple[Entry, ...]
+    whole: bool
     away: frozenset[str]
-
-    @property
-    def whole(self) -> bool:
-        return not self.missing and not self.away
-
-
-def file_digest(path: Path, offset: int) -> tuple[bytes, int]:
-    """(xxh3-128 of what follows `offset`, length of the file). Raises OSError."""
-    digest = xxhash.xxh3_128()
-    length = 0
-    with path.open("rb", buffering=0) as file:
-        length += len(file.read(offset))
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-            length += len(block)
-    return digest.digest(), length
 
 
 def recover(catalogue: Catalogue, volumes: Volumes, *, verify: bool) -> Recovered:
     last = catalogue.epochs.last[1]
-    doubtful = set(range(int(catalogue.meta("checkpoint", 0)) + 1, last + 1))
-    doubtful |= {int(seq) for seq in catalogue.meta("missing", ()) if int(seq) <= last}
-    touched: dict[str, set[Path]] = {}
-    missing = []
-    for seq in sorted(doubtful):
+    checkpoint = int(catalogue.meta("checkpoint", 0))
+    touched: dict[str, set[str]] = {}
+    lost: dict[int, tuple[str, Location]] = {}
+    for seq in range(checkpoint + 1, last + 1):
         entry = catalogue.entry(seq)
-        if not _intact(catalogue, volumes, entry, touched, verify=verify):
-            log.error("recovery.lost", seq=seq, sop_instance=entry.operation.sop_instance)
-            missing.append(entry)
+        if not isinstance(entry.operation, Put) or catalogue.is_missing(seq):
+            continue
+        location = catalogue.location(seq)
+        problem = _problem(catalogue, volumes, entry, location, touched, verify=verify)
+        if problem:
+            log.error("recovery.lost", seq=seq, sop_instance=entry.operation.sop_instance, why=problem)
+            lost[seq] = (problem, location or Location("", "", ""))
     for volume in volumes:
-        volume.sync_directories(touched.get(volume.id, ()))  # what was renamed again must not need a third time
+        try:
+            volume.sync_directories(touched.get(volume.id, ()))  # what was renamed again must not need a third time
+        except OSError as error:
+            volumes.failed(volume.id, error)
     online = {volume.id for volume in volumes}
     known = {str(volume_id) for volume_id in catalogue.meta("volumes", ())}
-    for volume_id in known - online:
+    away = known - online
+    for volume_id in away:
         log.error("recovery.volume_away", volume=volume_id)
-    catalogue.write(Batch(meta={"missing": [entry.seq for entry in missing], "volumes": sorted(known | online)}))
+    lost = {seq: found for seq, found in lost.items() if not _on(catalogue, seq, away)}
+    whole = bool(catalogue.meta("whole", True)) and not lost and not away
+    catalogue.write(Batch(lost=lost, meta={"volumes": sorted(known | online), "whole": whole}))
     _tidy(catalogue, volumes)
-    return Recovered(tuple(missing), frozenset(known - online))
+    return Recovered(whole, frozenset(away))
 
 
-def _intact(
-    catalogue: Catalogue, volumes: Volumes, entry: Entry, touched: dict[str, set[Path]], *, verify: bool
-) -> bool:
+def _on(catalogue: Catalogue, seq: int, volume_ids: set[str]) -> bool:
+    location = catalogue.location(seq)
+    return location is not None and location.volume in volume_ids
+
+
+def _problem(
+    catalogue: Catalogue,
+    volumes: Volumes,
+    entry: Entry,
+    location: Location | None,
+    touched: dict[str, set[str]],
+    *,
+    verify: bool,
+) -> str:
+    """What is wrong with the copy of an entry, "" if nothing."""
     put = entry.operation
-    location = catalogue.location(put.sop_instance)
+    if not isinstance(put, Put):
+        return ""
     if location is None:
-        return False
+        return "no copy is noted"
     try:
         volume = volumes.get(location.volume)
         if location.path:
             # The rename may have been lost with the power.
             touched.setdefault(volume.id, set()).update(volume.publish(location.spool, location.path))
-        path = volume.locate(location.spool, location.path)
-        if path is None:
-            study, series = catalogue.folders(put, {})  # or it was done and its record was lost
-            path = volume.locate(location.spool, f"{study}/{series}/{put.sop_instance}.dcm")
-        if path is None:
-            return False
-        if not verify:
-            return path.stat().st_size == put.length
-        return file_digest(path, put.offset) == (put.digest, put.length)
+        name = volume.locate(location)
+        if name is None:
+            return "the file is gone"
+        if verify:
+            good = digest_of(volume, name, put.offset) == (put.digest, put.length)
+        else:
+            good = volume.size(name) == put.length
+        if not good:
+            volume.quarantine(name, "damaged", {"sop_instance": put.sop_instance})
+            volume.sync_quarantine()
+        return "" if good else "damaged"
     except (OSError, LookupError) as error:
         log.error("recovery.unreadable", sop_instance=put.sop_instance, error=type(error).__name__)
-        return False
+        return "the file can't be read"
 
 
 def _tidy(catalogue: Catalogue, volumes: Volumes) -> None:
     """Set aside spool files that no entry names: they were never complete, or never acknowledged."""
+    left = {leaving.location.spool for _, leaving in catalogue.leavings(1 << 30)}
     for volume in volumes:
-        present = set(volume.spooled())
-        if not present:
-            continue
-        wanted = {
-            location.spool
-            for location in catalogue.locations()
-            if location.spool in present and location.volume == volume.id and not _published(volume, location)
-        }
-        for name in present - wanted:
-            volume.quarantine(volume.path / "spool" / name, "left over from a crash; no entry names it", {})
-
-
-def _published(volume: Volume, location: Location) -> bool:
-    return bool(location.path) and (volume.path / "archive" / location.path).is_file()
+        try:
+            present = set(volume.spooled()) - left
+            if not present:
+                continue
+            wanted = [
+                location
+                for _, location in catalogue.locations()
+                if location.spool in present and location.volume == volume.id
+            ]
+            touched: set[str] = set()
+            for location in wanted:
+                if location.path:  # made again, and its rename was lost with the power
+                    touched |= volume.publish(location.spool, location.path)
+            volume.sync_directories(touched)
+            for name in sorted(present - {location.spool for location in wanted}):
+                volume.quarantine(f"spool/{name}", "left over from a crash; no entry names it", {})
+            volume.sync_quarantine()
+        except OSError as error:
+            volumes.failed(volume.id, error)

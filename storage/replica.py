@@ -142,12 +142,16 @@ class Replica:
 
     # -- roles -------------------------------------------------------------------------------------------------
 
+    def good_enough(self, in_sync: frozenset[str]) -> bool:
+        """This copy is whole, or there is no better one: it is alone in sync, or the peer's isn't whole either."""
+        return self.whole or in_sync == {self.node} or (self.peer_hello is not None and not self.peer_hello.whole)
+
     def lead(self, epoch: int, in_sync: frozenset[str], now: float) -> None:
         """Lead in `epoch`, which the caller won in etcd and has made durable as this node's promise."""
         if epoch < self.promised or epoch <= max(self.epoch, self.last[0]):
             raise InvariantBroken(f"can't lead in epoch {epoch}: promised {self.promised}, log ends in {self.last}")
-        if not self.idle or not self.whole:
-            raise InvariantBroken("can't lead with entries in flight or an incomplete copy")
+        if not self.idle or not self.good_enough(in_sync):
+            raise InvariantBroken("can't lead with entries in flight, or with an incomplete copy beside another")
         if now < self.granted_until:
             raise InvariantBroken("can't lead while a promise not to is in force")
         if self.node not in in_sync:
@@ -400,15 +404,8 @@ class Replica:
 
     def _on_pong(self, pong: Pong) -> None:
         self.peer_last, self.peer_info = pong.epochs_last, pong.info or self.peer_info
-        if (
-            self.leading
-            and self._f.stage is Peer.JOINED
-            and (pong.epoch, pong.session)
-            == (
-                self.epoch,
-                self._f.session,
-            )
-        ):
+        ours = (pong.epoch, pong.session) == (self.epoch, self._f.session)
+        if self.leading and self._f.stage is Peer.JOINED and ours:
             self._f.whole = pong.whole
             if pong.grant:
                 until = pong.sent_s + self.limits.grant_s - self.limits.grant_margin_s

@@ -7,14 +7,16 @@ committed and visible; anything else is an exception. Reading: `settled()` and t
 import asyncio
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import structlog
 
 from conf.settings import Settings
-from storage.catalogue import Batch, Catalogue
-from storage.control import Report, Tell, boottime
+from storage import crash
+from storage.catalogue import Batch
+from storage.control import Report, Tell
 from storage.copies import Copies
 from storage.duty import Duty
 from storage.effects import (
@@ -34,17 +36,21 @@ from storage.follower import Follower
 from storage.healing import Healing
 from storage.ingest import Ingest, NotServing
 from storage.journal import Journal
-from storage.messages import AnyMessage, Pong, Prepare
-from storage.model import Entry, Location, Put, encode
+from storage.messages import Ack, AnyMessage, Pong, Prepare
+from storage.model import Delete, Entry, Put, encode
+from storage.network import Network
 from storage.peering import Peering
 from storage.pending import Pending, Pendings
 from storage.recovery import recover
 from storage.replica import Replica
+from storage.scrub import Scrub
+from storage.soundness import closed
 from storage.status import node_status
+from storage.surroundings import Surroundings, real
+from storage.tidying import Tidying
 from storage.upload import Upload
-from storage.view import View
+from storage.view import Showing
 from storage.volumes import Volumes
-from storage.workers import Workers
 
 log = structlog.get_logger()
 
@@ -54,60 +60,97 @@ STUDIES_REMEMBERED_MAX: Final = 4096
 
 
 class Store:
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.volumes = Volumes(settings.storage.volumes, settings.storage.reserve_bytes)
-        self.catalogue = Catalogue(settings.storage.state / "catalogue", settings.storage.map_size_bytes)
-        self.view = View(settings.storage.state / "share" / "archive")
-        self.view.rebuild([volume.path / "archive" for volume in self.volumes])
-        recovered = recover(self.catalogue, self.volumes, verify=settings.storage.verify_tail)
-        self.cluster_id = str(self.catalogue.meta("cluster_id", ""))
-        self.pair_seq = int(self.catalogue.meta("pair_seq", 0))
+    def __init__(self, settings: Settings, surroundings: Surroundings | None = None) -> None:
+        """Raises CatalogueDamaged, OSError."""
+        around = surroundings or real(settings)
+        self.settings, self.clock = settings, around.clock
         self.told = Tell("follow")
         self.fatal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.on_change: Callable[[], None] = lambda: None
         self.on_stepped_down: Callable[[], None] = lambda: None
-        self._disk = Workers(DISK_THREADS, "disk")
-        self.core = self._new_core(recovered.whole)
-        self.journal = Journal(
-            self.catalogue, self.volumes.get, self.view, self._durable, self._applied, self._not_kept, self._die
-        )
+        self._barriers: list[tuple[int, asyncio.Future[None]]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
         self._pendings = Pendings()
-        self._copies = Copies(self.catalogue, self.volumes, self._disk, self._pendings.copy)
-        self.peering = self._new_peering()
-        self.follower = Follower(
-            self.peering, self.journal, self.volumes, self._disk, self.catalogue.location, self._stuck
+        self.catalogue = around.open_catalogue()
+        self.cluster_id = str(self.catalogue.meta("cluster_id", ""))
+        self.pair_seq = int(self.catalogue.meta("pair_seq", 0))
+        self.volumes = self._open_volumes(around)
+        view = around.view([volume.path / "archive" for volume in self.volumes])
+        recovered = recover(self.catalogue, self.volumes, verify=settings.storage.verify_tail)
+        self.disk = around.workers(DISK_THREADS, "disk")
+        self.core = self._new_core(recovered.whole)
+        self._furnish(around, view, recovered.away)
+        self._queued = self.journal.applied
+        self._standing = self.duty.standing()
+
+    def _open_volumes(self, around: Surroundings) -> Volumes:
+        """Those of the settings, and those added while running."""
+        storage = self.settings.storage
+        added = [Path(path) for path in self.catalogue.meta("volume_paths", ())]
+        return Volumes(
+            list(dict.fromkeys((*storage.volumes, *added))),
+            storage.reserve_bytes,
+            slow_io_s=storage.slow_io_s,
+            open_volume=around.open_volume,
+            clock=around.clock,
         )
-        self.follower.restart(self.core.durable)
+
+    def _furnish(self, around: Surroundings, view: Showing, away: frozenset[str]) -> None:
+        """The parts, each with what it works with."""
+        storage = self.settings.storage
+        kept = (self.catalogue, self.volumes)
+        self.journal = Journal(
+            *kept,
+            view,
+            around.workers,
+            on_durable=self._durable,
+            on_applied=self._applied,
+            on_stuck=self._not_kept,
+            on_failed=self._die,
+        )
+        self.copies = Copies(*kept, self.disk, self._pendings, lambda: self.core.commit)
+        self.peering = self._new_peering(around.network)
+        self.follower = Follower(self.peering, self.journal, *kept, self.disk, self._stuck)
         self.healing = Healing(
-            self.core, self.catalogue, self.volumes, self.journal, self.follower, self._disk, recovered
+            self.core,
+            *kept,
+            self.journal,
+            self.follower,
+            self.peering,
+            self.copies,
+            self.disk,
+            clock=self.clock,
+            away=away,
+            reprotect_after_s=storage.reprotect_after_s,
+            not_kept=self._not_kept,
         )
+        self.scrub = Scrub(*kept, self.journal, self.copies, self.healing, self.disk, storage.scrub_days)
+        self.tidying = Tidying(*kept, self.journal, self.disk, in_use=self._spools_in_use, clock=self.clock)
         self.duty = Duty(
             self.core,
-            clock=boottime,
-            persist_promise=lambda epoch: self.journal.set(promised=epoch),
+            clock=self.clock,
+            persist_promise=lambda epoch: self.journal.record(promised=epoch),
             abandon=self._abandon,
             flush=self.flush,
+            fit=lambda: self.volumes.usable > 0,
         )
-        self._barriers: list[tuple[int, asyncio.Future[None]]] = []
-        self._queued = self.journal.applied
         self.ingest = Ingest(
             self.core,
             self.duty,
-            settings.cluster,
-            self.catalogue,
-            self.volumes,
-            self._disk,
+            self.settings.cluster,
+            *kept,
+            self.disk,
             self.peering,
             self.journal,
             self._pendings,
-            self._copies,
+            self.copies,
             peer_room=lambda: int(self._peer_info().get("room", 1)),
             flush=self.flush,
-            die=self._die,
+            clock=self.clock,
+            duplicates=storage.duplicates,
+            examine=self.healing.examine,
+            not_kept=self._not_kept,
         )
-        self._standing = self.duty.standing()
-        self._tasks: set[asyncio.Task[None]] = set()
 
     def _new_core(self, whole: bool) -> Replica:
         store_id = self.catalogue.meta("store_id", "") or str(uuid.uuid4())
@@ -131,22 +174,23 @@ class Store:
             limits,
         )
         if cluster:
-            core.granted_until = boottime() + limits.grant_s  # a promise given before a restart still holds
+            core.granted_until = self.clock() + limits.grant_s  # a promise given before a restart still holds
         return core
 
-    def _new_peering(self) -> Peering:
+    def _new_peering(self, network: Network) -> Peering:
         cluster = self.settings.cluster
         return Peering(
             dial=cluster is not None and self.settings.node.name < cluster.peer,
-            own_address=cluster.address if cluster else "",
-            peer_address=cluster.peer_address if cluster else "",
-            port=cluster.replication_port if cluster else 0,
+            network=network,
             volumes=self.volumes,
-            workers=self._disk,
-            find=self._copies.find,
+            workers=self.disk,
+            find=self.copies.find,
+            lacks=self.copies.lacks,
+            list_copies=self.copies.listing,
             on_up=self._link_up,
             on_down=self._link_down,
             on_message=self._message,
+            on_suspect=lambda seq: self.healing.suspect(seq),
         )
 
     # -- life --------------------------------------------------------------------------------------------------
@@ -160,6 +204,10 @@ class Store:
             self.tell(Tell("lead", epoch, (self.core.node,), serve_until=float("inf")))
             await self.duty.led()
         self._spawn(self._ticking())
+        self._spawn(self.healing.run())
+        self._spawn(self.healing.watch_volumes())
+        self._spawn(self.tidying.run())
+        self._spawn(self.scrub.run())
 
     async def stop(self) -> None:
         for task in list(self._tasks):
@@ -168,8 +216,9 @@ class Store:
         if not self.fatal.done():
             await self.journal.checkpoint()
         self.journal.close()
-        self._disk.stop()
+        self.disk.stop()
         self.catalogue.close()
+        closed(self.settings.storage.state / "catalogue")
 
     def _spawn(self, coroutine: Any) -> None:
         task: asyncio.Task[None] = asyncio.ensure_future(coroutine)
@@ -191,7 +240,7 @@ class Store:
         count = 0
         while True:
             self.core.peer_unfit = self._peer_info().get("usable", 1) == 0
-            self.core.tick(boottime())
+            self.core.tick(self.clock())
             self.flush()
             count += 1
             if count % 2 == 0:
@@ -209,7 +258,7 @@ class Store:
         self.told = tell
         if tell.cluster_id and not self.cluster_id:
             self.cluster_id = tell.cluster_id
-            self._spawn(self.journal.set(cluster_id=tell.cluster_id))
+            self._spawn(self.journal.record(cluster_id=tell.cluster_id))
         self.duty.tell(tell)
         self.on_change()
 
@@ -229,9 +278,31 @@ class Store:
         """Commit a finished object, see `Ingest.put`."""
         return await self.ingest.put(upload, make)
 
+    async def delete(self, delete: Delete) -> int:
+        """Delete a study, series or instance on both nodes. Returns how many instances it was. Raises NotServing."""
+        await self.settled()
+        before = self.catalogue.counts()["instances"]
+        await self.ingest.delete(delete)
+        await self.settled()
+        return before - self.catalogue.counts()["instances"]
+
     def _peer_info(self) -> dict[str, Any]:
         """What the peer last said of its volumes."""
         return msgspec.msgpack.decode(self.core.peer_info) if self.core.peer_info else {}
+
+    async def take_volume(self, path: Path) -> str:
+        """Take a volume into service while running; returns its UUID. Raises OSError or VolumeOffline."""
+        volume = await self.disk.run(self.volumes.add, path)
+        self.follower.may_lie_here = True  # a disk that was here before brings its files back
+        paths = {str(slot.path) for slot in self.volumes.slots}
+        known = {*self.catalogue.meta("volumes", ()), volume.id}
+        await self.journal.record(volume_paths=sorted(paths), volumes=sorted(known))
+        return volume.id
+
+    def _spools_in_use(self) -> set[str]:
+        named = [location for _, location in list(self.follower.entries.values())] + self._pendings.locations()
+        coming = {incoming.spool for incoming in list(self.volumes.on_their_way) if incoming.written}
+        return {location.spool for location in named if location} | coming | self.healing.in_flight
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -274,6 +345,8 @@ class Store:
                 self.peering.drop(reason)
 
     def _with_info(self, message: AnyMessage) -> AnyMessage:
+        if isinstance(message, Ack):
+            crash.point("standby.before_ack")
         if not isinstance(message, Pong):
             return message
         info = {
@@ -295,12 +368,11 @@ class Store:
         self.peering.send(Prepare(self.core.epoch, session, seq, epoch, self.core.commit, raw, stream))
 
     async def _adopt(self, epoch: int, match: int) -> None:
-        await self.healing.set_tail_aside(match)
-        await self.journal.set(truncate_after=match, promised=max(epoch, self.core.promised))
+        await self.journal.record(truncate_after=match, promised=max(epoch, self.core.promised))
         self._forget_after(match)
         self.core.adopted(epoch, match)
         self.flush()
-        await self.healing.check()
+        await self.healing.check_whole()
 
     def _publish(self, upto: int) -> None:
         self._queue_applies(upto)
@@ -308,27 +380,20 @@ class Store:
 
     def _queue_applies(self, upto: int) -> None:
         for seq in range(self._queued + 1, upto + 1):
-            kept = self._pendings.get(seq)
-            if kept and kept.location:
-                entry, location = kept.entry, kept.location
-            else:
+            pending = self._pendings.get(seq)
+            if pending is None:
                 followed = self.follower.entries.pop(seq, None)
-                entry, location = followed or self._from_log(seq)
+                entry, location = followed or (self.catalogue.entry(seq), self.catalogue.location(seq))
                 # Until it is in the catalogue, a repeated UID must find it here, also what an earlier leader committed.
-                self._pendings.add(Pending(entry, location))
-            self.journal.apply(entry, location)
+                pending = Pending(entry, location)
+                self._pendings.add(pending)
+            self.journal.apply(pending.entry, pending.location)
             self._queued = seq
-
-    def _from_log(self, seq: int) -> tuple[Entry, Location]:
-        entry = self.catalogue.entry(seq)
-        location = self.catalogue.location(entry.operation.sop_instance)
-        if location is None:
-            raise InvariantBroken(f"entry {seq} has no location")
-        return entry, location
 
     def _stepped_down(self) -> None:
         self.duty.stepped_down()
         self._pendings.fail(NotServing("another node has taken over"))
+        self._spawn(self._abandon_soon())
         self.on_stepped_down()
 
     # -- what happened -----------------------------------------------------------------------------------------
@@ -337,7 +402,7 @@ class Store:
         self.core.persisted(seq)
         self.flush()
         if not self.core.whole:
-            self._spawn(self.healing.check())
+            self._spawn(self.healing.check_whole())
 
     def _applied(self, seq: int) -> None:
         self._pendings.forget_upto(seq)
@@ -372,13 +437,18 @@ class Store:
 
     def _forget_after(self, seq: int) -> None:
         """Entries after `seq` are no longer in the log."""
+        self.journal.rewind(seq)
         self.follower.restart(seq)
-        self._pendings.forget_after(seq)
+        for stream in self._pendings.forget_after(seq):
+            self.peering.abort_stream(stream)
 
     def _not_kept(self, seq: int, error: Exception) -> None:
-        """No disk of this node took the bytes of an entry."""
+        """No disk of this node takes the bytes of an entry. A leader stops: it will lead again without the entry, or
+        the other node with it. A follower stops following, and is out of the set unless it soon does better."""
+        log.error("entry.not_kept", seq=seq, error=str(error))
         if self.core.leading:
-            self._die(error)
+            self.core.follow()
+            self.flush()
         else:
             self._stuck(str(error))
 
@@ -389,12 +459,12 @@ class Store:
 
     def _link_up(self) -> None:
         log.info("link.up")
-        self.core.linked_up(boottime())
+        self.core.linked_up(self.clock())
         self.flush()
 
     def _link_down(self, why: str) -> None:
         log.warning("link.down", why=why)
-        self.core.unlinked(boottime())
+        self.core.unlinked(self.clock())
         if not self.core.leading:
             self.follower.restart(self.core.durable)
         self._spawn(self._abandon_soon())
@@ -408,7 +478,7 @@ class Store:
 
     def _message(self, message: AnyMessage) -> None:
         try:
-            self.core.receive(message, boottime())
+            self.core.receive(message, self.clock())
             self.flush()
         except InvariantBroken as error:
             self._die(error)

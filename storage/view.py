@@ -5,6 +5,13 @@ It holds nothing of its own and is made anew at each start.
 
 import shutil
 from pathlib import Path
+from typing import Protocol
+
+
+class Showing(Protocol):
+    """Told of each study that comes to lie somewhere."""
+
+    def show(self, study: str, target: Path) -> None: ...
 
 
 class View:

@@ -4,23 +4,28 @@
                           fills the system disk
     spool/                objects between their first byte and their publication
     archive/              the readable tree, published objects only
-    quarantine/           what was refused, replaced or found damaged, each beside a .json that says why
+    quarantine/           what was refused, replaced, deleted or found damaged, each beside a .json that says why
 
-All methods block and are called from worker threads. Durability comes in two steps: `Spooled.finish` makes the bytes
-durable, `sync_spool` the names in the spool folder. Publication is a rename that may be lost in a power cut; the log
-says what to do again.
+All methods block and are called from worker threads. Files are named relative to the volume ("spool/x",
+"archive/patient/..."). Durability comes in two steps: `Spooled.finish` makes the bytes durable, `sync_spool` the names
+in the spool folder. Publication is a rename that may be lost in a power cut; the log says what to do again.
 """
 
 import json
 import os
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
+
+import xxhash
+
+from storage.model import Location
 
 MARKER: Final = "tandem-volume.json"
 WRITEBACK_BYTES: Final = 32 << 20  # a long object is flushed every so often, so that its last fsync isn't long
+READ_BYTES: Final = 1 << 20
 
 
 class NoRoom(Exception):
@@ -44,44 +49,98 @@ class Spooled(Protocol):
     def discard(self) -> None: ...
 
 
+class Reader(Protocol):
+    """An open file of a volume."""
+
+    def read(self, size: int, /) -> bytes: ...
+    def close(self) -> None: ...
+
+
 class Volume(Protocol):
     """One place for objects. Raises OSError; after EIO the caller takes the volume out of service."""
 
     id: str
     path: Path
+    draining: bool  # nothing new is put here
+
+    def check(self) -> None:
+        """Raises VolumeOffline or OSError unless the disk is there, ours and takes writes."""
+        ...
 
     def free_bytes(self) -> int: ...
     def total_bytes(self) -> int: ...
     def create(self) -> Spooled: ...
     def sync_spool(self) -> None: ...
-    def publish(self, spool: str, relative: str) -> set[Path]:
+    def publish(self, spool: str, relative: str) -> set[str]:
         """Move a spooled object to its place in the tree; repeatable. Returns the directories to sync some time."""
         ...
 
-    def sync_directories(self, directories: Iterable[Path]) -> None: ...
-    def locate(self, spool: str, relative: str) -> Path | None:
-        """Where an object is that may or may not have been published."""
+    def sync_directories(self, directories: Iterable[str]) -> None: ...
+    def locate(self, location: Location) -> str | None:
+        """The file of an object that may or may not have been published."""
         ...
 
-    def quarantine(self, source: Path, reason: str, detail: dict[str, str]) -> Path: ...
+    def open(self, name: str) -> Reader: ...
+    def size(self, name: str) -> int: ...
+    def quarantine(self, name: str, reason: str, detail: dict[str, str]) -> None:
+        """Move a file out of the way, with its reason; durable after `sync_quarantine`."""
+        ...
+
+    def sync_quarantine(self) -> None: ...
+    def remove(self, name: str) -> None: ...
     def spooled(self) -> list[str]: ...
+    def archived(self) -> Iterator[str]:
+        """Every file of the readable tree, below `archive/`."""
+        ...
+
+    def set_draining(self, draining: bool) -> None: ...
+
+
+def digest_of(volume: Volume, name: str, offset: int) -> tuple[bytes, int]:
+    """(xxh3-128 of what follows `offset`, length of the file). Raises OSError."""
+    digest = xxhash.xxh3_128()
+    length = 0
+    file = volume.open(name)
+    try:
+        length += len(file.read(offset))
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+            length += len(block)
+    finally:
+        file.close()
+    return digest.digest(), length
 
 
 def create_marker(path: Path) -> str:
     """Make `path` a volume; returns its UUID. Refuses a directory that is one already."""
     path.mkdir(parents=True, exist_ok=True)
-    marker = path / MARKER
-    if marker.exists():
+    if (path / MARKER).exists():
         raise FileExistsError(f"{path} is a volume already")
     volume_id = str(uuid.uuid4())
+    _write_marker(path, {"tandem_volume": 1, "id": volume_id})
+    return volume_id
+
+
+def _write_marker(path: Path, marker: dict[str, Any]) -> None:
     temporary = path / f".{MARKER}.tmp"
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump({"tandem_volume": 1, "id": volume_id}, file)
+        json.dump(marker, file)
         file.flush()
         os.fsync(file.fileno())
-    temporary.rename(marker)
+    temporary.rename(path / MARKER)
     fsync_directory(path)
-    return volume_id
+
+
+def read_marker(path: Path) -> dict[str, Any]:
+    """The marker with the volume's UUID as `id`; raises VolumeOffline."""
+    try:
+        marker: dict[str, Any] = json.loads((path / MARKER).read_text(encoding="utf-8"))
+        str(marker["id"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise VolumeOffline(
+            f"{path}: no {MARKER}; is the disk mounted? (`tandem volume add` makes a volume)"
+        ) from error
+    return marker
 
 
 def fsync_directory(path: Path) -> None:
@@ -129,12 +188,24 @@ class LocalSpooled:
 class LocalVolume:
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.id = read_marker(path)
+        marker = read_marker(path)
+        self.id = str(marker["id"])
+        self.draining = bool(marker.get("draining", False))
         for folder in ("spool", "archive", "quarantine"):
             (path / folder).mkdir(exist_ok=True)
         fsync_directory(path)
         self._start = f"{time.time_ns():x}"
         self._count = 0
+
+    def check(self) -> None:
+        if read_marker(self.path)["id"] != self.id:
+            raise VolumeOffline(f"{self.path}: another volume is there now")
+        probe = self.path / ".probe"
+        with probe.open("wb") as file:
+            file.write(b"probe")
+            file.flush()
+            os.fsync(file.fileno())
+        probe.unlink()
 
     def free_bytes(self) -> int:
         status = os.statvfs(self.path)
@@ -151,59 +222,69 @@ class LocalVolume:
     def sync_spool(self) -> None:
         fsync_directory(self.path / "spool")
 
-    def publish(self, spool: str, relative: str) -> set[Path]:
+    def publish(self, spool: str, relative: str) -> set[str]:
         target = self.path / "archive" / relative
         source = self.path / "spool" / spool
-        touched = {source.parent, target.parent}
+        touched = {"spool", f"archive/{os.path.dirname(relative)}"}
         try:
             source.rename(target)
         except FileNotFoundError:
             if source.exists():
-                touched |= self._make_parents(target)
+                touched |= self._make_parents(relative)
                 source.rename(target)
             elif not target.exists():
                 raise
         return touched
 
-    def _make_parents(self, target: Path) -> set[Path]:
-        archive = self.path / "archive"
-        made = set()
-        for parent in reversed(target.parents):
-            if archive in parent.parents and not parent.is_dir():
-                parent.mkdir(exist_ok=True)
-                made.add(parent.parent)
+    def _make_parents(self, relative: str) -> set[str]:
+        above, made = "archive", set()
+        for part in relative.split("/")[:-1]:
+            folder = self.path / above / part
+            if not folder.is_dir():
+                folder.mkdir(exist_ok=True)
+                made.add(above)
+            above = f"{above}/{part}"
         return made
 
-    def sync_directories(self, directories: Iterable[Path]) -> None:
+    def sync_directories(self, directories: Iterable[str]) -> None:
         for directory in directories:
-            fsync_directory(directory)
+            fsync_directory(self.path / directory)
 
-    def locate(self, spool: str, relative: str) -> Path | None:
-        for path in (self.path / "archive" / relative if relative else None, self.path / "spool" / spool):
-            if path is not None and path.is_file():
-                return path
+    def locate(self, location: Location) -> str | None:
+        published, spooled = f"archive/{location.path}", f"spool/{location.spool}"
+        for name in (published if location.path else "", spooled):
+            if name and (self.path / name).is_file():
+                return name
         return None
 
-    def quarantine(self, source: Path, reason: str, detail: dict[str, str]) -> Path:
+    def open(self, name: str) -> Reader:
+        return open(self.path / name, "rb", buffering=0)
+
+    def size(self, name: str) -> int:
+        return (self.path / name).stat().st_size
+
+    def quarantine(self, name: str, reason: str, detail: dict[str, str]) -> None:
         stem = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.urandom(4).hex()}"
         folder = self.path / "quarantine"
-        note = {"reason": reason, "quarantined": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **detail}
+        note = {"reason": reason, "quarantined": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "was": name, **detail}
         (folder / f"{stem}.json").write_text(json.dumps(note, indent=1), encoding="utf-8")
-        target = folder / f"{stem}.dcm"
-        source.rename(target)
-        fsync_directory(folder)
-        return target
+        (self.path / name).rename(folder / f"{stem}.dcm")
+
+    def sync_quarantine(self) -> None:
+        fsync_directory(self.path / "quarantine")
+
+    def remove(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
 
     def spooled(self) -> list[str]:
         return [entry.name for entry in os.scandir(self.path / "spool")]
 
+    def archived(self) -> Iterator[str]:
+        root = self.path / "archive"
+        for folder, _, files in os.walk(root):
+            inside = os.path.relpath(folder, root)
+            yield from (file if inside == "." else f"{inside}/{file}" for file in files)
 
-def read_marker(path: Path) -> str:
-    """The volume's UUID; raises VolumeOffline."""
-    try:
-        marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
-        return str(marker["id"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise VolumeOffline(
-            f"{path}: no {MARKER}; is the disk mounted? (`tandem volume add` makes a volume)"
-        ) from error
+    def set_draining(self, draining: bool) -> None:
+        _write_marker(self.path, {**read_marker(self.path), "draining": draining})
+        self.draining = draining

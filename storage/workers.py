@@ -4,10 +4,20 @@ import asyncio
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 _Job = tuple[asyncio.AbstractEventLoop, "asyncio.Future[Any]", Callable[..., Any], tuple[Any, ...]]
+
+
+class Threads(Protocol):
+    """Where blocking work is done."""
+
+    def run(self, function: Callable[..., T], *args: Any) -> "asyncio.Future[T]": ...
+    def stop(self) -> None: ...
+
+
+WorkersFactory = Callable[[int, str], Threads]  # (number of threads, name)
 
 
 class Workers:

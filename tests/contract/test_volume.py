@@ -1,46 +1,31 @@
-"""The contract of a volume, for each kind of it."""
+"""The contract of a volume, for each kind of it: a folder on a disk, and the simulation's faulty disk."""
 
-import errno
-from collections.abc import Sequence
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from storage.volume import LocalVolume, Spooled, Volume, VolumeOffline, create_marker
+from storage.model import Location
+from storage.volume import LocalVolume, Volume, VolumeOffline, create_marker, digest_of
+from tests.simulation.machine import MemoryDisk, MemoryVolume
+
+TREE = "patient/study/series/1.2.dcm"
 
 
-class FullSpooled:
-    """Takes some bytes, then says that the disk is full; at the last sync, if not before."""
-
-    def __init__(self, inner: Spooled, room_bytes: int) -> None:
-        self._inner, self._room = inner, room_bytes
-        self.name = inner.name
-
-    def write(self, buffers: Sequence[bytes | bytearray | memoryview]) -> None:
-        self._room -= sum(len(buffer) for buffer in buffers)
-        if self._room < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        self._inner.write(buffers)
-
-    def finish(self) -> None:
-        self._inner.finish()
-
-    def discard(self) -> None:
-        self._inner.discard()
+def local(folder: Path) -> Volume:
+    create_marker(folder)
+    return LocalVolume(folder)
 
 
-class FaultyVolume(LocalVolume):
-    """A volume on a disk that has room for one small object."""
-
-    def create(self) -> Spooled:
-        return FullSpooled(super().create(), 1000)
+def memory(folder: Path) -> Volume:
+    return MemoryVolume(MemoryDisk("memory", random.Random(1)), folder)
 
 
-@pytest.fixture(params=[LocalVolume, FaultyVolume], ids=["local", "faulty"])
+@pytest.fixture(params=[local, memory], ids=["local", "memory"])
 def volume(request: pytest.FixtureRequest, tmp_path: Path) -> Volume:
-    create_marker(tmp_path / "disk")
-    made: Volume = request.param(tmp_path / "disk")
-    return made
+    make: Callable[[Path], Volume] = request.param
+    return make(tmp_path / "disk")
 
 
 def write(volume: Volume, data: bytes = b"data") -> str:
@@ -51,16 +36,27 @@ def write(volume: Volume, data: bytes = b"data") -> str:
     return spooled.name
 
 
+def read(volume: Volume, name: str) -> bytes:
+    file = volume.open(name)
+    try:
+        return file.read(1 << 20)
+    finally:
+        file.close()
+
+
+def at(volume: Volume, spool: str, path: str = "") -> Location:
+    return Location(volume.id, spool, path)
+
+
 def test_publish_moves_into_the_tree_and_can_be_repeated(volume: Volume) -> None:
     spool = write(volume)
     for _ in range(2):
-        touched = volume.publish(spool, "patient/study/series/1.2.dcm")
-        volume.sync_directories(touched)
-    path = volume.locate(spool, "patient/study/series/1.2.dcm")
-    assert path == volume.path / "archive" / "patient/study/series/1.2.dcm"
-    assert path is not None
-    assert path.read_bytes() == b"data"
+        volume.sync_directories(volume.publish(spool, TREE))
+    name = volume.locate(at(volume, spool, TREE))
+    assert name == f"archive/{TREE}"
+    assert read(volume, name) == b"data"
     assert volume.spooled() == []
+    assert list(volume.archived()) == [TREE]
 
 
 def test_what_was_never_written_can_not_be_published(volume: Volume) -> None:
@@ -70,34 +66,44 @@ def test_what_was_never_written_can_not_be_published(volume: Volume) -> None:
 
 def test_locate_finds_before_and_after_publication(volume: Volume) -> None:
     spool = write(volume)
-    found = volume.locate(spool, "a/b/c/d.dcm")
-    assert found is not None
-    assert found.parent.name == "spool"
-    assert volume.locate("nothing", "") is None
+    assert volume.locate(at(volume, spool)) == f"spool/{spool}"
+    assert volume.locate(at(volume, spool, TREE)) == f"spool/{spool}"
+    volume.publish(spool, TREE)
+    assert volume.locate(at(volume, spool, TREE)) == f"archive/{TREE}"
+    assert volume.locate(at(volume, "other")) is None
 
 
-def test_discarded_objects_leave_nothing(volume: Volume) -> None:
+def test_digest_is_of_what_follows_the_header(volume: Volume) -> None:
+    first, second = write(volume, b"header" + b"data"), write(volume, b"HEADER" + b"data")
+    assert digest_of(volume, f"spool/{first}", 6) == digest_of(volume, f"spool/{second}", 6)
+    assert volume.size(f"spool/{first}") == 10
+
+
+def test_quarantine_and_remove_take_away(volume: Volume) -> None:
+    kept, dropped = write(volume), write(volume)
+    volume.quarantine(f"spool/{kept}", "why", {"sop_instance": "1.2"})
+    volume.sync_quarantine()
+    volume.remove(f"spool/{dropped}")
+    volume.remove(f"spool/{dropped}")
+    assert volume.spooled() == []
+    with pytest.raises(FileNotFoundError):
+        volume.open(f"spool/{kept}")
+
+
+def test_discard_leaves_nothing(volume: Volume) -> None:
     spooled = volume.create()
-    spooled.write([b"abc"])
+    spooled.write([b"half"])
     spooled.discard()
     assert volume.spooled() == []
 
 
-def test_quarantine_keeps_bytes_and_reason(volume: Volume) -> None:
+def test_quarantine_keeps_bytes_and_reason(tmp_path: Path) -> None:
+    volume = local(tmp_path)
     spool = write(volume)
-    kept = volume.quarantine(volume.path / "spool" / spool, "why", {"sop_instance": "1.2"})
-    assert kept.read_bytes() == b"data"
-    assert '"reason": "why"' in kept.with_suffix(".json").read_text()
-
-
-def test_full_disk_is_an_error_and_discard_cleans_up(tmp_path: Path) -> None:
-    create_marker(tmp_path / "disk")
-    volume = FaultyVolume(tmp_path / "disk")
-    spooled = volume.create()
-    with pytest.raises(OSError, match="No space left"):
-        spooled.write([bytes(2000)])
-    spooled.discard()
-    assert volume.spooled() == []
+    volume.quarantine(f"spool/{spool}", "why", {"sop_instance": "1.2"})
+    [note] = (tmp_path / "quarantine").glob("*.json")
+    assert '"reason": "why"' in note.read_text()
+    assert note.with_suffix(".dcm").read_bytes() == b"data"
 
 
 def test_no_marker_no_volume(tmp_path: Path) -> None:
@@ -106,3 +112,69 @@ def test_no_marker_no_volume(tmp_path: Path) -> None:
     create_marker(tmp_path)
     with pytest.raises(FileExistsError):
         create_marker(tmp_path)
+
+
+def test_draining_is_remembered(tmp_path: Path) -> None:
+    volume = local(tmp_path)
+    volume.set_draining(True)
+    assert LocalVolume(tmp_path).draining
+
+
+def test_another_disk_in_its_place_is_noticed(tmp_path: Path) -> None:
+    volume = local(tmp_path)
+    (tmp_path / "tandem-volume.json").unlink()
+    with pytest.raises(VolumeOffline):
+        volume.check()
+    create_marker(tmp_path)
+    with pytest.raises(VolumeOffline, match="another volume"):
+        volume.check()
+
+
+# -- the faults of the simulated disk ----------------------------------------------------------------------------------
+
+
+def disk() -> MemoryDisk:
+    return MemoryDisk("memory", random.Random(1))
+
+
+def test_memory_disk_loses_only_what_was_not_synced() -> None:
+    made = disk()
+    volume = MemoryVolume(made, Path("/m"))
+    synced = write(volume, b"synced")
+    volume.sync_directories(volume.publish(synced, TREE))
+    outcomes = set()
+    for _ in range(50):
+        spooled = volume.create()
+        spooled.write([b"not synced"])
+        made.cut_power()
+        name = f"spool/{spooled.name}"
+        outcomes.add(read(volume, name) if name in made.names else None)
+        assert read(volume, f"archive/{TREE}") == b"synced"
+    assert None in outcomes
+    assert len(outcomes) > 3
+
+
+def test_memory_disk_may_undo_a_rename_as_a_whole() -> None:
+    outcomes = set()
+    for _ in range(40):
+        made = disk()
+        made.rng = random.Random(len(outcomes) * 100 + _)
+        volume = MemoryVolume(made, Path("/m"))
+        spool = write(volume)
+        volume.publish(spool, TREE)
+        made.cut_power()
+        found = sorted(made.names)
+        assert len(found) == 1
+        outcomes.add(found[0].split("/")[0])
+    assert outcomes == {"spool", "archive"}
+
+
+def test_memory_disk_fails_and_fills() -> None:
+    made = disk()
+    volume = MemoryVolume(made, Path("/m"))
+    made.full = True
+    with pytest.raises(OSError, match="No space"):
+        volume.create()
+    made.broken = True
+    with pytest.raises(OSError, match="Input/output"):
+        volume.free_bytes()

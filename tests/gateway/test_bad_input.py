@@ -171,10 +171,27 @@ def test_same_uid_again(gateway: Gateway) -> None:
         count = gateway.status()["commit"]
         assert client.store(fresh) == 0
         assert gateway.status()["commit"] == count
+        assert len(gateway.quarantined()) == before
+        # Other bytes from the same sender into the same series replace what is stored; the old version is kept aside.
+        assert client.store(other) == 0
+        assert client.store(other) == 0
+    wait_for(lambda: len(gateway.quarantined()) == before + 1, "the old version in quarantine")
+    note = next(note for note in gateway.quarantined() if fresh.sop_instance in note.read_text())
+    assert note.with_suffix(".dcm").read_bytes().endswith(fresh.data)
+    held = [path for path in (gateway.volume / "archive").rglob("*.dcm") if path.name.startswith(fresh.sop_instance)]
+    assert [path.read_bytes()[-1:] for path in held] == [b"x"]
+
+
+def test_same_uid_refused_by_policy(new_gateway: Callable[..., Gateway]) -> None:
+    gateway = new_gateway(TANDEM__STORAGE__DUPLICATES="refuse")
+    fresh = item()
+    other = Object(fresh.sop_class, fresh.sop_instance, fresh.transfer_syntax, fresh.data[:-1] + b"x")
+    with gateway.client(fresh) as client:
+        assert client.store(fresh) == 0
         assert client.store(other) == 0x0111
-    notes = gateway.quarantined()
-    assert len(notes) == before + 1
-    assert any(fresh.sop_instance in note.read_text() for note in notes)
+    [note] = gateway.quarantined()
+    assert fresh.sop_instance in note.read_text()
+    assert note.with_suffix(".dcm").read_bytes().endswith(b"x")
 
 
 def test_no_room(new_gateway: Callable[..., Gateway]) -> None:

@@ -186,3 +186,26 @@ def test_invariants_are_checked() -> None:
         check_invariants(view(LEADING, leader=MINE), [Serve(True, NOW + 60)])
     with pytest.raises(ValueError, match="H2"):
         check_invariants(view(LEADING, leader=MINE), [Tell("lead", 5, (), NOW + 60)])
+
+
+def test_without_a_disk_it_hands_over_to_a_linked_peer() -> None:
+    broken = report(leading=5, serving=True, linked=True, fit=False)
+    assert any(isinstance(action, Release) for action in decide(view(broken, leader=MINE)))
+    alone = view(broken, leader=MINE, state=state(ME))
+    assert not any(isinstance(action, Release) for action in decide(alone))
+
+
+def test_incomplete_copy_leads_only_where_there_is_no_other() -> None:
+    incomplete = report(withhold=True, whole=False)
+    assert not any(isinstance(action, Acquire) for action in decide(view(incomplete)))
+    assert Acquire((ME,)) in decide(view(incomplete, state=state(ME)))
+    fresh = view(incomplete, state=state(ME), leader_absent_since=NOW - 1)
+    assert not any(isinstance(action, Acquire) for action in decide(fresh))  # a disk may still be on its way
+
+
+def test_two_incomplete_copies_come_up_by_themselves() -> None:
+    both = {"withhold": True, "whole": False, "linked": True, "peer_whole": False, "peer": PEER}
+    assert Acquire((ME, PEER)) in decide(view(report(**both, peer_last=(5, 10))))
+    assert not any(isinstance(action, Acquire) for action in decide(view(report(**both, peer_last=(5, 11)))))
+    better = report(**{**both, "peer_whole": True}, peer_last=(5, 10))
+    assert not any(isinstance(action, Acquire) for action in decide(view(better)))

@@ -1,0 +1,67 @@
+"""What a store stands on: clock, threads, disks, database and network. The simulation gives it others."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from conf.settings import Settings
+from storage.catalogue import Batch, Catalogue
+from storage.control import boottime
+from storage.kv import CatalogueDamaged
+from storage.network import Network, Tcp
+from storage.soundness import is_sound, is_unclean
+from storage.view import Showing, View
+from storage.volume import LocalVolume
+from storage.volumes import OpenVolume
+from storage.workers import Workers, WorkersFactory
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    network: Network
+    view: Callable[[list[Path]], Showing]  # given the readable trees of the volumes
+    open_catalogue: Callable[[], Catalogue]
+    clock: Callable[[], float] = boottime
+    workers: WorkersFactory = Workers
+    open_volume: OpenVolume = LocalVolume
+
+
+def real(settings: Settings) -> Surroundings:
+    """This machine."""
+    cluster, state = settings.cluster, settings.storage.state
+
+    def view(archives: list[Path]) -> Showing:
+        made = View(state / "share" / "archive")
+        made.rebuild(archives)
+        return made
+
+    return Surroundings(
+        network=Tcp(cluster.address, cluster.peer_address, cluster.replication_port) if cluster else Tcp("", "", 0),
+        view=view,
+        open_catalogue=lambda: open_or_set_aside(settings),
+    )
+
+
+def open_or_set_aside(settings: Settings) -> Catalogue:
+    """This node's catalogue. A damaged one is never guessed at: in a pair it is set aside and this node begins anew, as
+    a stranger to the in-sync set, with the other node's log and the files that lie here. Raises CatalogueDamaged alone.
+    """
+    path, size = settings.storage.state / "catalogue", settings.storage.map_size_bytes
+    try:
+        if is_unclean(path) and not is_sound(path):
+            raise CatalogueDamaged(f"{path}: pages of it can't be read")
+        return Catalogue.open(path, size)
+    except CatalogueDamaged as error:
+        if settings.cluster is None:
+            raise CatalogueDamaged(f"{error}; `tandem rebuild-index` makes it anew from the files") from error
+        aside = path.with_name(f"catalogue.damaged-{time.strftime('%Y%m%dT%H%M%S')}")
+        log.critical("catalogue.damaged", error=str(error), set_aside=str(aside))
+        path.rename(aside)
+    fresh = Catalogue.open(path, size)
+    fresh.write(Batch(meta={"whole": False}))
+    return fresh

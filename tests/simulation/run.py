@@ -1,5 +1,6 @@
 """`tools/simulate`: many seeds, several processes."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -8,43 +9,59 @@ from functools import partial
 
 import click
 
+from tests.simulation import mutants, store_mutants, store_world, world
 from tests.simulation.gateway import SimGateway
-from tests.simulation.mutants import MUTANTS
-from tests.simulation.world import Violation, run
+from tests.simulation.world import Violation
 
-MUTANT_NAMES = {mutant.__name__: mutant for mutant in MUTANTS}
+CORE_MUTANTS = {mutant.__name__: mutant for mutant in mutants.MUTANTS}
+STORE_MUTANTS = store_mutants.MUTANTS
+WORLDS = ("core", "store")
 
 
-def one(seed: int, mutant: str = "") -> tuple[int, str, int]:
-    """(seed, what broke or "", entries acknowledged)."""
+def one(seed: int, kind: str = "core", mutant: str = "") -> tuple[int, str, int]:
+    """(seed, what broke or "", changes acknowledged)."""
     try:
-        result = run(seed, MUTANT_NAMES[mutant] if mutant else SimGateway)
+        if kind == "core":
+            result = world.run(seed, CORE_MUTANTS[mutant] if mutant else SimGateway)
+        else:
+            with STORE_MUTANTS[mutant]() if mutant else contextlib.nullcontext():
+                result = store_world.run(seed)
     except Violation as violation:
         return seed, str(violation), 0
+    except Exception as error:  # the world itself broke: no less a finding
+        return seed, f"{type(error).__name__}: {error}", 0
     return seed, "", int(result["acknowledged"])
 
 
-def many(seeds: Iterable[int], jobs: int, mutant: str = "") -> Iterator[tuple[int, str, int]]:
+def many(seeds: Iterable[int], jobs: int, kind: str = "core", mutant: str = "") -> Iterator[tuple[int, str, int]]:
     with ProcessPoolExecutor(jobs) as pool:
-        yield from pool.map(partial(one, mutant=mutant), seeds, chunksize=10)
+        yield from pool.map(partial(one, kind=kind, mutant=mutant), seeds, chunksize=10)
 
 
 @click.command()
 @click.option("--seeds", default=100, show_default=True, help="How many.")
 @click.option("--start", default=0, show_default=True, help="The first.")
 @click.option("--jobs", default=2, show_default=True, help="Processes.")
-@click.option("--mutant", type=click.Choice(list(MUTANT_NAMES)), help="Run with a deliberate bug.")
-def main(seeds: int, start: int, jobs: int, mutant: str | None) -> None:
-    """Drive the pair's cores through crashes, cuts, pauses, lost and reordered messages, from seeds."""
+@click.option("--world", "kind", type=click.Choice(WORLDS), default="store", show_default=True, help="What is run.")
+@click.option("--mutant", type=click.Choice([*CORE_MUTANTS, *STORE_MUTANTS]), help="Run with a deliberate bug.")
+def main(seeds: int, start: int, jobs: int, kind: str, mutant: str | None) -> None:
+    """Drive a pair through faults from seeds, in virtual time, and check that its promises hold.
+
+    World `core`: replication and HA cores with late, lost, repeated and reordered messages. World `store`: the whole
+    store of both nodes on disks that lose what wasn't synced, fail, fill up and flip bits.
+    """
+    if mutant and mutant not in (CORE_MUTANTS if kind == "core" else STORE_MUTANTS):
+        raise click.UsageError(f"{mutant} isn't a bug of world {kind}")
     began, acknowledged, bad = time.monotonic(), 0, 0
     with click.progressbar(length=seeds, label="seeds", file=sys.stderr) as bar:
-        for seed, why, count in many(range(start, start + seeds), jobs, mutant or ""):
+        for seed, why, count in many(range(start, start + seeds), jobs, kind, mutant or ""):
             bar.update(1)
             acknowledged += count
             if why:
                 bad += 1
-                again = f"tools/simulate --seeds 1 --start {seed}" + (f" --mutant {mutant}" if mutant else "")
-                click.echo(f"seed {seed}: {why}\n    replay: {again}")
+                again = f"tools/simulate --world {kind} --seeds 1 --start {seed}"
+                again += f" --mutant {mutant}" if mutant else ""
+                click.echo(f"seed {seed}: {why[:300]}\n    replay: {again}")
     seconds = time.monotonic() - began
     click.echo(f"{seeds} seeds from {start}: {bad} failed; {acknowledged} acknowledged changes; {seconds:.0f} s")
     sys.exit(1 if bad else 0)

@@ -2,25 +2,47 @@
 
 import pytest
 
-from tests.simulation.mutants import MUTANTS
-from tests.simulation.run import many
+from tests.simulation.run import CORE_MUTANTS, STORE_MUTANTS, many
 
-SEEDS = 1000
-MUTANT_SEEDS = 300
+SEEDS = {"core": 500, "store": 300}
+MUTANT_SEEDS = {"core": 300, "store": 2000}
+
+# Each of these once showed a fault of the store; the comment says which.
+FOUND = {
+    10: "an upload given up with a backlog went on writing for ever",
+    57: "a link that went down while entries were being written set the journal's place back",
+    276: "an entry whose bytes no disk took was committed and is on neither node",
+    1157: "a healed copy took the place of the damaged one and was put in quarantine with it",
+    10603: "an entry published while its copy was being healed kept its old place",
+    11182: "the rename of a healed copy was lost with the power",
+    30224: "healed copies waiting to be recorded were swept away as leftovers",
+    500469: "a copy being made of what was deleted meanwhile was left in the tree",
+    50072: "a node catching up asked for ever for what had been deleted meanwhile",
+}
 
 
-@pytest.mark.timeout(600)
-def test_invariants_hold() -> None:
-    failures = [f"seed {seed}: {why}" for seed, why, _ in many(range(SEEDS), 2) if why]
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("world", list(SEEDS))
+def test_invariants_hold(world: str) -> None:
+    failures = [f"seed {seed}: {why}" for seed, why, _ in many(range(SEEDS[world]), 2, world) if why]
     assert not failures, "\n".join(failures[:5])
 
 
-def test_seeds_do_something() -> None:
-    assert all(acknowledged > 20 for _, _, acknowledged in many(range(8), 2))
+def test_faults_once_found_stay_away() -> None:
+    failures = [f"seed {seed}: {why}" for seed, why, _ in many(FOUND, 2, "store") if why]
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("world", list(SEEDS))
+def test_seeds_do_something(world: str) -> None:
+    assert all(acknowledged > 10 for _, _, acknowledged in many(range(8), 2, world))
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("mutant", [mutant.__name__ for mutant in MUTANTS])
-def test_checker_sees_deliberate_bugs(mutant: str) -> None:
-    found = (why for _, why, _ in many(range(MUTANT_SEEDS), 2, mutant) if why)
-    assert next(found, None), f"{mutant} wasn't noticed within {MUTANT_SEEDS} seeds"
+@pytest.mark.parametrize(
+    ("world", "mutant"),
+    [*(("core", name) for name in CORE_MUTANTS), *(("store", name) for name in STORE_MUTANTS)],
+)
+def test_checker_sees_deliberate_bugs(world: str, mutant: str) -> None:
+    found = (why for _, why, _ in many(range(MUTANT_SEEDS[world]), 2, world, mutant) if why)
+    assert next(found, None), f"{mutant} wasn't noticed within {MUTANT_SEEDS[world]} seeds"

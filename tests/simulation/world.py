@@ -202,6 +202,8 @@ class Node:
 
 
 class World:
+    node_class: "type[Node]"
+
     def __init__(self, seed: int, gateway_class: type[SimGateway] = SimGateway) -> None:
         self.seed, self.gateway_class = seed, gateway_class
         self.rng = random.Random(seed)
@@ -210,7 +212,8 @@ class World:
         self.checker = Checker(self)
         self.paths = {("a", "b"): Path(), ("b", "a"): Path()}
         self.disorder = self.rng.choice((0.0, 0.0, 0.01, 0.1))
-        self.nodes = {"a": Node(self, "a", "b"), "b": Node(self, "b", "a")}
+        self.nodes = {"a": self.node_class(self, "a", "b"), "b": self.node_class(self, "b", "a")}
+        self.chaos_s, self.settle_s = CHAOS_S, SETTLE_S
         self._ids = 0
         self._sent = 0
         self.calm = False
@@ -232,16 +235,17 @@ class World:
             node.start_agent()
         background = [asyncio.create_task(self._supervise()), asyncio.create_task(self._clients())]
         await asyncio.sleep(6.0)
-        end = self.loop.now + CHAOS_S
+        end = self.loop.now + self.chaos_s
         while self.loop.now < end:
             self._fault()
             await asyncio.sleep(self.rng.random() * 6)
         self._heal()
-        deadline = self.loop.now + SETTLE_S
+        deadline = self.loop.now + self.settle_s
         while not self._settled():
             if self.loop.now > deadline:
                 raise Violation(f"D: the pair didn't come together again: {self._where()}")
             await asyncio.sleep(0.5)
+        await self._scrub_all()
         self.calm = True
         await asyncio.sleep(12.0)
         self._final()
@@ -256,15 +260,18 @@ class World:
                 if self.rng.random() < 0.3:
                     node.start_gateway()
                     node.start_agent()
-            a, b = self.nodes["a"], self.nodes["b"]
-            if not all(path.up for path in self.paths.values()) or not a.gateway or not b.gateway:
-                continue
-            ends = (a.gateway, b.gateway)
-            if any(end.process.dead for end in ends) or ends[0].process.stopped or ends[0].connection:
-                continue  # a connection to a stopped process is made by its kernel
-            connection = Connection(self, a, b)
-            for end in ends:
-                self.loop.post(end.process, 0.0005, end.connected, connection)
+            self._connect()
+
+    def _connect(self) -> None:
+        a, b = self.nodes["a"], self.nodes["b"]
+        if not all(path.up for path in self.paths.values()) or not a.gateway or not b.gateway:
+            return
+        ends = (a.gateway, b.gateway)
+        if any(end.process.dead for end in ends) or ends[0].process.stopped or ends[0].connection:
+            return  # a connection to a stopped process is made by its kernel
+        connection = Connection(self, a, b)
+        for end in ends:
+            self.loop.post(end.process, 0.0005, end.connected, connection)
 
     async def _clients(self) -> None:
         while True:
@@ -387,6 +394,9 @@ class World:
                     self.loop.resume(process)
         self.heal_cables()
 
+    async def _scrub_all(self) -> None:
+        """Nothing to scrub in memory."""
+
     # -- end ---------------------------------------------------------------------------------------------------
 
     def _settled(self) -> bool:
@@ -418,9 +428,11 @@ class World:
                 raise Violation(f"D: node {node.name} shows {node.gateway.published} of {len(logs[0])} entries")
 
 
-def run(seed: int, gateway_class: type[SimGateway] = SimGateway) -> dict[str, Any]:
-    """Run one seed; returns counts, raises Violation."""
-    world = World(seed, gateway_class)
+World.node_class = Node
+
+
+def drive(world: World) -> None:
+    """Run a world to its end; raises Violation."""
     loop = world.loop
     asyncio.set_event_loop(loop)
     try:
@@ -433,7 +445,13 @@ def run(seed: int, gateway_class: type[SimGateway] = SimGateway) -> dict[str, An
                     failure = failure.exceptions[0]
                 raise Violation(f"{type(failure).__name__}: {failure}") from failure
         main.result()
-        return {"entries": len(world.checker.log), "acknowledged": len(world.checker.acknowledged)}
     finally:
         asyncio.set_event_loop(None)
         loop.close()
+
+
+def run(seed: int, gateway_class: type[SimGateway] = SimGateway) -> dict[str, Any]:
+    """Run one seed; returns counts, raises Violation."""
+    world = World(seed, gateway_class)
+    drive(world)
+    return {"entries": len(world.checker.log), "acknowledged": len(world.checker.acknowledged)}

@@ -1,0 +1,500 @@
+"""The real store of both nodes, with the real agent, on simulated disks, wire, threads and etcd.
+
+Beyond the faults of `world.py`: power that goes at any disk operation, disks that lose what wasn't synced, disks that
+fail for good or fill up, flipped bits, deletions and replacements, also while a node is away. `run(seed)` raises
+`Violation` with what went wrong. The same seed gives the same run.
+"""
+
+import asyncio
+import contextlib
+import errno
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from conf.settings import Settings, build
+from storage import crash, healing, incoming, tidying
+from storage.catalogue import Catalogue
+from storage.control import Report, Tell
+from storage.ingest import Conflict, NotServing
+from storage.model import Delete, Put, Void
+from storage.store import Store
+from storage.surroundings import Surroundings
+from storage.volume import NoRoom, digest_of
+from tests.simulation.machine import Machine, PowerCut, VirtualThreads
+from tests.simulation.virtual import Process
+from tests.simulation.wire import Wire
+from tests.simulation.world import Node, Violation, World, drive
+
+HEADER = b"header"
+STUDY, SERIES, AE = "1.2.3", "1.2.3.4", "SENDER"
+CHAOS_S = 14.0
+SETTLE_S = 240.0
+
+
+def settings(name: str, peer: str, volumes: list[Path]) -> Settings:
+    return build(
+        {
+            "node": {"name": name},
+            "storage": {"volumes": [str(path) for path in volumes], "reserve_bytes": 0, "reprotect_after_s": 5.0},
+            "cluster": {
+                "name": "sim",
+                "address": "10.0.0.1",
+                "peer": peer,
+                "peer_address": "10.0.0.2",
+                "etcd": ["http://etcd"],
+            },
+        },
+        "simulation",
+    )
+
+
+class StoreGateway:
+    """A gateway process with the real store in it."""
+
+    def __init__(self, world: "StoreWorld", node: "StoreNode") -> None:
+        self.world, self.node = world, node
+        self.process = Process(f"gateway-{node.name}")
+        self.wire = Wire(world, node.name, node.peer, self.process)
+        self.connection = None
+        self.store: Store | None = None
+        self.tasks: set[asyncio.Task[Any]] = set()
+
+    def start(self) -> None:
+        self.world.loop.spawn(self.process, self._run())
+
+    async def _run(self) -> None:
+        world, machine = self.world, self.node.machine
+        await asyncio.sleep(0.3)
+
+        def threads(count: int, _name: str) -> VirtualThreads:
+            return VirtualThreads(world.loop, world.rng, self.process, count)
+
+        around = Surroundings(
+            network=self.wire,
+            view=lambda archives: NoView(),
+            open_catalogue=lambda: Catalogue(machine.kv),
+            clock=self.node.clock,
+            workers=threads,
+            open_volume=machine.open_volume,
+        )
+        try:
+            store = Store(settings(self.node.name, self.node.peer, list(machine.disks)), around)
+            await store.start()
+        except PowerCut:
+            return
+        store.on_change = lambda: self.node.report(store.report())
+        self.store = store
+        try:
+            await store.fatal
+        except OSError:
+            self.process.dead = True  # started again by the supervisor
+        except Exception as error:
+            raise Violation(f"node {self.node.name} gives up: {type(error).__name__}: {error}") from error
+
+    # -- agent -------------------------------------------------------------------------------------------------
+
+    def tell(self, tell: Tell) -> None:
+        if self.store:
+            new = tell.role == "lead" and self.store.duty.serving is False
+            self.store.tell(tell)
+            self.node.report(self.store.report())
+            if new:
+                self.spawn(self._read_eagerly())
+
+    async def _read_eagerly(self) -> None:
+        """Clients that have waited for a primary ask at once."""
+        for _ in range(100):
+            await asyncio.sleep(0.002)
+            for uid in list(self.world.objects)[-3:]:
+                self.world.read_now(self, uid)
+
+    def latest(self) -> Report | None:
+        return self.store.report() if self.store else None
+
+    # -- clients -----------------------------------------------------------------------------------------------
+
+    def spawn(self, coroutine: Any) -> None:
+        task = self.world.loop.spawn(self.process, coroutine)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def put(self, uid: str, payload: bytes, done: Callable[[str], None]) -> None:
+        store = self.store
+        if store is None:
+            return
+        digest = xxhash.xxh3_128_digest(payload)
+
+        def make(found: bytes, length: int) -> Put:
+            if found != digest:
+                raise Violation("the digest isn't that of the bytes")
+            keys = {"PatientID": "P"}
+            return Put(uid, "1.2", STUDY, SERIES, "1.2.1", found, length, len(HEADER), keys, AE, 0.0)
+
+        try:
+            upload = store.begin(HEADER)
+        except (NotServing, NoRoom):
+            return
+        try:
+            upload.incoming.feed(memoryview(payload))
+            await upload.room()
+            await store.put(upload, make)
+        except (NotServing, Conflict, OSError, NoRoom) as error:
+            done(type(error).__name__)
+            return
+        done("")
+
+    async def delete(self, uid: str, done: Callable[[str], None]) -> None:
+        if self.store is None:
+            return
+        try:
+            await self.store.delete(Delete(STUDY, SERIES, uid, "by request", "sim", 0.0))
+        except NotServing:
+            return
+        done("")
+
+    async def read(self, uid: str, check: Callable[[bytes | None], None]) -> None:
+        store = self.store
+        if store is None or not store.may_serve:
+            return
+        await store.settled()
+        instance = store.catalogue.instance(uid)
+        if store.may_serve:
+            check(instance.put.digest if instance else None)
+
+
+class NoView:
+    def show(self, study: str, target: Path) -> None:
+        pass
+
+
+class StoreNode(Node):
+    def __init__(self, world: "World", name: str, peer: str) -> None:
+        super().__init__(world, name, peer)
+        self.machine = Machine(name, world.rng)
+        self.machine.power.on_cut = self.power_gone
+
+    def power_gone(self) -> None:
+        """In the middle of a disk operation."""
+        self.world.loop.post(None, 0.5 + self.world.rng.random() * 4, self.power_on)
+        self.power_off()
+
+    def kill_gateway(self) -> None:
+        alive = self.gateway and not self.gateway.process.dead
+        super().kill_gateway()
+        if alive and self.gateway:
+            self.gateway.wire.died()  # type: ignore[attr-defined]
+
+    def power_off(self) -> None:
+        super().power_off()
+        self.machine.cut_power()
+
+
+@dataclass
+class Object:
+    """What the clients know of one SOP Instance UID."""
+
+    versions: list[bytes] = field(default_factory=list)  # digests that may be what is stored, newest last
+    acknowledged: bytes | None = None
+    deleting: bool = False  # a deletion was asked for
+    deleted: bool = False  # and answered
+    busy: bool = False  # a request about it is on its way: the next one waits, or the order would be anybody's guess
+
+
+class StoreWorld(World):
+    node_class = StoreNode
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed, StoreGateway)  # type: ignore[arg-type]
+        self.objects: dict[str, Object] = {}
+        self.chaos_s, self.settle_s = CHAOS_S, SETTLE_S
+        self._number = 0
+        # Now and then both copies of an object may be destroyed: then it may be unavailable, but never wrong.
+        self.careless = self.rng.random() < 0.15
+
+    def _connect(self) -> None:
+        """The stores dial by themselves."""
+
+    # -- clients -----------------------------------------------------------------------------------------------
+
+    async def _clients(self) -> None:
+        while True:
+            await asyncio.sleep(0.03 + self.rng.random() * 0.2)
+            node = next((node for node in self.nodes.values() if node.vip_until > self.loop.now), None)
+            if self.calm or node is None or not isinstance(node.gateway, StoreGateway):
+                continue
+            choice = self.rng.random()
+            known = [uid for uid, one in self.objects.items() if one.acknowledged and not (one.deleting or one.busy)]
+            if choice < 0.12 and known:
+                self._delete(node.gateway, self.rng.choice(known))
+            elif choice < 0.2 and known:
+                self._put(node.gateway, self.rng.choice(known))
+            elif choice < 0.4 and self.objects:
+                self._read(node.gateway, self.rng.choice(list(self.objects)))
+            else:
+                self._number += 1
+                self._put(node.gateway, f"1.2.3.4.{self._number}")
+
+    def _put(self, gateway: StoreGateway, uid: str) -> None:  # type: ignore[override]
+        size = self.rng.choice((10, 200, 200, 3000, 9000))
+        self._ids += 1
+        payload = f"{uid}/{self._ids}/".encode() * (size // 8)
+        digest = xxhash.xxh3_128_digest(payload)
+        one = self.objects.setdefault(uid, Object())
+        one.versions.append(digest)
+        one.busy = True
+
+        def done(error: str) -> None:
+            one.busy = False
+            if not error:
+                one.acknowledged = digest
+                if one.versions[-1] == digest:
+                    one.versions = [digest]
+
+        gateway.spawn(gateway.put(uid, payload, done))
+
+    def _delete(self, gateway: StoreGateway, uid: str) -> None:
+        one = self.objects[uid]
+        one.deleting = True
+
+        def done(_: str) -> None:
+            one.deleted = True
+
+        gateway.spawn(gateway.delete(uid, done))
+
+    def read_now(self, gateway: StoreGateway, uid: str) -> None:
+        if gateway.store and gateway.store.may_serve:
+            self._read(gateway, uid)
+
+    def _read(self, gateway: StoreGateway, uid: str) -> None:  # type: ignore[override]
+        one = self.objects[uid]
+        expected, deleted = one.acknowledged, one.deleted
+
+        def check(found: bytes | None) -> None:
+            if deleted and found is not None:
+                raise Violation(f"G: {uid} was deleted and is read")
+            if expected and not one.deleting and found is None:
+                raise Violation(f"C: {uid} was acknowledged and isn't found")
+
+        gateway.spawn(gateway.read(uid, check))
+
+    # -- faults ------------------------------------------------------------------------------------------------
+
+    def _fault(self) -> None:
+        node = self.nodes[self.rng.choice("ab")]
+        assert isinstance(node, StoreNode)
+        for_s = self.rng.choice((0.5, 2.0, 5.0)) * self.rng.random()
+        faults: list[Callable[[Any, float], None]] = [
+            self._kill_gateway,
+            self._power,
+            self._power_in_the_middle,
+            self._power_in_the_middle,
+            self._stop_process,
+            self._cut_link,
+            self._cut_all,
+            self._fill,
+            self._break_disk,
+            self._flip_bit,
+        ]
+        if self.careless:
+            faults += [self._break_disk, self._flip_bit] * 3
+        self.rng.choice(faults)(node, for_s)
+
+    def _power_in_the_middle(self, node: StoreNode, _for_s: float) -> None:
+        if node.powered:
+            node.machine.power.operations_left = self.rng.randrange(1, 40)
+
+    def _fill(self, node: StoreNode, for_s: float) -> None:
+        for disk in self.rng.sample(list(node.machine.disks.values()), self.rng.choice((1, 2))):
+            disk.full = True
+            self.loop.post(None, for_s, setattr, disk, "full", False)
+
+    def protected(self) -> bool:
+        """Each node holds a good copy of everything: then one copy may be destroyed, never two."""
+        if any(not node.powered for node in self.nodes.values()):
+            return False
+        if self.careless:
+            return True
+        stores = [node.gateway.store for node in self.nodes.values() if isinstance(node.gateway, StoreGateway)]
+        if len(stores) != 2 or not self._settled():
+            return False
+        for store in stores:
+            if store is None or store.catalogue.counts()["missing"] or store.volumes.usable != len(store.volumes.slots):
+                return False
+            core = store.core
+            if not core.whole or core.durable != core.accepted or store.journal.behind:
+                return False
+        return stores[0].core.durable == stores[1].core.durable  # type: ignore[union-attr]
+
+    def _break_disk(self, node: StoreNode, _for_s: float) -> None:
+        """A disk fails for good; some time later there is an empty one in its place."""
+        if not self.protected():
+            return
+        path = self.rng.choice(list(node.machine.disks))
+        node.machine.disks[path].broken = True
+        self.loop.post(None, 1.0 + self.rng.random() * 8, self._replace_disk, node, path)
+
+    def _replace_disk(self, node: StoreNode, path: Path) -> None:
+        if not node.machine.disks[path].broken:
+            return  # somebody was faster
+        node.machine.new_disk(path)
+        gateway = node.gateway
+        if isinstance(gateway, StoreGateway) and gateway.store and not gateway.process.dead:
+            with contextlib.suppress(PowerCut, OSError):
+                gateway.spawn(gateway.store.take_volume(path))
+
+    def _flip_bit(self, node: StoreNode, _for_s: float) -> None:
+        if not self.protected():
+            return
+        if not isinstance(node.gateway, StoreGateway):
+            return
+        disk = self.rng.choice(list(node.machine.disks.values()))
+        names = [name for name in sorted(disk.names) if name.startswith("archive/")]
+        if not names:
+            return
+        for name in self.rng.sample(names, len(names) // 2 if self.careless else 1):
+            file = disk.names[name]
+            at = self.rng.randrange(len(HEADER), len(file.data))
+            file.data[at] ^= 1
+            file.synced = bytes(file.data)
+        if not self.careless:
+            self.loop.post(node.gateway.process, 0.01, self._scrub, node.gateway)
+
+    def _scrub(self, gateway: StoreGateway) -> None:
+        gateway.spawn(self._examine(gateway))
+
+    async def _examine(self, gateway: StoreGateway) -> None:
+        store = gateway.store
+        if store:
+            for seq, _ in list(store.catalogue.locations()):
+                await store.healing.examine(seq)
+
+    async def _scrub_all(self) -> None:
+        """Bits flipped just before a crash are found at the end; then everything must heal."""
+        for node in self.nodes.values():
+            assert isinstance(node.gateway, StoreGateway)
+            await self.loop.spawn(node.gateway.process, self._examine(node.gateway))
+        deadline = self.loop.now + self.settle_s
+        while not self._settled():
+            if self.loop.now > deadline:
+                raise Violation(f"D: not healed: {self._where()}")
+            await asyncio.sleep(0.5)
+
+    def _heal(self) -> None:
+        for node in self.nodes.values():
+            assert isinstance(node, StoreNode)
+            node.machine.power.operations_left = None
+            for disk in node.machine.disks.values():
+                disk.full = False
+            for path, disk in list(node.machine.disks.items()):
+                if disk.broken:
+                    self._replace_disk(node, path)
+        super()._heal()
+
+    # -- end ---------------------------------------------------------------------------------------------------
+
+    def _settled(self) -> bool:
+        gateways = [node.gateway for node in self.nodes.values() if node.gateway and not node.gateway.process.dead]
+        stores = [gateway.store for gateway in gateways if isinstance(gateway, StoreGateway) and gateway.store]
+        leaders = [store.core for store in stores if store.core.leading]
+        if len(stores) != 2 or len(leaders) != 1:
+            return False
+        leader = leaders[0]
+        if not (leader.confirmed == leader.required == {"a", "b"} and leader.ask is None and leader.live):
+            return False
+        return self.careless or not any(store.catalogue.counts()["missing"] for store in stores)
+
+    def _where(self) -> str:
+        said = []
+        for node in self.nodes.values():
+            store = node.gateway.store if isinstance(node.gateway, StoreGateway) else None
+            said.append(f"{node.name}: {store and (store.catalogue.counts(), store.core.last, node.gateway.latest())}")
+        return "; ".join(said)
+
+    def _final(self) -> None:
+        for node in self.nodes.values():
+            assert isinstance(node, StoreNode)
+            self._check_node(node)
+        if self.careless:
+            return  # what is bad is still being set aside, and what is gone asked for
+        first, second = (list(_log(node)) for node in self.nodes.values())
+        for mine, other in zip(first, second, strict=True):
+            both_live = not isinstance(mine[2], Void) and not isinstance(other[2], Void)
+            if mine[:2] != other[:2] or (both_live and mine != other):
+                raise Violation(f"D: the logs differ: {mine} and {other}")
+
+    def _check_node(self, node: StoreNode) -> None:
+        catalogue = Catalogue(node.machine.kv)
+        held: dict[str, int] = {}
+        for path, disk in node.machine.disks.items():
+            for name in disk.names:
+                if name.startswith("archive/"):
+                    held[f"{disk.volume_id}/{name.removeprefix('archive/')}"] = 1
+                elif name.startswith("spool/") and not self.careless:
+                    raise Violation(f"D: {name} is left in the spool of {path} on node {node.name}")
+        for uid, one in self.objects.items():
+            instance = catalogue.instance(uid)
+            if one.deleted and instance is not None:
+                raise Violation(f"G: {uid} was deleted and is on node {node.name}")
+            if instance is None:
+                if one.acknowledged and not one.deleting:
+                    raise Violation(f"A: {uid} was acknowledged and isn't on node {node.name}")
+                continue
+            put = instance.put
+            if put.digest not in one.versions:
+                raise Violation(f"A: node {node.name} holds another version of {uid} than what was last acknowledged")
+            location = catalogue.location(instance.seq)
+            if location is None and self.careless:
+                continue
+            if location is None:
+                raise Violation(f"D: node {node.name} has no copy of {uid}")
+            disk_path = next((p for p, disk in node.machine.disks.items() if disk.volume_id == location.volume), None)
+            if disk_path is None and self.careless:
+                continue
+            if disk_path is None:
+                raise Violation(f"D: the copy of {uid} on node {node.name} is on a disk that isn't there")
+            volume = node.machine.open_volume(disk_path)
+            name = volume.locate(location)
+            if name is None or digest_of(volume, name, put.offset) != (put.digest, put.length):
+                raise Violation(f"A: the copy of {uid} on node {node.name} isn't what was acknowledged")
+            held.pop(f"{location.volume}/{location.path}", None)
+        if held and not self.careless:
+            raise Violation(f"D: files on node {node.name} that the catalogue doesn't name: {sorted(held)[:2]}")
+
+
+def _log(node: StoreNode) -> Iterator[tuple[int, int, Any]]:
+    for entry in Catalogue(node.machine.kv).entries(1, 1 << 30):
+        yield entry.epoch, entry.seq, entry.operation
+
+
+@contextlib.contextmanager
+def small() -> Iterator[None]:
+    """Sizes that make small objects long ones, and short waits."""
+    before = (incoming.CHUNK_BYTES, incoming.WRITE_BYTES, incoming.BACKLOG_BYTES_MAX, healing.RETRY_S, tidying.SWEEP_S)
+    incoming.CHUNK_BYTES, incoming.WRITE_BYTES, incoming.BACKLOG_BYTES_MAX = 512, 2048, 4096  # type: ignore[misc]
+    healing.RETRY_S, tidying.SWEEP_S = 1.0, 2.0  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        (
+            incoming.CHUNK_BYTES,  # type: ignore[misc]
+            incoming.WRITE_BYTES,  # type: ignore[misc]
+            incoming.BACKLOG_BYTES_MAX,  # type: ignore[misc]
+            healing.RETRY_S,  # type: ignore[misc]
+            tidying.SWEEP_S,  # type: ignore[misc]
+        ) = before
+
+
+def run(seed: int) -> dict[str, Any]:
+    """Run one seed; returns counts, raises Violation."""
+    crash.arm("")
+    with small():
+        world = StoreWorld(seed)
+        drive(world)
+        return {"entries": world._number, "acknowledged": sum(bool(one.acknowledged) for one in world.objects.values())}
+
+
+__all__ = ["StoreWorld", "errno", "run"]

@@ -109,12 +109,7 @@ def measure(clients: dict[str, DicomClient], item: Object, count: int) -> dict[s
     return found
 
 
-@click.group()
-def main() -> None:
-    """Benchmarks against what people use, in the same lab."""
-
-
-@main.command()
+@click.command()
 @click.option("--count", default=300, show_default=True, help="Objects of each kind.")
 @click.option("--dir", "folder", type=click.Path(path_type=Path), help="Where all data lie; default: a tmpfs.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
@@ -150,7 +145,3 @@ def store(count: int, folder: Path | None, as_json: bool) -> None:
         ours_text = f"{row['tandem']:.2f} ({row['tandem p90']:.2f})"
         theirs_text = f"{row['orthanc']:.2f} ({row['orthanc p90']:.2f})"
         click.echo(f"{label:<15} {ours_text:>18} {theirs_text:>18} {row['ratio']:>7.2f}")
-
-
-if __name__ == "__main__":
-    main()

@@ -5,43 +5,20 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import click
 import structlog
 
 from conf import VERSION
-from conf.settings import ENV_PREFIX, Settings, SettingsError, build, load, overridden
+from conf.settings import ENV_PREFIX, Settings, SettingsError, build, overridden
 from storage.volume import MARKER, create_marker
+from tools.operate import COMMANDS as OPERATOR_COMMANDS
+from tools.rebuild_command import rebuild_index
+from tools.settings_option import EXIT_CONFIG, Failure, config_option, settings_of
 from tools.status import ask, render
 
-CONFIG_VARIABLE = "TANDEM_CONFIG"
-EXIT_CONFIG = 2
 EXIT_AWAY = 3
-
-
-class Failure(click.ClickException):
-    """One line for the person at the terminal."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(f"tandem: {self.message}", err=True)
-        sys.exit(self.code)
-
-
-def _settings(config: Path | None) -> Settings:
-    if config is None:
-        named = os.environ.get(CONFIG_VARIABLE)
-        if not named:
-            raise Failure(f"which node? Give --config FILE or set {CONFIG_VARIABLE}", EXIT_CONFIG)
-        config = Path(named)
-    try:
-        return load(config)
-    except SettingsError as error:
-        raise Failure(str(error), EXIT_CONFIG) from None
 
 
 def configure_log(settings: Settings) -> None:
@@ -61,11 +38,6 @@ def configure_log(settings: Settings) -> None:
     )
 
 
-config_option = click.option(
-    "--config", type=click.Path(path_type=Path), help=f"Settings of the node; default: ${CONFIG_VARIABLE}."
-)
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION, prog_name="tandem")
 def main() -> None:
@@ -83,9 +55,9 @@ def gateway(config: Path | None, data: Path | None, port: int | None, aet: str |
     With --data DIR it runs alone: no config file, no root, no etcd.
     """
     from gateway.app import EXIT_FATAL, run
-    from storage.catalogue import CatalogueDamaged
+    from storage.kv import CatalogueDamaged
 
-    settings = standalone(data, port, aet) if data else _settings(config)
+    settings = standalone(data, port, aet) if data else settings_of(config)
     configure_log(settings)
     try:
         code = run(settings)
@@ -124,7 +96,7 @@ def ha(config: Path | None) -> None:
     """Run the control plane: lease, decisions, virtual address, share. Needs root and a [cluster] section."""
     from ha.app import run
 
-    settings = _settings(config)
+    settings = settings_of(config)
     if settings.cluster is None:
         raise Failure("the settings have no [cluster] section; a gateway by itself needs no `tandem ha`", EXIT_CONFIG)
     configure_log(settings)
@@ -135,7 +107,7 @@ def ha(config: Path | None) -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 def check_config(file: Path) -> None:
     """Check a settings file; exit 2 and one line if something is wrong."""
-    settings = _settings(file)
+    settings = settings_of(file)
     kind = f"cluster {settings.cluster.name}, peer {settings.cluster.peer}" if settings.cluster else "standalone"
     click.echo(f"{file}: ok, node {settings.node.name}, {kind}")
     ignored = [name for name in os.environ if name.startswith(ENV_PREFIX)]
@@ -143,27 +115,12 @@ def check_config(file: Path) -> None:
         click.echo(f"overridden from the environment: {', '.join(sorted(ignored))}")
 
 
-@main.group()
-def volume() -> None:
-    """Volumes: the folders, one on each disk, that hold the objects."""
-
-
-@volume.command("add")
-@click.argument("path", type=click.Path(path_type=Path))
-def volume_add(path: Path) -> None:
-    """Make PATH a volume, by writing its marker. Then list it under [storage] volumes."""
-    try:
-        click.echo(f"{path}: volume {create_marker(path)}")
-    except OSError as error:
-        raise Failure(f"{path}: {error.strerror or error}", 1) from error
-
-
 @main.command()
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def status(config: Path | None, as_json: bool) -> None:
     """Show role, in-sync set, volumes and counts of this node. Exit 3 if its gateway is not running."""
-    settings = _settings(config)
+    settings = settings_of(config)
     try:
         found = ask(settings.control_socket)
     except OSError as error:
@@ -184,3 +141,5 @@ def _add_lab_commands() -> None:
 
 
 _add_lab_commands()
+for operator_command in (*OPERATOR_COMMANDS, rebuild_index):
+    main.add_command(operator_command)

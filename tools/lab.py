@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from storage.volume import MARKER, create_marker
-from tools.status import ask
+from tools.lab_disks import Disks, mounted, run
+from tools.status import ask, order
 
 SUBNET: Final = ipaddress.ip_network("10.99.0.0/24")
 ADDRESSES: Final = {"a": "10.99.0.1", "b": "10.99.0.2", "w": "10.99.0.3", "client": "10.99.0.10"}
@@ -94,7 +94,11 @@ class Lab:
 
     # -- up and down -------------------------------------------------------------------------------------------
 
-    def up(self, ttl_s: float, volumes: int) -> dict[str, Any]:
+    def disks(self, node: str) -> Disks:
+        return Disks(self.node_dir(node), int(self.settings().get("disk_mb", 0)))
+
+    def up(self, ttl_s: float, volumes: int, disk_mb: int = 0) -> dict[str, Any]:
+        """With `disk_mb` each volume is a file system of its own, of that size."""
         if os.geteuid() != 0:
             raise LabError("needs root, for network namespaces; `sudo` or `unshare -Urnm` may help")
         for tool in ("ip", "nft", "etcd", "smbd"):
@@ -103,8 +107,12 @@ class Lab:
         if HUB in namespaces():
             raise LabError("a lab is up already; `tandem lab down` ends it")
         self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / "lab.json").write_text(json.dumps({"ttl_s": ttl_s, "volumes": volumes}))
+        (self.dir / "lab.json").write_text(json.dumps({"ttl_s": ttl_s, "volumes": volumes, "disk_mb": disk_mb}))
         LAST.write_text(json.dumps({"dir": str(self.dir)}))
+        if disk_mb and not mounted(self.dir):
+            # Disks that are replaced while the nodes run must appear in their mount namespaces too.
+            run("mount", "--bind", str(self.dir), str(self.dir))
+            run("mount", "--make-shared", str(self.dir))
         self._make_hub()
         for member in (*MEMBERS, "client"):
             self._make_namespace(member)
@@ -121,6 +129,11 @@ class Lab:
             self._kill_all(member)
         for name in sorted(namespaces() & {HUB, *(namespace(member) for member in (*MEMBERS, "client"))}):
             ip("netns", "del", name)
+        if (self.dir / "lab.json").exists():
+            for node in NODES:
+                self.disks(node).unmount()
+        while mounted(self.dir):
+            run("umount", "-l", str(self.dir))
         if LAST.exists() and json.loads(LAST.read_text()).get("dir") == str(self.dir):
             LAST.unlink()
         if not keep_data:
@@ -167,10 +180,7 @@ class Lab:
     def _write_node(self, node: str, ttl_s: float, volumes: int) -> None:
         folder = self.node_dir(node)
         peer = "b" if node == "a" else "a"
-        for number in range(1, volumes + 1):
-            volume = folder / "volumes" / f"disk{number}"
-            if not (volume / MARKER).exists():
-                create_marker(volume)
+        self.disks(node).create(volumes)
         paths = ", ".join(f'"{folder / "volumes" / f"disk{number}"}"' for number in range(1, volumes + 1))
         etcd = ", ".join(f'"http://{ADDRESSES[member]}:2379"' for member in _own_first(node))
         self.config(node).write_text(
@@ -215,6 +225,7 @@ class Lab:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                env={**os.environ, "TANDEM_FAULTS": "1"},
                 cwd=Path(__file__).parent.parent,
             )
 
@@ -232,7 +243,11 @@ class Lab:
 
     def power_off(self, node: str) -> None:
         ip("-n", HUB, "link", "set", f"to-{node}", "down")
+        if node in NODES:
+            self.disks(node).cut_power()
         self._kill_all(node)
+        if node in NODES:
+            self.disks(node).unmount()
         ip("-n", HUB, "link", "del", f"to-{node}")  # at once; the kernel takes its time to end a namespace
         ip("netns", "del", namespace(node))
 
@@ -240,6 +255,8 @@ class Lab:
         if namespace(node) in namespaces():
             raise LabError(f"{node} is on")
         self._make_namespace(node)
+        if node in NODES:
+            self.disks(node).mount()
         self._start(node)
 
     def pid(self, node: str, process: str) -> int:
@@ -252,6 +269,15 @@ class Lab:
 
     def kill(self, node: str, process: str, number: int = signal.SIGKILL) -> None:
         _signal(self.pid(node, process), number)
+
+    def order(self, node: str, name: str, **given: Any) -> dict[str, Any]:
+        """Have a node's gateway carry out an order. Raises OSError or OrderFailed."""
+        return order(self.node_dir(node) / "run" / f"{node}.sock", name, given)
+
+    def replace_disk(self, node: str, number: int) -> None:
+        """An empty disk in the place of a dead one, taken into service."""
+        point = self.disks(node).replace(number)
+        self.order(node, "volume-add", path=str(point))
 
     def freeze(self, node: str) -> None:
         """Stop every process of the node; its kernel goes on answering, as with a node that hangs."""
@@ -293,6 +319,17 @@ class Lab:
             f"add table inet {table}\n"
             f"add chain inet {table} inward {{ type filter hook input priority -10; }}\n"
             f"add chain inet {table} outward {{ type filter hook output priority -10; }}\n{rules}",
+        )
+
+    def cut_one_way(self, node: str, port: int) -> None:
+        """Drop what the node sends on one TCP port; what comes in passes. `join_port` mends it."""
+        table = f"lab_cut_{port}"
+        self._nft(
+            node,
+            f"add table inet {table}\n"
+            f"add chain inet {table} outward {{ type filter hook output priority -10; }}\n"
+            f"add rule inet {table} outward tcp sport {port} drop\n"
+            f"add rule inet {table} outward tcp dport {port} drop\n",
         )
 
     def join_port(self, node: str, port: int) -> None:

@@ -10,8 +10,10 @@ from typing import Concatenate, ParamSpec
 
 import click
 
+from storage.crash import POINTS
 from tools.lab import MEMBERS, Lab, LabError, find_lab
-from tools.status import render
+from tools.lab_disks import DiskError
+from tools.status import OrderFailed, render
 
 P = ParamSpec("P")
 
@@ -20,6 +22,7 @@ COMMANDS: list[click.Command] = []
 dir_option = click.option(
     "--dir", "folder", type=click.Path(path_type=Path), help="Folder of the lab; default: the one brought up last."
 )
+volume_argument = click.argument("number", metavar="VOLUME", type=click.IntRange(1, 16))
 node_argument = click.argument("node", type=click.Choice(MEMBERS))
 from_argument = click.argument("other", metavar="FROM", type=click.Choice(["a", "b", "w", "client", "all"]))
 
@@ -32,7 +35,7 @@ def _command(name: str) -> Callable[[Callable[Concatenate[Lab, P], None]], click
         def run(folder: Path | None, *args: P.args, **kwargs: P.kwargs) -> None:
             try:
                 function(find_lab(folder), *args, **kwargs)
-            except LabError as error:
+            except (LabError, DiskError, OrderFailed, OSError) as error:
                 raise click.ClickException(str(error)) from None
 
         made: click.Command = click.command(name)(dir_option(run))
@@ -46,13 +49,14 @@ def _command(name: str) -> Callable[[Callable[Concatenate[Lab, P], None]], click
 @click.option("--dir", "folder", type=click.Path(path_type=Path), required=True, help="Folder for everything.")
 @click.option("--ttl", default=3.0, show_default=True, help="Seconds until a lost node is noticed.")
 @click.option("--volumes", default=1, show_default=True, type=click.IntRange(1, 16), help="Volumes of each node.")
-def up(folder: Path, ttl: float, volumes: int) -> None:
+@click.option("--disk-size", default=0, help="MB of each volume: a file system of its own, that can fail; 0: folders.")
+def up(folder: Path, ttl: float, volumes: int, disk_size: int) -> None:
     """Bring the pair up and wait until it is in sync. The last line is a JSON object that describes it."""
     lab = Lab(folder.resolve())
     try:
         click.echo("starting two nodes and a witness ...", err=True)
-        described = lab.up(ttl, volumes)
-    except LabError as error:
+        described = lab.up(ttl, volumes, disk_size)
+    except (LabError, DiskError) as error:
         raise click.ClickException(str(error)) from None
     click.echo(json.dumps(described))
 
@@ -118,6 +122,60 @@ def power_on(lab: Lab, node: str) -> None:
 def kill(lab: Lab, node: str, process: str) -> None:
     """kill -9 of one process; it is started again, as systemd would."""
     lab.kill(node, process)
+
+
+@_command("disk-fail")
+@node_argument
+@volume_argument
+def disk_fail(lab: Lab, node: str, number: int) -> None:
+    """Let a disk die: every operation on it is an I/O error from now on, and what wasn't synced is gone."""
+    lab.disks(node).fail(number)
+
+
+@_command("disk-full")
+@node_argument
+@volume_argument
+@click.option("--undo", is_flag=True, help="Give the room back.")
+def disk_full(lab: Lab, node: str, number: int, undo: bool) -> None:
+    """Leave no room on a disk."""
+    if undo:
+        lab.disks(node).empty(number)
+    else:
+        lab.disks(node).fill(number)
+
+
+@_command("disk-slow")
+@node_argument
+@volume_argument
+@click.option("--seconds", default=10.0, show_default=True, help="How long.")
+def disk_slow(lab: Lab, node: str, number: int, seconds: float) -> None:
+    """Let every write to a disk hang for a while."""
+    lab.disks(node).stall(number, seconds)
+
+
+@_command("replace-disk")
+@node_argument
+@volume_argument
+def replace_disk(lab: Lab, node: str, number: int) -> None:
+    """Put an empty disk in the place of one, and take it into service."""
+    lab.replace_disk(node, number)
+
+
+@_command("bitflip")
+@node_argument
+@click.argument("sop_instance", metavar="SOP_INSTANCE_UID")
+def bitflip(lab: Lab, node: str, sop_instance: str) -> None:
+    """Change one byte of an object on a node, behind its back."""
+    click.echo(lab.disks(node).flip_bit(sop_instance))
+
+
+@_command("crash")
+@node_argument
+@click.argument("point", type=click.Choice(POINTS))
+@click.option("--count", default=1, show_default=True, help="At which time it is passed.")
+def crash(lab: Lab, node: str, point: str, count: int) -> None:
+    """Let a node's gateway kill itself when it passes a named point."""
+    lab.order(node, "crash", point=point, count=count)
 
 
 @_command("freeze")

@@ -87,4 +87,5 @@ def file_digest(path: Path) -> str:
 
 def archived(volumes: list[Path]) -> dict[str, Path]:
     """SOP Instance UID -> file in the readable trees of these volumes."""
-    return {path.stem: path for volume in volumes for path in (volume / "archive").rglob("*.dcm")}
+    found = (path for volume in volumes for path in (volume / "archive").rglob("*.dcm"))
+    return {path.stem.split("~")[0]: path for path in found}

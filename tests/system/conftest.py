@@ -14,6 +14,8 @@ from tools.lab import HUB, NODES, Lab, LabError, namespace, namespaces
 
 TTL_S = 5.0
 SYNC_S = 120.0
+VOLUMES = 2
+DISK_MB = 2500
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,7 +33,7 @@ def running_lab() -> Iterator[Lab]:
     base = Path(tempfile.mkdtemp(prefix="tandem-test-", dir="/dev/shm"))
     lab = Lab(base)
     try:
-        lab.up(TTL_S, 2)
+        lab.up(TTL_S, VOLUMES, DISK_MB)  # real file systems: cut power loses what wasn't synced
         yield lab
     finally:
         failed = os.environ.get("TANDEM_TEST_LOGS")
@@ -60,7 +62,35 @@ def heal(lab: Lab) -> None:
             lab.join(node, other)
         with contextlib.suppress(LabError):
             lab.join_port(node, 11200)
+    for node in NODES:
+        for number in range(1, VOLUMES + 1):
+            lab.disks(node).empty(number)
     wait_for(lab.in_sync, "the pair to be in sync", SYNC_S)
+    mend_disks(lab)
+    wait_for(lambda: healed(lab), "every copy to be there", SYNC_S)
+
+
+def renew(lab: Lab) -> None:
+    """A lab with nothing in it, for a test that loses both copies of what others have stored."""
+    lab.down(keep_data=False)
+    lab.dir.mkdir(exist_ok=True)
+    lab.up(TTL_S, VOLUMES, DISK_MB)
+
+
+def mend_disks(lab: Lab) -> None:
+    """A new disk for each that a test has left dead."""
+    for node in NODES:
+        status = lab.node_status(node)
+        for number, volume in enumerate(sorted(lab.volumes(node)), 1):
+            rows = status["nodes"][node]["volumes"] if status else []
+            state = next((row["state"] for row in rows if row["path"] == str(volume)), "online")
+            if state.startswith(("failed", "offline")):
+                lab.replace_disk(node, number)
+
+
+def healed(lab: Lab) -> bool:
+    found = [lab.node_status(node) for node in NODES]
+    return all(status is not None and status["healing"]["missing"] == 0 for status in found)
 
 
 def other_than(node: str) -> str:

@@ -1,6 +1,7 @@
 """A modality that never gives up, and the check that everything it heard Success for is there."""
 
 import hashlib
+import os
 import re
 import subprocess
 import threading
@@ -79,11 +80,36 @@ class Writer:
         uid = self._template.sop_instance
         return self._template.renamed(uid[:-6] + f"{number:06d}")
 
+    @property
+    def study(self) -> str:
+        """Study Instance UID of all that it sends."""
+        return _uid_after(self._template.data, b"\x20\x00\x0d\x00UI")
+
+    def send_again(self) -> None:
+        """All that was acknowledged, once more; each must be acknowledged once more."""
+        numbers = {self._fresh(number).sop_instance: number for number in range(10_000)}
+        context = [(self._template.sop_class, self._template.transfer_syntax)]
+        with inside("client"), DicomClient(VIP, DICOM_PORT, AET, context, 60) as client:
+            for uid in self.acknowledged:
+                status = client.store(self._fresh(numbers[uid]))
+                assert status == 0, f"0x{status:04X}"
+
     # -- checks ------------------------------------------------------------------------------------------------
+
+    def files_on(self, node: str) -> dict[str, Path]:
+        """SOP Instance UID -> file in the node's readable tree. A dead disk shows nothing."""
+        alive = []
+        for volume in self._lab.volumes(node):
+            try:
+                os.listdir(volume / "archive")
+            except OSError:
+                continue
+            alive.append(volume)
+        return archived(alive)
 
     def missing_on(self, node: str) -> list[str]:
         """Acknowledged UIDs without their very bytes in the node's readable tree."""
-        held = archived(self._lab.volumes(node))
+        held = self.files_on(node)
         return [uid for uid, digest in self.acknowledged.items() if not _same(held.get(uid), digest)]
 
     def check(self, *nodes: str) -> None:

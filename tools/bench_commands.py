@@ -1,0 +1,23 @@
+"""`tools/bench ...`: the benchmarks' command line."""
+
+from pathlib import Path
+
+import click
+
+from tools import bench_upkeep
+from tools.bench_store import store
+
+
+@click.group()
+def main() -> None:
+    """Benchmarks: beside what people use, in the same lab, and beside plain `cp`."""
+
+
+main.add_command(store)
+where = click.option("--dir", "folder", type=click.Path(path_type=Path), help="Where all data lie; default: a tmpfs.")
+for run, count in ((bench_upkeep.heal, 600), (bench_upkeep.scrub, 600), (bench_upkeep.rebuild, 4000)):
+    command = click.command(run.__name__, help=run.__doc__)(run)
+    main.add_command(where(click.option("--count", default=count, show_default=True, help="Objects.")(command)))
+
+if __name__ == "__main__":
+    main()

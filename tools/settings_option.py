@@ -1,0 +1,42 @@
+"""Which node a command is about: `--config FILE` or TANDEM_CONFIG."""
+
+import os
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+import click
+
+from conf.settings import Settings, SettingsError, load
+
+CONFIG_VARIABLE = "TANDEM_CONFIG"
+EXIT_CONFIG = 2
+
+
+class Failure(click.ClickException):
+    """One line for the person at the terminal."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(f"tandem: {self.message}", err=True)
+        sys.exit(self.code)
+
+
+config_option = click.option(
+    "--config", type=click.Path(path_type=Path), help=f"Settings of the node; default: ${CONFIG_VARIABLE}."
+)
+
+
+def settings_of(config: Path | None) -> Settings:
+    if config is None:
+        named = os.environ.get(CONFIG_VARIABLE)
+        if not named:
+            raise Failure(f"which node? Give --config FILE or set {CONFIG_VARIABLE}", EXIT_CONFIG)
+        config = Path(named)
+    try:
+        return load(config)
+    except SettingsError as error:
+        raise Failure(str(error), EXIT_CONFIG) from None

@@ -169,15 +169,16 @@ class Catalogue:
                 found.append((key.decode(), decode_leaving(value)))
         return found
 
-    def named(self, spools: set[str]) -> set[str]:
-        """Those of these "volume/spool name" that a copy or a leaving file has."""
+    def named(self, spools: set[str]) -> dict[str, Location | None]:
+        """Those of these "volume/spool name" that a copy has, with its place, or a leaving file (None)."""
         with self._kv.read() as txn:
-            found = {key.decode() for key, _ in txn.scan("leaving")} & spools
+            leaving = {key.decode() for key, _ in txn.scan("leaving")} & spools
+            found: dict[str, Location | None] = dict.fromkeys(leaving)
             for _, value in txn.scan("location"):
                 location = decode_location(value)
                 key = f"{location.volume}/{location.spool}"
                 if key in spools:
-                    found.add(key)
+                    found[key] = location
         return found
 
     # -- instances and above -----------------------------------------------------------------------------------

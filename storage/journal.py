@@ -168,6 +168,10 @@ class Journal:
             self._next.truncate_after = truncate_after
         await self._flushed()
 
+    async def publish_again(self, location: Location) -> None:
+        """Move a copy into the tree that is recorded there and wasn't moved."""
+        await self._thread.run(self._publish, "", location)
+
     async def lose(self, lost: dict[int, tuple[str, Location]]) -> None:
         """Note that copies of this node are gone: seq -> (why, where it was)."""
         self._next.lost.update(lost)

@@ -9,7 +9,7 @@ import structlog
 from storage import crash
 from storage.catalogue import Catalogue
 from storage.journal import Journal
-from storage.model import Leaving
+from storage.model import Leaving, Location
 from storage.volumes import Volumes
 from storage.workers import Threads
 
@@ -17,7 +17,7 @@ log = structlog.get_logger()
 
 BATCH: Final = 1000
 POLL_S: Final = 0.5
-SWEEP_S: Final = 60.0
+SWEEP_S: Final = 20.0
 
 
 class Tidying:
@@ -48,15 +48,18 @@ class Tidying:
     async def sweep(self) -> None:
         """Set aside what lies in a spool folder since the last sweep and belongs to nobody: its sender went away, or
         its entry was given up when the primary changed."""
-        present = await self._workers.run(self._unnamed)
+        present, unpublished = await self._workers.run(self._unnamed)
+        for location in unpublished:
+            await self._journal.publish_again(location)
         in_use = self._in_use()
         forgotten = {key for key in present if key.partition("/")[2] not in in_use}
         if gone := forgotten & self._left:
             await self._workers.run(self._set_aside, gone)
         self._left = forgotten - gone
 
-    def _unnamed(self) -> set[str]:
-        """volume/spool name of files that the catalogue doesn't name. Blocks."""
+    def _unnamed(self) -> tuple[set[str], list[Location]]:
+        """volume/spool name of files that the catalogue doesn't name, and copies that should have been moved into the
+        tree (the disk was full, say). Blocks."""
         present = set()
         for volume in self._volumes:
             try:
@@ -65,7 +68,8 @@ class Tidying:
                 self._volumes.failed(volume.id, error)
         # Under load there is always something in the spool; only what stays there is worth looking for.
         stayed, self._present = present & self._present, present
-        return stayed - self._catalogue.named(stayed) if stayed else set()
+        named = self._catalogue.named(stayed) if stayed else {}
+        return stayed - named.keys(), [location for location in named.values() if location and location.path]
 
     def _set_aside(self, keys: set[str]) -> None:
         for key in sorted(keys):

@@ -112,8 +112,9 @@ def main(minutes: float, seed: int, folder: Path) -> None:
                     writer.wait_for_more(10)
                 heal(lab)
                 try:
+                    # A disk that died unnoticed is found by this, and its copies are made again, the oldest first.
+                    wait_for(lambda: lab.order(primary_of(lab), "verify")["same"], "both nodes to be the same", 300)
                     writer.check()
-                    wait_for(lambda: lab.order(primary_of(lab), "verify")["same"], "both nodes to be the same", 120)
                 except AssertionError as error:
                     problems.append(f"{name} on {node}: {error}")
                 acknowledged += len(writer.acknowledged)

@@ -27,7 +27,6 @@ from storage.model import (
     decode_instance,
     decode_leaving,
     decode_location,
-    decode_tombstone,
     encode,
 )
 from storage.rows import SeriesRow, StudyRow, patient_key, series_row, study_row
@@ -98,6 +97,11 @@ class Catalogue:
     def meta(self, name: str, default: Any) -> Any:
         with self._kv.read() as txn:
             return _meta(txn, name, default)
+
+    @property
+    def known_volumes(self) -> set[str]:
+        """UUIDs of the volumes that hold, or have held, copies of this node."""
+        return set(self.meta("volumes", ()))
 
     def entry(self, seq: int) -> Entry:
         return decode_entry(self.entry_bytes(seq))
@@ -187,11 +191,6 @@ class Catalogue:
         with self._kv.read() as txn:
             value = txn.get("instance", sop_instance.encode())
         return decode_instance(value) if value is not None else None
-
-    def tombstone(self, sop_instance: str) -> Tombstone | None:
-        with self._kv.read() as txn:
-            value = txn.get("tombstone", sop_instance.encode())
-        return decode_tombstone(value) if value is not None else None
 
     def studies(self, patient_id: str | None = None) -> Iterator[tuple[str, StudyRow]]:
         """(Study Instance UID, row) of all studies, or of one patient's."""

@@ -8,7 +8,7 @@ import msgspec
 from storage.catalogue import Catalogue, same_copy
 from storage.model import Delete, Entry, Location, Put, Void
 from storage.pending import Pendings
-from storage.volume import Volume, digest_of
+from storage.volume import Volume, holds, set_aside
 from storage.volumes import Volumes
 from storage.workers import Threads
 
@@ -73,7 +73,7 @@ class Copies:
             return None
         volume, name, put = found
         try:
-            return digest_of(volume, name, put.offset) == (put.digest, put.length)
+            return holds(volume, name, put)
         except FileNotFoundError:
             return None  # moved meanwhile
 
@@ -82,8 +82,7 @@ class Copies:
         found, now = self.find(seq), self.location(seq)
         if found and now and same_copy(now, location):
             volume, name, put = found
-            volume.quarantine(name, reason, {"sop_instance": put.sop_instance})
-            volume.sync_quarantine()
+            set_aside(volume, name, reason, {"sop_instance": put.sop_instance})
 
     def listing(self, start: int, read: bool) -> list[Row]:
         """Entries from seq `start` on, each with the state of its copy. Blocks."""

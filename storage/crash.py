@@ -1,7 +1,6 @@
 """Named crash points around every durable step, for tests: the process kills itself there as a power cut would.
 
-Armed by the environment, `TANDEM_CRASH=NAME` or `NAME:COUNT` (at the COUNT-th time), or by `tandem lab crash`. In a
-process that isn't armed a point costs one comparison.
+Armed by `tandem lab crash`. In a process that isn't armed a point costs one comparison.
 """
 
 import os
@@ -40,8 +39,3 @@ def point(name: str) -> None:
     _left -= 1
     if _left <= 0:
         os.kill(os.getpid(), signal.SIGKILL)
-
-
-def arm_from(environment: str) -> None:
-    name, _, count = environment.partition(":")
-    arm(name, int(count or 1))

@@ -13,7 +13,7 @@ from storage.incoming import Incoming
 from storage.journal import Journal
 from storage.model import Delete, Entry, Location, Put, decode_entry
 from storage.peering import FetchFailed, Peering, PeerLacksIt
-from storage.volume import NoRoom, digest_of
+from storage.volume import NoRoom, holds
 from storage.volumes import Volumes
 from storage.workers import Threads
 
@@ -154,7 +154,7 @@ class Follower:
             location = Location(volume.id, f"{ADOPTED}{entry.seq}", path)
             try:
                 name = volume.locate(location)
-                good = name and digest_of(volume, name, put.offset) == (put.digest, put.length)
+                good = name and holds(volume, name, put)
                 if good and not self._belongs_to_another(entry, put):
                     return location
             except OSError:

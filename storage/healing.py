@@ -63,9 +63,7 @@ class Healing:
         self._retry_at: dict[int, float] = {}
         self._healed: list[tuple[float, int]] = []
         self._at = 0
-        self._unreadable: set[int] = set()
-        self.unreadable = 0  # copies that the peer lacks as well
-        self.healed = 0
+        self._unreadable: set[int] = set()  # copies that the peer lacks as well
         self.in_flight: set[str] = set()  # spool files of copies that were made and aren't recorded yet
         self._wake = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -95,6 +93,11 @@ class Healing:
             log.info("copy.whole")
 
     @property
+    def unreadable(self) -> int:
+        """Objects of which neither node has a good copy now."""
+        return len(self._unreadable)
+
+    @property
     def rate(self) -> float:
         """Copies made again a second, over the last half minute."""
         return sum(count for _, count in self._healed) / RATE_WINDOW_S
@@ -121,7 +124,7 @@ class Healing:
         while True:
             await asyncio.sleep(CHECK_VOLUMES_S)
             await self._workers.run(self._volumes.check)
-            known = {str(one) for one in self._catalogue.meta("volumes", ())}
+            known = self._catalogue.known_volumes
             if new := {volume.id for volume in self._volumes} - known:  # mounted since
                 self._follower.may_lie_here = True
                 await self._journal.record(volumes=sorted(known | new))
@@ -187,8 +190,7 @@ class Healing:
             if len(found) < WRITE_OFF_BATCH:
                 break
             start = found[-1][0] + 1
-        known = {str(one) for one in self._catalogue.meta("volumes", ())} - {volume_id}
-        known |= {volume.id for volume in self._volumes}
+        known = (self._catalogue.known_volumes - {volume_id}) | {volume.id for volume in self._volumes}
         gone = [key for key, _ in await self._workers.run(self._catalogue.leavings, 1 << 30, volume_id)]
         await self._journal.forget_leavings(gone)
         await self._journal.record(volumes=sorted(known))
@@ -201,7 +203,6 @@ class Healing:
         now = self._clock()
         self._retry_at = {seq: at for seq, at in self._retry_at.items() if at > now}
         wanted = await self._workers.run(self._catalogue.missing, self._at, BATCH)
-        self.unreadable = len(self._unreadable)
         due = [seq for seq in wanted if seq not in self._retry_at]
         self._at = wanted[-1] + 1 if len(wanted) == BATCH else 0  # round and round: none that fails holds up the others
         if not wanted:
@@ -222,7 +223,6 @@ class Healing:
             if busy:
                 await asyncio.sleep(min(1.0, BUSY_SHARE * (self._clock() - start)))
                 start = self._clock()
-        self.healed += total
         self._healed = [(at, count) for at, count in self._healed if at > now - RATE_WINDOW_S] + [(now, total)]
         return total
 

@@ -15,7 +15,7 @@ import xxhash
 
 from storage import crash
 from storage.model import Location
-from storage.volume import Spooled, Volume
+from storage.volume import Spooled, Volume, set_aside
 from storage.workers import Threads
 
 CHUNK_BYTES: Final = 64 << 10  # what goes to the peer at once
@@ -265,8 +265,7 @@ class Incoming:
         await self._workers.run(self._quarantine, reason, detail)
 
     def _quarantine(self, reason: str, detail: dict[str, str]) -> None:
-        self.volume.quarantine(f"spool/{self.spool}", reason, detail)
-        self.volume.sync_quarantine()
+        set_aside(self.volume, f"spool/{self.spool}", reason, detail)
 
     @property
     def location(self) -> Location:

@@ -83,11 +83,9 @@ _entry = msgspec.msgpack.Decoder(Entry)
 _instance = msgspec.msgpack.Decoder(Instance)
 _location = msgspec.msgpack.Decoder(Location)
 _leaving = msgspec.msgpack.Decoder(Leaving)
-_tombstone = msgspec.msgpack.Decoder(Tombstone)
 
 encode = _encoder.encode
 decode_entry = _entry.decode
 decode_instance = _instance.decode
 decode_location = _location.decode
 decode_leaving = _leaving.decode
-decode_tombstone = _tombstone.decode

@@ -12,7 +12,7 @@ import structlog
 
 from storage.catalogue import Batch, Catalogue
 from storage.model import Entry, Location, Put
-from storage.volume import digest_of
+from storage.volume import holds, set_aside
 from storage.volumes import Volumes
 
 log = structlog.get_logger()
@@ -46,7 +46,7 @@ def recover(catalogue: Catalogue, volumes: Volumes, *, verify: bool) -> Recovere
         except OSError as error:
             volumes.failed(volume.id, error)
     online = {volume.id for volume in volumes}
-    known = {str(volume_id) for volume_id in catalogue.meta("volumes", ())}
+    known = catalogue.known_volumes
     away = known - online
     for volume_id in away:
         log.error("recovery.volume_away", volume=volume_id)
@@ -85,13 +85,9 @@ def _problem(
         name = volume.locate(location)
         if name is None:
             return "the file is gone"
-        if verify:
-            good = digest_of(volume, name, put.offset) == (put.digest, put.length)
-        else:
-            good = volume.size(name) == put.length
+        good = holds(volume, name, put) if verify else volume.size(name) == put.length
         if not good:
-            volume.quarantine(name, "damaged", {"sop_instance": put.sop_instance})
-            volume.sync_quarantine()
+            set_aside(volume, name, "damaged", {"sop_instance": put.sop_instance})
         return "" if good else "damaged"
     except (OSError, LookupError) as error:
         log.error("recovery.unreadable", sop_instance=put.sop_instance, error=type(error).__name__)
@@ -100,24 +96,17 @@ def _problem(
 
 def _tidy(catalogue: Catalogue, volumes: Volumes) -> None:
     """Set aside spool files that no entry names: they were never complete, or never acknowledged."""
-    left = {leaving.location.spool for _, leaving in catalogue.leavings(1 << 30)}
     for volume in volumes:
         try:
-            present = set(volume.spooled()) - left
-            if not present:
-                continue
-            wanted = [
-                location
-                for _, location in catalogue.locations()
-                if location.spool in present and location.volume == volume.id
-            ]
+            present = {f"{volume.id}/{name}": name for name in volume.spooled()}
+            named = catalogue.named(set(present)) if present else {}
             touched: set[str] = set()
-            for location in wanted:
-                if location.path:  # made again, and its rename was lost with the power
+            for location in named.values():
+                if location and location.path:  # made again, and its rename was lost with the power
                     touched |= volume.publish(location.spool, location.path)
             volume.sync_directories(touched)
-            for name in sorted(present - {location.spool for location in wanted}):
-                volume.quarantine(f"spool/{name}", "left over from a crash; no entry names it", {})
+            for key in sorted(present.keys() - named.keys()):
+                volume.quarantine(f"spool/{present[key]}", "left over from a crash; no entry names it", {})
             volume.sync_quarantine()
         except OSError as error:
             volumes.failed(volume.id, error)

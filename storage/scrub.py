@@ -16,6 +16,7 @@ from storage.copies import Copies
 from storage.healing import Healing
 from storage.journal import Journal
 from storage.model import Put
+from storage.volume import set_aside
 from storage.volumes import Volumes
 from storage.workers import Threads
 
@@ -113,8 +114,7 @@ class Scrub:
                     if self._catching_up():
                         return count  # such files may be taken over as copies that are missing
                     if self._is_stranger(volume.id, path):
-                        volume.quarantine(f"archive/{path}", "not in the catalogue", {})
-                        volume.sync_quarantine()
+                        set_aside(volume, f"archive/{path}", "not in the catalogue", {})
                         log.warning("scrub.stranger", volume=volume.id)
                         count += 1
             except OSError as error:

@@ -144,7 +144,7 @@ class Service:
             raise Refused(f"{path} still holds {left} copies; `tandem volume drain {path}` moves them")
         store.volumes.retire(volume.id)
         paths = sorted({str(slot.path) for slot in store.volumes.slots})
-        known = sorted({*store.catalogue.meta("volumes", ())} - {volume.id})
+        known = sorted(store.catalogue.known_volumes - {volume.id})
         await store.journal.record(volumes=known, volume_paths=paths)
         return {"id": volume.id}
 

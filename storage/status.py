@@ -50,16 +50,20 @@ def node_status(store: "Store") -> dict[str, Any]:
         **counts,
         "single_copy": _single_copy(store),
         "catch_up": {"behind": behind, "linked": core.linked, "missing": counts["missing"]},
-        "healing": {"missing": counts["missing"], "unreadable": store.healing.unreadable, **_pace(store)},
+        "healing": {
+            "missing": counts["missing"],
+            "unreadable": store.healing.unreadable,
+            **_pace(store, counts["missing"]),
+        },
         "scrub": {"at": store.scrub.at, "checked": store.scrub.checked, "bad": store.scrub.bad},
         "commit": core.commit,
     }
 
 
-def _pace(store: "Store") -> dict[str, Any]:
+def _pace(store: "Store", missing: int) -> dict[str, Any]:
     """Copies made again a second, and how many seconds are left at that pace."""
     rate = store.healing.rate
-    left = store.catalogue.counts()["missing"] / rate if rate else None
+    left = missing / rate if rate else None
     return {"rate": round(rate, 1), "seconds_left": left if left is None else round(left)}
 
 

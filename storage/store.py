@@ -295,7 +295,7 @@ class Store:
         volume = await self.disk.run(self.volumes.add, path)
         self.follower.may_lie_here = True  # a disk that was here before brings its files back
         paths = {str(slot.path) for slot in self.volumes.slots}
-        known = {*self.catalogue.meta("volumes", ()), volume.id}
+        known = self.catalogue.known_volumes | {volume.id}
         await self.journal.record(volume_paths=sorted(paths), volumes=sorted(known))
         return volume.id
 

@@ -10,6 +10,7 @@ from storage import crash
 from storage.catalogue import Catalogue
 from storage.journal import Journal
 from storage.model import Leaving, Location
+from storage.volume import set_aside
 from storage.volumes import Volumes
 from storage.workers import Threads
 
@@ -75,9 +76,7 @@ class Tidying:
         for key in sorted(keys):
             volume_id, _, name = key.partition("/")
             try:
-                volume = self._volumes.get(volume_id)
-                volume.quarantine(f"spool/{name}", "given up: no entry names it", {})
-                volume.sync_quarantine()
+                set_aside(self._volumes.get(volume_id), f"spool/{name}", "given up: no entry names it", {})
             except (OSError, LookupError) as error:
                 log.warning("sweep.failed", volume=volume_id, error=type(error).__name__)
 

@@ -21,7 +21,7 @@ from typing import Any, Final, Protocol
 
 import xxhash
 
-from storage.model import Location
+from storage.model import Location, Put
 
 MARKER: Final = "tandem-volume.json"
 WRITEBACK_BYTES: Final = 32 << 20  # a long object is flushed every so often, so that its last fsync isn't long
@@ -109,6 +109,17 @@ def digest_of(volume: Volume, name: str, offset: int) -> tuple[bytes, int]:
     finally:
         file.close()
     return digest.digest(), length
+
+
+def holds(volume: Volume, name: str, put: Put) -> bool:
+    """The file is the one that the record describes, by digest and length. Raises OSError."""
+    return digest_of(volume, name, put.offset) == (put.digest, put.length)
+
+
+def set_aside(volume: Volume, name: str, reason: str, detail: dict[str, str]) -> None:
+    """Move one file to quarantine, durably. Raises OSError."""
+    volume.quarantine(name, reason, detail)
+    volume.sync_quarantine()
 
 
 def create_marker(path: Path) -> str:

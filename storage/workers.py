@@ -52,13 +52,14 @@ class Workers:
             except BaseException as raised:  # whatever it is belongs to whoever waits for the job
                 result, error = None, raised
             try:
-                loop.call_soon_threadsafe(_resolve, future, result, error)
+                loop.call_soon_threadsafe(resolve, future, result, error)
             except RuntimeError:
                 return  # the loop is closed: nobody waits any more
             del job, future, result, error
 
 
-def _resolve(future: "asyncio.Future[Any]", result: Any, error: BaseException | None) -> None:
+def resolve(future: "asyncio.Future[Any]", result: Any, error: BaseException | None) -> None:
+    """Tell whoever waits for a job how it ended, unless he gave up."""
     if future.done():
         return
     if error is None:

@@ -15,6 +15,7 @@ from typing import Any
 from storage.kv import Transaction
 from storage.model import Location
 from storage.volume import Reader, VolumeOffline
+from storage.workers import resolve
 from tests.simulation.virtual import Process, VirtualLoop
 
 
@@ -368,16 +369,7 @@ class VirtualThreads:
             result, error = None, raised
         if self._count == 1:
             self._free_at = max(self._free_at, self._loop.now) + 0.0005
-        self._loop.post(self._process, 0.0004, _resolve, future, result, error)
+        self._loop.post(self._process, 0.0004, resolve, future, result, error)
 
     def stop(self) -> None:
         pass
-
-
-def _resolve(future: "asyncio.Future[Any]", result: Any, error: Exception | None) -> None:
-    if future.done():
-        return
-    if error is None:
-        future.set_result(result)
-    else:
-        future.set_exception(error)

@@ -7,7 +7,6 @@ fail for good or fill up, flipped bits, deletions and replacements, also while a
 
 import asyncio
 import contextlib
-import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -495,6 +494,3 @@ def run(seed: int) -> dict[str, Any]:
         world = StoreWorld(seed)
         drive(world)
         return {"entries": world._number, "acknowledged": sum(bool(one.acknowledged) for one in world.objects.values())}
-
-
-__all__ = ["StoreWorld", "errno", "run"]

@@ -15,6 +15,7 @@ from tools.lab import HUB, NODES, Lab, LabError, namespace, namespaces
 TTL_S = 5.0
 SYNC_S = 120.0
 VOLUMES = 2
+REPLICATION_PORT = 11200
 DISK_MB = 2500
 
 
@@ -61,7 +62,7 @@ def heal(lab: Lab) -> None:
         for other in ("a", "b", "w", "client"):
             lab.join(node, other)
         with contextlib.suppress(LabError):
-            lab.join_port(node, 11200)
+            lab.join_port(node, REPLICATION_PORT)
     for node in NODES:
         for number in range(1, VOLUMES + 1):
             lab.disks(node).empty(number)
@@ -99,3 +100,11 @@ def other_than(node: str) -> str:
 
 def primary_of(lab: Lab) -> str:
     return str(wait_for(lab.primary, "a primary"))
+
+
+def pid_of(lab: Lab, node: str, process: str = "gateway") -> int | None:
+    """None while the process isn't there."""
+    try:
+        return lab.pid(node, process)
+    except LabError:
+        return None

@@ -14,12 +14,10 @@ import click
 
 from storage.crash import POINTS
 from tests.conftest import wait_for
-from tests.system.conftest import DISK_MB, NODES, TTL_S, VOLUMES, heal, other_than, primary_of
+from tests.system.conftest import DISK_MB, NODES, REPLICATION_PORT, TTL_S, VOLUMES, heal, other_than, primary_of
 from tests.system.writer import Writer
 from tools.lab import Lab, LabError
 from tools.status import OrderFailed
-
-REPLICATION_PORT = 11200
 
 
 def faults(lab: Lab, rng: random.Random) -> dict[str, Callable[[str], None]]:

@@ -10,11 +10,20 @@ from typing import Any
 import pytest
 
 from tests.conftest import wait_for
-from tests.system.conftest import NODES, SYNC_S, heal, healed, mend_disks, other_than, primary_of, renew
+from tests.system.conftest import (
+    NODES,
+    REPLICATION_PORT,
+    SYNC_S,
+    heal,
+    healed,
+    mend_disks,
+    other_than,
+    pid_of,
+    primary_of,
+    renew,
+)
 from tests.system.writer import Writer
-from tools.lab import Lab, LabError
-
-REPLICATION_PORT = 11200
+from tools.lab import Lab
 
 
 def verified(lab: Lab) -> None:
@@ -232,7 +241,7 @@ def test_killed_at_a_named_point(lab: Lab, where: str) -> None:
     with Writer(lab) as writer:
         writer.wait_for_more(10)
         lab.order(node, "crash", point=point, count=7)
-        wait_for(lambda: _pid(lab, node) not in (before, None), "the gateway to be killed and started again")
+        wait_for(lambda: pid_of(lab, node) not in (before, None), "the gateway to be killed and started again")
         writer.wait_for_more(20)
     heal(lab)
     writer.check()
@@ -246,19 +255,12 @@ def test_killed_in_mid_heal(lab: Lab) -> None:
         before = lab.pid(node, "gateway")
         lab.order(node, "crash", point="heal.before_move")
         lab.disks(node).fail(1)
-        wait_for(lambda: _pid(lab, node) not in (before, None), "the gateway to be killed and started again")
+        wait_for(lambda: pid_of(lab, node) not in (before, None), "the gateway to be killed and started again")
         writer.wait_for_more(10)
     lab.replace_disk(node, 1)
     heal(lab)
     writer.check()
     verified(lab)
-
-
-def _pid(lab: Lab, node: str) -> int | None:
-    try:
-        return lab.pid(node, "gateway")
-    except LabError:
-        return None
 
 
 def test_quarantined_object_is_restored(lab: Lab) -> None:

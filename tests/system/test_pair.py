@@ -6,11 +6,9 @@ import time
 import pytest
 
 from tests.conftest import wait_for
-from tests.system.conftest import heal, other_than, primary_of
+from tests.system.conftest import REPLICATION_PORT, heal, other_than, pid_of, primary_of
 from tests.system.writer import Writer
-from tools.lab import Lab, LabError
-
-REPLICATION_PORT = 11200
+from tools.lab import Lab
 
 
 def test_primary_loses_power(lab: Lab) -> None:
@@ -104,7 +102,7 @@ def test_process_is_killed(lab: Lab, process: str) -> None:
         writer.wait_for_more(10)
         lab.kill(node, process)
         writer.wait_for_more(30)
-    wait_for(lambda: _pid(lab, node, process) not in (before, None), f"another {process}")
+    wait_for(lambda: pid_of(lab, node, process) not in (before, None), f"another {process}")
     heal(lab)
     writer.check()
 
@@ -141,10 +139,3 @@ def test_node_without_the_newest_data_never_serves(lab: Lab) -> None:
     heal(lab)
     assert primary_of(lab) == primary
     writer.check()
-
-
-def _pid(lab: Lab, node: str, process: str) -> int | None:
-    try:
-        return lab.pid(node, process)
-    except LabError:
-        return None

@@ -19,7 +19,7 @@ from storage.workers import Threads
 
 log = structlog.get_logger()
 
-FETCHES_MAX: Final = 8
+FETCHES_MAX: Final = 24
 RETRIES: Final = 3
 RETRY_S: Final = 0.5
 

@@ -63,6 +63,7 @@ class Healing:
         self._retry_at: dict[int, float] = {}
         self._healed: list[tuple[float, int]] = []
         self._at = 0
+        self._recording: asyncio.Future[int] | None = None
         self._unreadable: set[int] = set()  # copies that the peer lacks as well
         self.in_flight: set[str] = set()  # spool files of copies that were made and aren't recorded yet
         self._wake = asyncio.Event()
@@ -171,6 +172,8 @@ class Healing:
         online = {volume.id for volume in self._volumes}
         self._away_until = {one: until for one, until in self._away_until.items() if one not in online}
         due = self._lost | {volume_id for volume_id, until in self._away_until.items() if until <= now}
+        if due:
+            await self._recorded()
         for volume_id in sorted(due):
             await self._write_off(volume_id)
             self._lost.discard(volume_id)
@@ -199,7 +202,7 @@ class Healing:
     # -- healing -----------------------------------------------------------------------------------------------
 
     async def _heal_some(self) -> int:
-        """One batch; returns how many copies were made."""
+        """One batch; returns how many copies were made, 0 if there is nothing to do now."""
         now = self._clock()
         self._retry_at = {seq: at for seq, at in self._retry_at.items() if at > now}
         wanted = await self._workers.run(self._catalogue.missing, self._at, BATCH)
@@ -207,24 +210,38 @@ class Healing:
         self._at = wanted[-1] + 1 if len(wanted) == BATCH else 0  # round and round: none that fails holds up the others
         if not wanted:
             self._unreadable.clear()
-        if not due:
-            return 0 if self._at == 0 else SKIPPED
-        busy = self._journal.busy
-        start = self._clock()
-        groups = [due[at : at + 1] for at in range(len(due))] if busy else [due]
-        total = 0
-        for group in groups:
+        made = 0
+        for group in self._groups(due) if due else ():
+            start = self._clock()
             found = await asyncio.gather(*(self._heal(seq) for seq in group))
-            moved = {seq: location for seq, location in found if location is not None}
-            if moved:
-                crash.point("heal.before_move")
-                total += len(await self._journal.move(moved))
-            self.in_flight.clear()
-            if busy:
+            made += await self._recorded()
+            self._recording = asyncio.ensure_future(
+                self._record({seq: location for seq, location in found if location is not None})
+            )
+            if self._journal.busy:
                 await asyncio.sleep(min(1.0, BUSY_SHARE * (self._clock() - start)))
-                start = self._clock()
-        self._healed = [(at, count) for at, count in self._healed if at > now - RATE_WINDOW_S] + [(now, total)]
-        return total
+        if self._at == 0 or not due or self._journal.busy:
+            made += await self._recorded()
+        return made or (0 if self._at == 0 else SKIPPED)
+
+    def _groups(self, due: list[int]) -> list[list[int]]:
+        """While images come in: one copy at a time."""
+        return [due[at : at + 1] for at in range(len(due))] if self._journal.busy else [due]
+
+    async def _recorded(self) -> int:
+        """Wait for the copies whose record is being written while the next ones are fetched; returns how many."""
+        recording, self._recording = self._recording, None
+        return await recording if recording else 0
+
+    async def _record(self, moved: dict[int, Location]) -> int:
+        if not moved:
+            return 0
+        crash.point("heal.before_move")
+        count = len(await self._journal.move(moved))
+        self.in_flight -= {location.spool for location in moved.values()}
+        now = self._clock()
+        self._healed = [(at, some) for at, some in self._healed if at > now - RATE_WINDOW_S] + [(now, count)]
+        return count
 
     async def _heal(self, seq: int) -> tuple[int, Location | None]:
         entry = self._copies.entry(seq)

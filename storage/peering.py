@@ -29,7 +29,7 @@ STREAMS_MAX: Final = 1024
 FETCH_STREAM_BIT: Final = 1 << 63
 READ_BYTES: Final = 256 << 10
 BEGIN_BYTES: Final = 1 << 20  # read in one go
-FETCHES_SERVED_MAX: Final = 4
+FETCHES_SERVED_MAX: Final = 8
 HELD_CHUNKS_MAX: Final = 4
 
 

@@ -54,7 +54,7 @@ from storage.volumes import Volumes
 
 log = structlog.get_logger()
 
-DISK_THREADS: Final = 8
+DISK_THREADS: Final = 16
 TICK_S: Final = 0.1
 STUDIES_REMEMBERED_MAX: Final = 4096
 

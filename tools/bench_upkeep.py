@@ -83,7 +83,7 @@ def heal(count: int, folder: Path | None) -> None:
         lab.disks(node).fail(lab.volumes(node).index(full) + 1)
         wait_for("it to be noticed", lambda: status_of(lab, node)["healing"]["missing"] > 0, WAIT_S, 0.005)
         start = time.perf_counter()
-        wait_for("the copies", lambda: whole(lab), WAIT_S, 0.01)
+        wait_for("the copies", lambda: whole(lab), WAIT_S, 0.05)
         rate = copies * size / (time.perf_counter() - start)
         click.echo(
             f"{label}: cp {plain / 1e6:.0f} MB/s, healing {copies} copies {rate / 1e6:.0f} MB/s: {rate / plain:.2f}"
@@ -96,7 +96,7 @@ def heal(count: int, folder: Path | None) -> None:
         lab.power_on(node)
         wait_for("the link", lambda: status_of(lab, node).get("catch_up", {}).get("linked", False), WAIT_S, 0.01)
         start = time.perf_counter()
-        wait_for("catch-up", lambda: status_of(lab, node).get("instances", 0) >= count, WAIT_S, 0.01)
+        wait_for("catch-up", lambda: status_of(lab, node).get("instances", 0) >= count, WAIT_S, 0.05)
         rate = count * size / (time.perf_counter() - start)
         click.echo(f"{label}: catch-up of an empty node {rate / 1e6:.0f} MB/s: {rate / plain:.2f}")
 

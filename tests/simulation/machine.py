@@ -172,6 +172,22 @@ class MemoryDisk:
         self.note(old)
         self.note(new)
 
+    def remove_by_hand(self, name: str) -> None:
+        """As somebody would do it who thinks of this as a share."""
+        del self.names[name]
+        self.note(name)
+        self.sync_by_hand(name)
+
+    def add_by_hand(self, name: str, data: bytes) -> None:
+        self.names[name] = File(bytearray(data), data)
+        self.note(name)
+        self.sync_by_hand(name)
+
+    def sync_by_hand(self, name: str) -> None:
+        directory = name.rpartition("/")[0]
+        self.changed.get(directory, set()).discard(name)
+        self._settle(name)
+
     def cut_power(self) -> None:
         """Each change that wasn't synced is there afterwards or not; bytes that weren't are cut short."""
         for directory in sorted(self.changed):

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -33,8 +34,14 @@ def one(seed: int, kind: str = "core", mutant: str = "") -> tuple[int, str, int]
     return seed, "", int(result["acknowledged"])
 
 
+def _quiet() -> None:
+    """Processes that die in the world leave coroutines behind that nobody awaits any more."""
+    warnings.simplefilter("ignore", RuntimeWarning)
+    sys.unraisablehook = lambda _: None
+
+
 def many(seeds: Iterable[int], jobs: int, kind: str = "core", mutant: str = "") -> Iterator[tuple[int, str, int]]:
-    with ProcessPoolExecutor(jobs) as pool:
+    with ProcessPoolExecutor(jobs, initializer=_quiet) as pool:
         yield from pool.map(partial(one, kind=kind, mutant=mutant), seeds, chunksize=10)
 
 

@@ -10,12 +10,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import xxhash
 
 from conf.settings import Settings, build
-from storage import crash, healing, incoming, tidying
+from storage import crash, healing, incoming, scrub, tidying
 from storage.catalogue import Catalogue
 from storage.control import Report, Tell
 from storage.ingest import Conflict, NotServing
@@ -23,7 +23,7 @@ from storage.model import Delete, Put, Void
 from storage.store import Store
 from storage.surroundings import Surroundings
 from storage.volume import NoRoom, digest_of
-from tests.simulation.machine import Machine, PowerCut, VirtualThreads
+from tests.simulation.machine import Machine, MemoryDisk, PowerCut, VirtualThreads
 from tests.simulation.virtual import Process
 from tests.simulation.wire import Wire
 from tests.simulation.world import Node, Violation, World, drive
@@ -38,7 +38,7 @@ def settings(name: str, peer: str, volumes: list[Path]) -> Settings:
     return build(
         {
             "node": {"name": name},
-            "storage": {"volumes": [str(path) for path in volumes], "reserve_bytes": 0, "reprotect_after_s": 5.0},
+            "storage": {"volumes": [str(path) for path in volumes], "reserve_bytes": 0, "reprotect_after_s": 5.0, "scrub_days": 3e-5},
             "cluster": {
                 "name": "sim",
                 "address": "10.0.0.1",
@@ -297,6 +297,8 @@ class StoreWorld(World):
             self._fill,
             self._break_disk,
             self._flip_bit,
+            self._delete_by_hand,
+            self._add_by_hand,
         ]
         if self.careless:
             faults += [self._break_disk, self._flip_bit] * 3
@@ -345,21 +347,36 @@ class StoreWorld(World):
             with contextlib.suppress(PowerCut, OSError):
                 gateway.spawn(gateway.store.take_volume(path))
 
-    def _flip_bit(self, node: StoreNode, _for_s: float) -> None:
+    def _archived(self, node: StoreNode, most: bool) -> list[tuple[MemoryDisk, str]]:
+        """Files of one disk that may be damaged now: half of them, or one."""
         if not self.protected():
-            return
-        if not isinstance(node.gateway, StoreGateway):
-            return
+            return []
         disk = self.rng.choice(list(node.machine.disks.values()))
         names = [name for name in sorted(disk.names) if name.startswith("archive/")]
-        if not names:
-            return
-        for name in self.rng.sample(names, len(names) // 2 if self.careless else 1):
+        return [(disk, name) for name in self.rng.sample(names, len(names) // 2 if most else min(1, len(names)))]
+
+    def _flip_bit(self, node: StoreNode, _for_s: float) -> None:
+        for disk, name in self._archived(node, self.careless):
             file = disk.names[name]
             at = self.rng.randrange(len(HEADER), len(file.data))
             file.data[at] ^= 1
             file.synced = bytes(file.data)
-        if not self.careless:
+        self._scrub_soon(node)
+
+    def _delete_by_hand(self, node: StoreNode, _for_s: float) -> None:
+        for disk, name in self._archived(node, self.careless):
+            disk.remove_by_hand(name)
+        self._scrub_soon(node)
+
+    def _add_by_hand(self, node: StoreNode, _for_s: float) -> None:
+        """Somebody copies a file into the tree; it is none of ours."""
+        if node.powered:
+            for disk, name in self._archived(node, most=False):
+                disk.add_by_hand(f"{name.rpartition('/')[0]}/9.9.{self.rng.randrange(1 << 30)}.dcm", b"by hand")
+
+    def _scrub_soon(self, node: StoreNode) -> None:
+        """Before the other copy may be damaged as well."""
+        if isinstance(node.gateway, StoreGateway) and not self.careless:
             self.loop.post(node.gateway.process, 0.01, self._scrub, node.gateway)
 
     def _scrub(self, gateway: StoreGateway) -> None:
@@ -370,6 +387,7 @@ class StoreWorld(World):
         if store:
             for seq, _ in list(store.catalogue.locations()):
                 await store.healing.examine(seq)
+            await store.scrub.strangers()
 
     async def _scrub_all(self) -> None:
         """Bits flipped just before a crash are found at the end; then everything must heal."""
@@ -469,22 +487,27 @@ def _log(node: StoreNode) -> Iterator[tuple[int, int, Any]]:
         yield entry.epoch, entry.seq, entry.operation
 
 
+SMALL: Final = {
+    (incoming, "CHUNK_BYTES"): 512,
+    (incoming, "WRITE_BYTES"): 2048,
+    (incoming, "BACKLOG_BYTES_MAX"): 4096,
+    (healing, "RETRY_S"): 1.0,
+    (tidying, "SWEEP_S"): 2.0,
+    (scrub, "REST_S"): 1.0,
+}
+
+
 @contextlib.contextmanager
 def small() -> Iterator[None]:
     """Sizes that make small objects long ones, and short waits."""
-    before = (incoming.CHUNK_BYTES, incoming.WRITE_BYTES, incoming.BACKLOG_BYTES_MAX, healing.RETRY_S, tidying.SWEEP_S)
-    incoming.CHUNK_BYTES, incoming.WRITE_BYTES, incoming.BACKLOG_BYTES_MAX = 512, 2048, 4096  # type: ignore[misc]
-    healing.RETRY_S, tidying.SWEEP_S = 1.0, 2.0  # type: ignore[misc]
+    before = {(module, name): getattr(module, name) for module, name in SMALL}
+    for (module, name), value in SMALL.items():
+        setattr(module, name, value)
     try:
         yield
     finally:
-        (
-            incoming.CHUNK_BYTES,  # type: ignore[misc]
-            incoming.WRITE_BYTES,  # type: ignore[misc]
-            incoming.BACKLOG_BYTES_MAX,  # type: ignore[misc]
-            healing.RETRY_S,  # type: ignore[misc]
-            tidying.SWEEP_S,  # type: ignore[misc]
-        ) = before
+        for (module, name), value in before.items():
+            setattr(module, name, value)
 
 
 def run(seed: int) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Copies:
 
     def location(self, seq: int) -> Location | None:
         pending = self._pendings.get(seq)
-        return self._catalogue.location(seq) or (pending and pending.location)
+        return self._catalogue.location(seq) or (pending.location if pending else None)
 
     def find(self, seq: int) -> tuple[Volume, str, Put] | None:
         """(volume, file, record) of this node's copy, None if there is none now. Blocks."""

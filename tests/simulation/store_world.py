@@ -38,7 +38,12 @@ def settings(name: str, peer: str, volumes: list[Path]) -> Settings:
     return build(
         {
             "node": {"name": name},
-            "storage": {"volumes": [str(path) for path in volumes], "reserve_bytes": 0, "reprotect_after_s": 5.0, "scrub_days": 3e-5},
+            "storage": {
+                "volumes": [str(path) for path in volumes],
+                "reserve_bytes": 0,
+                "reprotect_after_s": 5.0,
+                "scrub_days": 3e-5,
+            },
             "cluster": {
                 "name": "sim",
                 "address": "10.0.0.1",

@@ -34,6 +34,16 @@ class NodeSettings(Section):
     run_dir: FolderPath = Field(Path("/run/tandem"), description="Sockets and other short-lived files")
 
 
+class Destination(Section):
+    host: str = Field(description="Name or address")
+    port: Port = Field(description="TCP port")
+    timeout_s: Seconds = Field(30.0, description="For connecting, and for each answer")
+    tls: bool = Field(False, description="Connect with TLS; the certificate is checked")
+    ca_file: FolderPath | None = Field(None, description="Whose certificates are trusted; default: the system's")
+    certificate: FolderPath | None = Field(None, description="Our certificate, where one is asked for")
+    key: FolderPath | None = Field(None, description="Its key")
+
+
 class DicomSettings(Section):
     aet: AETitle = Field("TANDEM", description="Application Entity title we answer to")
     bind: str = Field("0.0.0.0", description="Address to listen on")  # noqa: S104 - a storage server faces its modalities
@@ -49,6 +59,17 @@ class DicomSettings(Section):
     calling_aets: tuple[AETitle, ...] = Field((), strict=False, description="Calling AE titles let in; empty: all")
     any_sop_class: bool = Field(False, description="Also store SOP classes that are not known (private ones)")
     query_limit: int = Field(20000, ge=1, description="C-FIND answers at most before 0xA700")
+    relational_queries: bool = Field(False, description="Let queries leave out unique keys above their level, unasked")
+    name_matching: Literal["exact", "folded", "fuzzy"] = Field(
+        "folded", description="Person names: as they are, without regard to case and accents, or word by word"
+    )
+    default_character_set: str = Field("", description="Specific Character Set of data sets that name none")
+    response_character_set: Literal["utf-8", "stored"] = Field("utf-8", description="Of C-FIND answers")
+    users: dict[str, str] = Field({}, description="User identity: name -> `tandem hash-password`; empty: all may")
+    standby_reads: bool = Field(True, description="Let the standby answer queries and retrieves on its own address")
+    destinations: dict[AETitle, Destination] = Field({}, description="Whom we send to: C-MOVE, commitment reports")
+    commitment_wait_s: Seconds = Field(3600.0, description="How long a commitment waits for the second copy")
+    report_days: float = Field(7.0, gt=0, description="How long a commitment report is tried again")
 
 
 class StorageSettings(Section):

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Final, cast
 import structlog
 
 from gateway import negotiate
-from gateway.dimse import Assembler, Command, CommandReceived, DataReceived
-from gateway.services import Call, Receiver, receiver
+from gateway.connection import Connection, is_response
+from gateway.dimse import Command, CommandReceived, DataReceived
+from gateway.dispatch import receiver
+from gateway.services import Call, Ignorer, Receiver
 from gateway.states import State
 from gateway.upper_layer import (
     Aborted,
@@ -17,7 +19,6 @@ from gateway.upper_layer import (
     Fragment,
     ProtocolError,
     ReleaseRequested,
-    UpperLayer,
 )
 from storage.ingest import NotServing
 
@@ -26,53 +27,45 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-RECEIVE_BYTES: Final = 256 << 10
 QUEUED_MESSAGES_MAX: Final = 4
 CANCELS_KEPT_MAX: Final = 64
 CHECK_S: Final = 1.0
 CLOSE_S: Final = 5.0
 
 
-class Association(asyncio.BufferedProtocol):
+class Association(Connection):
     def __init__(self, server: "DicomServer") -> None:
+        super().__init__(server.settings.max_pdu_bytes)
         self._server = server
         self._settings = server.settings
-        self._loop = asyncio.get_running_loop()
-        self._buffer = memoryview(bytearray(RECEIVE_BYTES))
-        self._upper = UpperLayer(self._settings.max_pdu_bytes)
-        self._assembler = Assembler()
-        self._transport: asyncio.Transport | None = None
-        self._contexts: dict[int, tuple[str, str]] = {}
+        self.contexts: dict[int, negotiate.Context] = {}
         self._receiving: Receiver | None = None
         self._queue: deque[Receiver | None] = deque()  # complete messages; None is the release request
         self._arrived = asyncio.Event()
         self._taken = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
         self._cancels: set[int] = set()
-        self._writable = asyncio.Event()
-        self._writable.set()
         self._reading_paused = False
         self._timer: asyncio.TimerHandle | None = None
         self._since = self._loop.time()  # connect, last complete message, or start of the present one
         self._message_bytes = 0
         self._busy = False
         self._waiting: asyncio.Task[None] | None = None
+        self.negotiated: negotiate.Negotiated | None = None
         self.calling_ae = ""
         self.established = False
 
     # -- transport ---------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        stream = cast(asyncio.Transport, transport)  # uvloop's is one without saying so
-        self._transport = stream
+        super().connection_made(transport)
         if not self._server.admit(self):
-            stream.abort()
+            cast(asyncio.Transport, transport).abort()
             return
         self._timer = self._loop.call_later(CHECK_S, self._check)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
-        self._writable.set()
+        super().connection_lost(exc)
         if self._timer:
             self._timer.cancel()
         if self._worker:
@@ -84,36 +77,10 @@ class Association(asyncio.BufferedProtocol):
         self._queue.clear()
         self._server.forget(self)
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self._buffer
-
     def buffer_updated(self, nbytes: int) -> None:
         self._message_bytes += nbytes
-        try:
-            for event in self._upper.receive(self._buffer[:nbytes]):
-                self._on(event)
-                if self._upper.state is State.STA13:
-                    break
-        except ProtocolError as error:
-            self._abort(2, error.reason, str(error))
+        super().buffer_updated(nbytes)
         self._pace()
-
-    def eof_received(self) -> bool:
-        return False
-
-    def pause_writing(self) -> None:
-        self._writable.clear()
-
-    def resume_writing(self) -> None:
-        self._writable.set()
-
-    def _write(self, data: bytes) -> None:
-        if self._transport and not self._transport.is_closing():
-            self._transport.write(data)
-
-    def _close(self) -> None:
-        if self._transport:
-            self._transport.close()
 
     # -- events ------------------------------------------------------------------------------------------------
 
@@ -141,19 +108,26 @@ class Association(asyncio.BufferedProtocol):
             self._write(self._upper.reject(answer.result, answer.source, answer.reason))
             self._close()
             return
-        self.calling_ae, self._contexts = answer.calling_ae, answer.contexts
+        self.negotiated = answer
+        self.calling_ae, self.contexts = answer.calling_ae, answer.contexts
         self.established = True
         self._since = self._loop.time()
         self._write(self._upper.accept(answer.response, answer.peer_max_pdu_bytes))
         self._worker = self._loop.create_task(self._work())
-        log.debug("association.accepted", calling_ae=self.calling_ae, contexts=len(self._contexts))
+        log.debug(
+            "association.accepted",
+            calling_ae=self.calling_ae,
+            implementation=answer.implementation,
+            user=answer.user,
+            contexts=len(self.contexts),
+        )
 
     def _on_fragment(self, fragment: Fragment) -> None:
         if not self._assembler.mid_message:
             self._since, self._message_bytes = self._loop.time(), 0
-        if fragment.context_id not in self._contexts:
+        if fragment.context_id not in self.contexts:
             raise ProtocolError(f"presentation context {fragment.context_id} wasn't accepted", 6)
-        event = self._assembler.receive(fragment)
+        event = self._receive(fragment)
         if isinstance(event, DataReceived):
             if self._receiving is None:
                 raise ProtocolError("a data set that nobody waits for")
@@ -170,15 +144,21 @@ class Association(asyncio.BufferedProtocol):
             if len(self._cancels) < CANCELS_KEPT_MAX:
                 self._cancels.add(request.responded_to)
             return
-        if request.field & Command.RESPONSE:
-            raise ProtocolError("a response that nobody asked for")
-        abstract, transfer = self._contexts[event.context_id]
+        if is_response(request):
+            self._answered(request)
+            self._receiving = Ignorer() if request.has_data else None
+            return
+        context = self.contexts[event.context_id]
         self._cancels.discard(request.message_id)
-        self._receiving = receiver(Call(self, event.context_id, abstract, transfer, request), self._server.services)
+        call = Call(self, event.context_id, context.abstract_syntax, context.transfer_syntax, request)
+        self._receiving = receiver(call, self._server.services)
         if not request.has_data:
             self._message_complete()
 
     def _message_complete(self) -> None:
+        if isinstance(self._receiving, Ignorer):
+            self._receiving = None
+            return
         self._queue.append(self._receiving)
         self._receiving = None
         self._since = self._loop.time()
@@ -189,7 +169,8 @@ class Association(asyncio.BufferedProtocol):
         if self._reading_paused or self._transport is None or self._transport.is_closing():
             return
         backlogged = self._receiving is not None and self._receiving.backlogged
-        if backlogged or len(self._queue) >= QUEUED_MESSAGES_MAX:
+        most = QUEUED_MESSAGES_MAX if not self._outstanding else CANCELS_KEPT_MAX  # an answer is to come through
+        if backlogged or len(self._queue) >= most:
             self._reading_paused = True
             self._transport.pause_reading()
             self._waiting = self._loop.create_task(self._resume_when_possible())
@@ -235,16 +216,10 @@ class Association(asyncio.BufferedProtocol):
                 self._busy = False
                 self._since = self._loop.time()
 
-    def send(self, context_id: int, command: bytes, data: bytes | None = None) -> None:
-        if self._upper.state not in (State.STA6, State.STA8):
-            return
-        out = self._upper.data(context_id, True, command)
-        if data is not None:
-            out += self._upper.data(context_id, False, data)
-        self._write(out)
-
-    async def drained(self) -> None:
-        await self._writable.wait()
+    @property
+    def quiet(self) -> bool:
+        """Established, and nothing is under way: a notification may be sent."""
+        return self.may_send and not (self._busy or self._queue or self._outstanding or self._assembler.mid_message)
 
     def cancelled(self, message_id: int) -> bool:
         return message_id in self._cancels
@@ -255,8 +230,7 @@ class Association(asyncio.BufferedProtocol):
 
     def _abort(self, source: int, reason: int, why: str) -> None:
         log.warning("association.abort", why=why, calling_ae=self.calling_ae, state=self._upper.state.name)
-        self._write(self._upper.abort(source, reason))
-        self._close()
+        super()._abort(source, reason, why)
 
     # -- time --------------------------------------------------------------------------------------------------
 

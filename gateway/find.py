@@ -1,212 +1,304 @@
-"""C-FIND, Study Root (PS3.4 C.4.1, C.6.2): levels, matching, and the responses, from the catalogue.
-
-Matching here: universal, single value, list of UID, wildcard, range of dates and times. Person names match without
-regard to case.
+"""Queries (PS3.4 C.4.1): from an identifier to answers. The catalogue has the usual attributes of each level; any other
+is read from the file of the (first) instance, so that it can be matched and returned at whatever level it is asked for.
 """
 
-import fnmatch
-import re
+import warnings
 from collections.abc import Callable, Iterator
-from io import BytesIO
+from dataclasses import dataclass, field
 from typing import Final
 
-from pydicom.datadict import keyword_for_tag
+from pydicom.charset import convert_encodings, encode_string
+from pydicom.datadict import dictionary_VM, dictionary_VR
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
-from pydicom.tag import BaseTag
-from pynetdicom.dsutils import decode as decode_dataset
-from pynetdicom.dsutils import encode as encode_dataset
 
+from conf.settings import DicomSettings
+from gateway.matching import Matcher, bounds, in_range, is_universal, matcher, matches_element, only_asked, text_of
+from gateway.negotiate import Extended
+from gateway.query import UNIQUE, BadQuery, is_single, level_of, values_of
+from gateway.sop_classes import Model
 from storage import keys
 from storage.catalogue import Catalogue
+from storage.model import Instance
 
-LEVELS: Final = ("STUDY", "SERIES", "IMAGE")
-UNIQUE: Final = {"STUDY": "StudyInstanceUID", "SERIES": "SeriesInstanceUID", "IMAGE": "SOPInstanceUID"}
-RANGE_VRS: Final = ("DA", "TM", "DT")
-COMPUTED: Final = frozenset(
-    (
-        "NumberOfStudyRelatedSeries",
-        "NumberOfStudyRelatedInstances",
-        "NumberOfSeriesRelatedInstances",
-        "ModalitiesInStudy",
-        "RetrieveAETitle",
-        "InstanceAvailability",
-        "QueryRetrieveLevel",
-        "SpecificCharacterSet",
-    )
+ALL_LEVELS: Final = ("PATIENT", "STUDY", "SERIES", "IMAGE")
+COUNTS: Final = {
+    "NumberOfPatientRelatedStudies": "PATIENT",
+    "NumberOfPatientRelatedSeries": "PATIENT",
+    "NumberOfPatientRelatedInstances": "PATIENT",
+    "NumberOfStudyRelatedSeries": "STUDY",
+    "NumberOfStudyRelatedInstances": "STUDY",
+    "NumberOfSeriesRelatedInstances": "SERIES",
+}
+GATHERED: Final = {"ModalitiesInStudy": "STUDY", "SOPClassesInStudy": "STUDY"}
+ALWAYS: Final = frozenset(("SpecificCharacterSet", "QueryRetrieveLevel", "RetrieveAETitle", "InstanceAvailability"))
+IGNORED: Final = ALWAYS | frozenset(("TimezoneOffsetFromUTC",))
+LEVEL_OF: Final = {keyword: level for level, kept in keys.LEVELS.items() for keyword in kept} | COUNTS | GATHERED
+PAIRS: Final = (
+    ("StudyDate", "StudyTime"),
+    ("SeriesDate", "SeriesTime"),
+    ("ContentDate", "ContentTime"),
+    ("AcquisitionDate", "AcquisitionTime"),
+    ("PerformedProcedureStepStartDate", "PerformedProcedureStepStartTime"),
 )
+UTF_8: Final = "ISO_IR 192"
+
+Head = Callable[[Instance], Dataset | None]
 
 
-class BadQuery(Exception):
-    """The identifier doesn't fit the SOP class (0xA900)."""
+@dataclass
+class Row:
+    """One candidate: what the catalogue has of it, by keyword, and where its instances are."""
+
+    values: dict[str, str]
+    studies: list[str]
+    series: str = ""
+    instance: Instance | None = None
+    head: Dataset | None = field(default=None, repr=False)
 
 
 class Query:
-    def __init__(self, identifier: Dataset, aet: str) -> None:
+    """`head(instance)` reads the attributes of a stored instance, None if it can't be read now."""
+
+    def __init__(
+        self,
+        identifier: Dataset,
+        model: Model,
+        settings: DicomSettings,
+        extended: Extended,
+        catalogue: Catalogue,
+        head: Head,
+    ) -> None:
         """Raises BadQuery."""
-        self._aet = aet
-        self.level = str(identifier.get("QueryRetrieveLevel", "")).strip().upper()
-        if self.level not in LEVELS:
-            raise BadQuery(f"QueryRetrieveLevel {self.level[:16]!r} isn't one of Study Root")
-        self._asked = [element.tag for element in identifier if element.tag.element != 0]
-        self._matchers: dict[str, Callable[[str], bool]] = {}
-        self._values: dict[str, str] = {}
-        for element in identifier:
-            if element.keyword in COMPUTED - {"ModalitiesInStudy"} or element.VR == "SQ":
-                continue
-            text = _as_text(element.value)
-            if text:
-                self._values[element.keyword] = text
-                self._matchers[element.keyword] = matcher(element.VR, element.keyword, text)
-        for above in LEVELS[: LEVELS.index(self.level)]:
-            unique = UNIQUE[above]
-            if not self._values.get(unique) or re.search(r"[*?\\]", self._values[unique]):
-                raise BadQuery(f"{unique} is needed at level {self.level}, one value")
+        self._settings, self._catalogue, self._head = settings, catalogue, head
+        self._model, self.level = model, level_of(identifier, model)
+        self._names = "fuzzy" if extended.fuzzy_names else settings.name_matching
+        self._keys = [element for element in identifier if element.tag.element != 0 and element.keyword not in IGNORED]
+        relational = extended.relational or settings.relational_queries
+        self._levels = ALL_LEVELS[: ALL_LEVELS.index(self.level) + 1]
+        self._check(identifier, model, relational=relational)
+        self.ignored = [key.keyword for key in self._keys if not self._applies(key)]
+        """Keys of levels below the query's, which can't be matched (0xFF01 instead of 0xFF00)."""
+        applicable = [key for key in self._keys if self._applies(key)]
+        self._from_file = [key for key in applicable if key.keyword not in LEVEL_OF]
+        self._matchers: dict[str, Matcher] = {}
+        for key in applicable:
+            if key.keyword in LEVEL_OF and key.keyword not in COUNTS and key.VR != "SQ" and not is_universal(key):
+                self._matchers[key.keyword] = matcher(key.VR, text_of(key.value), self._names)
+        self._moments = self._combined(identifier) if extended.date_time else []
+        self._uids = {level: values_of(identifier, UNIQUE[level]) for level in self._levels}
 
-    def run(self, catalogue: Catalogue) -> Iterator[Dataset]:
+    def _check(self, identifier: Dataset, model: Model, *, relational: bool) -> None:
+        """Hierarchical queries name one entity at each level above (PS3.4 C.4.1.2.1)."""
+        if relational:
+            return
+        for above in model.levels[: model.levels.index(self.level)]:
+            if not is_single(values_of(identifier, UNIQUE[above])):
+                raise BadQuery(f"{UNIQUE[above]} is needed at level {self.level}, one value")
+
+    def _applies(self, key: DataElement) -> bool:
+        return LEVEL_OF.get(key.keyword, self.level) in self._levels
+
+    def _combined(self, identifier: Dataset) -> list[tuple[str, str, str, str]]:
+        """Combined date and time matching (PS3.4 C.2.2.2.5.1): both ranges together are one range of moments."""
+        moments = []
+        for date, time in PAIRS:
+            days, hours = text_of(identifier.get(date)), text_of(identifier.get(time))
+            if date in self._matchers and time in self._matchers and "-" in days and "-" in hours:
+                (first, last), (begin, end) = bounds("DA", days), bounds("TM", hours)
+                moments.append((date, time, first and first + begin, last and last + (end or "235959")))
+                del self._matchers[date], self._matchers[time]
+        return moments
+
+    # -- candidates --------------------------------------------------------------------------------------------
+
+    def run(self) -> Iterator[Dataset]:
         """Matching answers, one identifier each. Blocks; call from a worker thread."""
-        for study_uid, study in self._studies(catalogue):
-            found = {**study, "StudyInstanceUID": study_uid}
-            if not self._matches(found, ("PATIENT", "STUDY")) or not self._modality_in(catalogue, study_uid):
-                continue
-            if self.level == "STUDY":
-                yield self._answer(catalogue, found)
-                continue
-            for series_uid, series in catalogue.series_of(study_uid):
-                of_series = {**found, **series.keys, "SeriesInstanceUID": series_uid}
-                if not self._matches(of_series, ("SERIES",)):
-                    continue
-                if self.level == "SERIES":
-                    yield self._answer(catalogue, of_series)
-                    continue
-                for instance in catalogue.instances_of(study_uid, series_uid):
-                    put = instance.put
-                    of_image = {**of_series, **put.keys}
-                    of_image |= {"SOPInstanceUID": put.sop_instance, "SOPClassUID": put.sop_class}
-                    if self._matches(of_image, ("IMAGE",)):
-                        yield self._answer(catalogue, of_image)
+        rows = {
+            "PATIENT": self._patients,
+            "STUDY": self._studies,
+            "SERIES": self._series,
+            "IMAGE": self._instances,
+        }[self.level]()
+        for row in rows:
+            if self._matches_file(row):
+                yield self._answer(row)
 
-    def _studies(self, catalogue: Catalogue) -> Iterator[tuple[str, dict[str, str]]]:
-        wanted = self._values.get("StudyInstanceUID", "")
-        patient = self._values.get("PatientID", "")
-        if wanted and not re.search(r"[*?]", wanted):
-            for uid in wanted.split("\\"):
-                row = catalogue.study(uid)
-                if row is not None:
-                    yield uid, row.keys
+    def _patients(self) -> Iterator[Row]:
+        wanted = self._uids["PATIENT"]
+        if is_single(wanted):
+            groups: Iterator[list[str]] = iter([[uid for uid, _ in self._catalogue.studies(wanted[0])]])
         else:
-            only = patient if patient and not re.search(r"[*?]", patient) else None
-            for uid, row in catalogue.studies(only):
-                yield uid, row.keys
+            groups = self._catalogue.patients()
+        for studies in groups:
+            newest = self._catalogue.study(studies[-1]) if studies else None
+            if newest is not None and self._matches(newest.keys, "PATIENT"):
+                yield Row(dict(newest.keys), studies)
 
-    def _matches(self, found: dict[str, str], levels: tuple[str, ...]) -> bool:
-        for level in levels:
-            for keyword in keys.LEVELS[level]:
-                match = self._matchers.get(keyword)
-                if match and not match(found.get(keyword, "")):
+    def _studies(self) -> Iterator[Row]:
+        for uid, values in self._study_values():
+            found = {**values, "StudyInstanceUID": uid}
+            if self._matches(found, "PATIENT") and self._matches(found, "STUDY") and self._gathered_match(uid):
+                yield Row(found, [uid])
+
+    def _study_values(self) -> Iterator[tuple[str, dict[str, str]]]:
+        patients, studies = self._uids["PATIENT"], self._uids.get("STUDY", [])
+        if studies and not any("*" in uid or "?" in uid for uid in studies):
+            rows = ((uid, self._catalogue.study(uid)) for uid in studies)
+            yield from ((uid, row.keys) for uid, row in rows if row is not None)
+            return
+        for uid, row in self._catalogue.studies(patients[0] if is_single(patients) else None):
+            yield uid, row.keys
+
+    def _series(self) -> Iterator[Row]:
+        for study in self._studies():
+            for uid, row in self._catalogue.series_of(study.studies[0]):
+                found = {**study.values, **row.keys, "SeriesInstanceUID": uid}
+                if self._matches(found, "SERIES"):
+                    yield Row(found, study.studies, uid)
+
+    def _instances(self) -> Iterator[Row]:
+        for series in self._series():
+            for instance in self._catalogue.instances_of(series.studies[0], series.series):
+                put = instance.put
+                found = {**series.values, **put.keys, "SOPInstanceUID": put.sop_instance, "SOPClassUID": put.sop_class}
+                if self._matches(found, "IMAGE"):
+                    yield Row(found, series.studies, series.series, instance)
+
+    # -- matching ----------------------------------------------------------------------------------------------
+
+    def _matches(self, found: dict[str, str], level: str) -> bool:
+        for keyword, match in self._matchers.items():
+            if LEVEL_OF[keyword] == level and keyword not in GATHERED and not match(found.get(keyword, "")):
+                return False
+        for date, time, first, last in self._moments:
+            if LEVEL_OF[date] == level:
+                day = found.get(date, "")
+                moment = day and day + found.get(time, "")
+                if not in_range("DT", moment, first, last):
                     return False
         return True
 
-    def _modality_in(self, catalogue: Catalogue, study: str) -> bool:
-        match = self._matchers.get("ModalitiesInStudy")
-        return match is None or any(match(modality) for modality in _modalities(catalogue, study))
+    def _gathered_match(self, study: str) -> bool:
+        return all(
+            any(self._matchers[keyword](value) for value in self._gathered(keyword, study))
+            for keyword in GATHERED
+            if keyword in self._matchers
+        )
 
-    def _answer(self, catalogue: Catalogue, found: dict[str, str]) -> Dataset:
+    def _gathered(self, keyword: str, study: str) -> list[str]:
+        if keyword == "ModalitiesInStudy":
+            return sorted({row.keys.get("Modality", "") for _, row in self._catalogue.series_of(study)} - {""})
+        every = (one for series, _ in self._catalogue.series_of(study) for one in self._members(study, series))
+        return sorted({instance.put.sop_class for instance in every})
+
+    def _members(self, study: str, series: str) -> Iterator[Instance]:
+        return self._catalogue.instances_of(study, series)
+
+    def _matches_file(self, row: Row) -> bool:
+        if not self._from_file:
+            return True
+        instance = row.instance or self._first(row)
+        row.head = self._head(instance) if instance else None
+        found = row.head if row.head is not None else Dataset()
+        return all(matches_element(key, found, self._names) for key in self._from_file)
+
+    def _first(self, row: Row) -> Instance | None:
+        for study in row.studies:
+            for series in [row.series] if row.series else [uid for uid, _ in self._catalogue.series_of(study)]:
+                for instance in self._members(study, series):
+                    return instance
+        return None
+
+    # -- answers -----------------------------------------------------------------------------------------------
+
+    def _answer(self, row: Row) -> Dataset:
         answer = Dataset()
-        answer.SpecificCharacterSet = "ISO_IR 192"
-        for tag in self._asked:
-            self._fill(answer, tag, catalogue, found)
+        for key in self._keys:
+            self._fill(answer, key, row)
         answer.QueryRetrieveLevel = self.level
-        answer.RetrieveAETitle = self._aet
-        for level in LEVELS[: LEVELS.index(self.level) + 1]:
-            setattr(answer, UNIQUE[level], found[UNIQUE[level]])
+        answer.RetrieveAETitle = self._settings.aet
+        answer.InstanceAvailability = "ONLINE"
+        for level in self._levels:
+            if level in self._model.levels:
+                setattr(answer, UNIQUE[level], row.values.get(UNIQUE[level], ""))
+        answer.SpecificCharacterSet = self._character_set(answer, row)
         return answer
 
-    def _fill(self, answer: Dataset, tag: BaseTag, catalogue: Catalogue, found: dict[str, str]) -> None:
-        keyword = keyword_for_tag(tag)
-        study, series = found["StudyInstanceUID"], found.get("SeriesInstanceUID")
-        match keyword:
-            case "" | "SpecificCharacterSet" | "QueryRetrieveLevel" | "RetrieveAETitle":
-                return
-            case "InstanceAvailability":
-                value: object = "ONLINE"
-            case "ModalitiesInStudy":
-                value = sorted(_modalities(catalogue, study))
-            case "NumberOfStudyRelatedSeries":
-                value = sum(1 for _ in catalogue.series_of(study))
-            case "NumberOfStudyRelatedInstances":
-                value = catalogue.count_instances(study)
-            case "NumberOfSeriesRelatedInstances":
-                value = catalogue.count_instances(study, series) if series else None
-            case _:
-                value = _from_text(keyword, found.get(keyword, ""))
-        setattr(answer, keyword, value)
+    def _fill(self, answer: Dataset, key: DataElement, row: Row) -> None:
+        keyword = key.keyword
+        if not self._applies(key):
+            return
+        if keyword in COUNTS:
+            setattr(answer, keyword, self._count(keyword, row))
+        elif keyword in GATHERED:
+            setattr(answer, keyword, self._gathered(keyword, row.studies[0]))
+        elif keyword in LEVEL_OF:
+            setattr(answer, keyword, from_text(keyword, row.values.get(keyword, "")))
+        elif row.head is not None and key.tag in row.head:
+            element = row.head[key.tag]
+            answer.add_new(key.tag, element.VR, only_asked(key, element))
+        else:
+            answer.add_new(key.tag, key.VR, [] if key.VR == "SQ" else None)
+
+    def _count(self, keyword: str, row: Row) -> int:
+        catalogue = self._catalogue
+        if keyword == "NumberOfPatientRelatedStudies":
+            return len(self._of_patient(row))
+        if keyword == "NumberOfSeriesRelatedInstances":
+            return catalogue.count_instances(row.studies[0], row.series)
+        studies = self._of_patient(row) if COUNTS[keyword] == "PATIENT" else row.studies
+        if keyword.endswith("RelatedSeries"):
+            return sum(1 for study in studies for _ in catalogue.series_of(study))
+        return sum(catalogue.count_instances(study) for study in studies)
+
+    def _of_patient(self, row: Row) -> list[str]:
+        if self.level == "PATIENT":
+            return row.studies
+        return [uid for uid, _ in self._catalogue.studies(row.values.get("PatientID", ""))]
+
+    def _character_set(self, answer: Dataset, row: Row) -> str | list[str]:
+        """UTF-8; or that of the stored data, if the settings say so and it can express the answer."""
+        stored = row.values.get("SpecificCharacterSet", "")
+        if self._settings.response_character_set == "utf-8" or not stored:
+            return UTF_8
+        sets = stored.split("\\")
+        return (sets if len(sets) > 1 else stored) if _expressible(answer, sets) else UTF_8
 
 
-def _from_text(keyword: str, text: str) -> object:
-    if keyword in ("Rows", "Columns", "BitsAllocated"):
-        return int(text) if text else None
-    if keyword == "OtherPatientIDs":
-        return text.split("\\")
-    return text or None
-
-
-def _modalities(catalogue: Catalogue, study: str) -> set[str]:
-    return {row.keys.get("Modality", "") for _, row in catalogue.series_of(study)} - {""}
-
-
-def _as_text(value: object) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, list | tuple) or type(value).__name__ == "MultiValue":
-        return "\\".join(str(part) for part in value)  # type: ignore[attr-defined]
-    return str(value).strip()
-
-
-def matcher(vr: str, keyword: str, wanted: str) -> Callable[[str], bool]:
-    """A test for one key (PS3.4 C.2.2.2). A value without text matches only universal matching."""
-    if wanted.strip("*") == "":
-        return lambda _text: True
-    if vr == "UI":
-        uids = frozenset(wanted.split("\\"))
-        return lambda text: text in uids
-    if vr in RANGE_VRS and "-" in wanted:
-        low, _, high = (part.strip().replace(":", "") for part in wanted.partition("-"))
-        return lambda text: _in_range(text, low, high)
-    fold = vr == "PN"
-    if "*" in wanted or "?" in wanted:
-        pattern = re.compile(_glob(wanted), re.IGNORECASE if fold else 0)
-        return lambda text: pattern.fullmatch(text) is not None
-    if fold:
-        plain = wanted.casefold().rstrip("^= ")
-        return lambda text: text.casefold().rstrip("^= ") == plain
-    return lambda text: wanted in [part.strip() for part in text.split("\\")]
-
-
-def _glob(wanted: str) -> str:
-    """Only * and ? are special in DICOM (PS3.4 C.2.2.2.4)."""
-    return fnmatch.translate(wanted.replace("[", "[[]"))
-
-
-def _in_range(text: str, low: str, high: str) -> bool:
-    value = text.replace(":", "")
-    if not value or (low and value < low):
-        return False
-    return not high or value[: len(high)] <= high
-
-
-def decode_identifier(data: bytes, transfer_syntax: str) -> Dataset:
-    """Raises BadQuery."""
-    little = transfer_syntax != "1.2.840.10008.1.2.2"
+def _expressible(answer: Dataset, sets: list[str]) -> bool:
+    if "ISO 2022 IR 58" in sets:
+        return False  # pydicom writes it without its escape sequences
     try:
-        identifier: Dataset = decode_dataset(BytesIO(data), transfer_syntax == "1.2.840.10008.1.2", little)
-        return identifier
-    except Exception as error:  # pydicom raises whatever a malformed identifier leads it to
-        raise BadQuery(f"the identifier can't be read: {type(error).__name__}") from error
+        encodings = convert_encodings(sets)
+        for element in answer.iterall():
+            if element.VR in ("PN", "LO", "SH", "LT", "ST", "UC", "UT"):
+                text = text_of(element.value)
+                if not text.isascii() and not _encodes(text, encodings):
+                    return False
+    except (LookupError, ValueError):
+        return False
+    return True
 
 
-def encode_identifier(answer: Dataset, transfer_syntax: str) -> bytes:
-    little = transfer_syntax != "1.2.840.10008.1.2.2"
-    encoded: bytes | None = encode_dataset(answer, transfer_syntax == "1.2.840.10008.1.2", little)
-    if encoded is None:
-        raise ValueError("an answer can't be encoded")
-    return encoded
+def _encodes(text: str, encodings: list[str]) -> bool:
+    """pydicom writes question marks, with a warning, for what doesn't fit; that would be another name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            encode_string(text, encodings)
+        except (UserWarning, UnicodeError):
+            return False
+    return True
+
+
+def from_text(keyword: str, text: str) -> object:
+    """A value for pydicom from the catalogue's text."""
+    if not text:
+        return None
+    vr = dictionary_VR(keyword)
+    if vr in ("US", "SS", "UL", "SL"):
+        return int(text)
+    if dictionary_VM(keyword) != "1" and "\\" in text:
+        return text.split("\\")
+    return text

@@ -10,8 +10,11 @@ from pynetdicom.pdu import A_ASSOCIATE_RQ
 
 from conf.settings import DicomSettings
 from gateway.association import Association
-from gateway.negotiate import BUSY, NOT_NOW, Negotiated, Rejection, negotiate
+from gateway.commitment import COMMITMENT_TASK, Commitments
+from gateway.negotiate import BUSY, NOT_NOW, Negotiated, Rejection, negotiate, wants_to_read
+from gateway.retrieve_scp import MOVE_TASK, finish_move
 from gateway.services import Services
+from gateway.tasks import Tasks
 from storage.store import Store
 
 log = structlog.get_logger()
@@ -25,7 +28,11 @@ class DicomServer:
         self.settings = settings
         self._store = store
         self._executor = ThreadPoolExecutor(QUERY_THREADS, "query")
-        self.services = Services(store, settings, self._executor)
+        self.services = services = Services(store, settings, self._executor)
+        services.tasks = Tasks(store)
+        services.commitments = Commitments(services)
+        services.tasks.handle(COMMITMENT_TASK, services.commitments.carry_out)
+        services.tasks.handle(MOVE_TASK, lambda task: finish_move(services, task))
         self._connections: set[Association] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._server: asyncio.Server | None = None
@@ -36,6 +43,7 @@ class DicomServer:
         self._server = await loop.create_server(
             lambda: Association(self), self.settings.bind, self.settings.port, backlog=BACKLOG, reuse_address=True
         )
+        self.spawn(self.services.tasks.run())
         log.info("dicom.listening", address=self.settings.bind, port=self.settings.port, aet=self.settings.aet)
 
     async def stop(self) -> None:
@@ -62,7 +70,7 @@ class DicomServer:
         self._connections.discard(association)
 
     def negotiate(self, request: A_ASSOCIATE_RQ) -> Negotiated | Rejection:
-        if not self._store.duty.serving:
+        if not self._store.duty.serving and not (self._store.may_read and wants_to_read(request)):
             return NOT_NOW
         if sum(connection.established for connection in self._connections) >= self.settings.max_associations:
             return BUSY

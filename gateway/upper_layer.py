@@ -1,4 +1,4 @@
-"""The DICOM upper layer of an association acceptor (PS3.8), without any input or output of its own.
+"""The DICOM upper layer (PS3.8), of the side that asks and of the side that accepts, without input or output.
 
 Bytes in, events out: `receive(view)` yields events; fragments of P-DATA carry views into the caller's buffer and are
 to be used before it is reused. Messages out: methods return the bytes to send. Whatever comes in, the
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from pynetdicom.pdu import A_ASSOCIATE_RQ
+from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RQ
 
 from gateway.states import TRANSITIONS, Action, PduType, State
 
@@ -38,6 +38,20 @@ class AssociationRequested:
 
 
 @dataclass(frozen=True)
+class AssociationAccepted:
+    response: A_ASSOCIATE_AC
+
+
+@dataclass(frozen=True)
+class AssociationRejected:
+    """PS3.8 table 9-21."""
+
+    result: int
+    source: int
+    reason: int
+
+
+@dataclass(frozen=True)
 class Fragment:
     """Part of a presentation data value. `last` marks the end of the command set or data set."""
 
@@ -53,12 +67,33 @@ class ReleaseRequested:
 
 
 @dataclass(frozen=True)
+class Released:
+    """The other side agreed to end the association."""
+
+
+@dataclass(frozen=True)
+class Collided:
+    """Both sides release at the same time; the response is to be sent."""
+
+    response: bytes
+
+
+@dataclass(frozen=True)
 class Aborted:
     source: int
     reason: int
 
 
-Event = AssociationRequested | Fragment | ReleaseRequested | Aborted
+Event = (
+    AssociationRequested
+    | AssociationAccepted
+    | AssociationRejected
+    | Fragment
+    | ReleaseRequested
+    | Released
+    | Collided
+    | Aborted
+)
 
 
 class UpperLayer:
@@ -124,7 +159,7 @@ class UpperLayer:
             self._data_left = length
             self._want = PDV_HEADER.size
             return
-        limit = ASSOCIATE_BYTES_MAX if pdu_type is PduType.ASSOCIATE_RQ else 4
+        limit = ASSOCIATE_BYTES_MAX if pdu_type in (PduType.ASSOCIATE_RQ, PduType.ASSOCIATE_AC) else 4
         if length > limit or length < 4:
             raise ProtocolError(f"{pdu_type.name} of {length} bytes", INVALID_PARAMETER)
         self._body_type = pdu_type
@@ -161,6 +196,19 @@ class UpperLayer:
             case Action.ASSOCIATE:
                 self.state = State.STA3
                 return AssociationRequested(_decode_request(pdu))
+            case Action.ACCEPTED:
+                response = _decode_response(pdu)
+                self.state = State.STA6
+                self._limit(response.to_primitive().maximum_length_received)
+                return AssociationAccepted(response)
+            case Action.REJECTED:
+                self.state = State.STA13
+                return AssociationRejected(pdu[7], pdu[8], pdu[9])
+            case Action.RELEASED:
+                self.state = State.STA13
+                return Released()
+            case Action.COLLISION:
+                return Collided(_RELEASE_RP)
             case Action.RELEASE:
                 self.state = State.STA8
                 return ReleaseRequested()
@@ -176,8 +224,22 @@ class UpperLayer:
         """`response` is an encoded A-ASSOCIATE-AC; 0 means that the other side sets no limit."""
         self._expect(State.STA3)
         self.state = State.STA6
-        self.peer_max_pdu_bytes = min(peer_max_pdu_bytes or UNLIMITED_PDU_BYTES, UNLIMITED_PDU_BYTES)
+        self._limit(peer_max_pdu_bytes)
         return response
+
+    def _limit(self, peer_max_pdu_bytes: int) -> None:
+        self.peer_max_pdu_bytes = min(peer_max_pdu_bytes or UNLIMITED_PDU_BYTES, UNLIMITED_PDU_BYTES)
+
+    def request(self, encoded: bytes) -> bytes:
+        """Ask for an association; `encoded` is an A-ASSOCIATE-RQ."""
+        self._expect(State.STA2)
+        self.state = State.STA5
+        return encoded
+
+    def release_request(self) -> bytes:
+        self._expect(State.STA6)
+        self.state = State.STA7
+        return struct.pack(">BxLxxxx", PduType.RELEASE_RQ, 4)
 
     def reject(self, result: int, source: int, reason: int) -> bytes:
         """A-ASSOCIATE-RJ (PS3.8 table 9-21)."""
@@ -188,28 +250,42 @@ class UpperLayer:
     def release_response(self) -> bytes:
         self._expect(State.STA8)
         self.state = State.STA13
-        return struct.pack(">BxLxxxx", PduType.RELEASE_RP, 4)
+        return _RELEASE_RP
 
     def abort(self, source: int, reason: int) -> bytes:
         """A-ABORT; source 0 is the service user, 2 the provider."""
         self.state = State.STA13
         return struct.pack(">BxLxxBB", PduType.ABORT, 4, source, reason)
 
-    def data(self, context_id: int, is_command: bool, payload: bytes) -> bytes:
-        """P-DATA-TF PDUs that carry `payload`, each within the other side's maximum length."""
+    def data(self, context_id: int, is_command: bool, payload: bytes | memoryview, *, last: bool = True) -> bytes:
+        """P-DATA-TF PDUs that carry `payload`, each within the other side's maximum length; `last` ends the command set
+        or data set."""
         room = max(self.peer_max_pdu_bytes - PDV_HEADER.size, 2)
         parts = [payload[start : start + room] for start in range(0, len(payload), room)] or [b""]
-        out = bytearray()
+        out: list[bytes | memoryview] = []
         for number, part in enumerate(parts):
-            control = (1 if is_command else 0) | (2 if number == len(parts) - 1 else 0)
-            out += PDU_HEADER.pack(PduType.DATA_TF, len(part) + PDV_HEADER.size)
-            out += PDV_HEADER.pack(len(part) + 2, context_id, control)
-            out += part
-        return bytes(out)
+            control = (1 if is_command else 0) | (2 if last and number == len(parts) - 1 else 0)
+            out.append(PDU_HEADER.pack(PduType.DATA_TF, len(part) + PDV_HEADER.size))
+            out.append(PDV_HEADER.pack(len(part) + 2, context_id, control))
+            out.append(part)
+        return b"".join(out)
 
     def _expect(self, state: State) -> None:
         if self.state is not state:
             raise RuntimeError(f"in {self.state.name}, not {state.name}")
+
+
+_RELEASE_RP: Final = struct.pack(">BxLxxxx", PduType.RELEASE_RP, 4)
+
+
+def _decode_response(pdu: bytes) -> A_ASSOCIATE_AC:
+    response = A_ASSOCIATE_AC()
+    try:
+        response.decode(pdu)
+        response.to_primitive()
+    except Exception as error:  # as with requests
+        raise ProtocolError(f"malformed A-ASSOCIATE-AC: {error}", INVALID_PARAMETER) from error
+    return response
 
 
 def _decode_request(pdu: bytes) -> A_ASSOCIATE_RQ:

@@ -21,12 +21,15 @@ from storage.model import (
     Leaving,
     Location,
     Put,
+    Task,
+    TaskDone,
     Tombstone,
     Void,
     decode_entry,
     decode_instance,
     decode_leaving,
     decode_location,
+    decode_task,
     encode,
 )
 from storage.rows import SeriesRow, StudyRow, patient_key, series_row, study_row
@@ -46,6 +49,7 @@ TABLES: Final = (
     "study",
     "member",
     "patient",
+    "task",  # ID -> Task that isn't over
 )
 
 
@@ -184,6 +188,24 @@ class Catalogue:
                 if key in spools:
                     found[key] = location
         return found
+
+    def tasks(self) -> list[Task]:
+        """Promised and not over, oldest first."""
+        with self._kv.read() as txn:
+            found = [decode_task(value) for _, value in txn.scan("task")]
+        return sorted(found, key=lambda task: task.at)
+
+    def patients(self) -> Iterator[list[str]]:
+        """The Study Instance UIDs of each patient."""
+        size, studies, before = len(patient_key("")), list[str](), b""
+        for key in self._paged("patient", b"", lambda txn, key, value: key):
+            if key[:size] != before and studies:
+                yield studies
+                studies = []
+            before = key[:size]
+            studies.append(key[size:].decode())
+        if studies:
+            yield studies
 
     # -- instances and above -----------------------------------------------------------------------------------
 
@@ -394,6 +416,10 @@ def _apply(txn: Transaction, entry: Entry, location: Location | None) -> int:
         return _apply_put(txn, entry.seq, operation, location)
     if isinstance(operation, Delete):
         return _apply_delete(txn, entry.seq, operation)
+    if isinstance(operation, Task):
+        txn.put("task", operation.id.encode(), encode(operation))
+    elif isinstance(operation, TaskDone):
+        txn.delete("task", operation.id.encode())
     return 0
 
 

@@ -6,7 +6,7 @@ from typing import Final
 import msgspec
 
 from storage.catalogue import Catalogue, same_copy
-from storage.model import Delete, Entry, Location, Put, Void
+from storage.model import Entry, Location, Put, Void
 from storage.pending import Pendings
 from storage.volume import Volume, holds, set_aside
 from storage.volumes import Volumes
@@ -20,7 +20,7 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
 
     seq: int
     epoch: int
-    kind: str  # "put", "delete", "void"
+    kind: str  # "put", "delete", "void", "task", "taskdone"
     sop_instance: str
     digest: bytes
     copy: str
@@ -84,14 +84,16 @@ class Copies:
             volume, name, put = found
             set_aside(volume, name, reason, {"sop_instance": put.sop_instance})
 
-    def listing(self, start: int, read: bool) -> list[Row]:
-        """Entries from seq `start` on, each with the state of its copy. Blocks."""
+    def listing(self, start: int, read: bool, only: tuple[int, ...] = ()) -> list[Row]:
+        """Entries from seq `start` on, or `only` some, each with the state of its copy. Blocks."""
+        if only:
+            return [self._row(entry, read) for seq in only if (entry := self.entry(seq))]
         return [self._row(entry, read) for entry in self._catalogue.entries(start, LISTING_ENTRIES)]
 
     def _row(self, entry: Entry, read: bool) -> Row:
         put = entry.operation
         if not isinstance(put, Put):
-            return Row(entry.seq, entry.epoch, "delete" if isinstance(put, Delete) else "void", "", b"", "")
+            return Row(entry.seq, entry.epoch, type(put).__name__.lower(), "", b"", "")
         try:
             if read:
                 copy = {True: "good", False: "bad", None: "missing"}[self.good(entry.seq)]

@@ -43,6 +43,12 @@ class Duty:
         """Clients may be answered now. Looked at before every answer, since this process may have been stopped."""
         return self.serving and self._clock() < self.serve_until
 
+    @property
+    def follows(self) -> bool:
+        """This node is a complete standby and hears its primary."""
+        core = self._core
+        return core.joined and core.linked and core.whole and not core.leading
+
     def tell(self, tell: Tell) -> None:
         core = self._core
         self.serve_until = tell.serve_until

@@ -158,6 +158,13 @@ class Healing:
         self._wake.set()
         return False
 
+    async def now(self, seq: int) -> bool:
+        """Somebody wants to read a copy that isn't there or isn't good: make it again at once."""
+        if await self.examine(seq):
+            return True
+        _, location = await self._heal(seq)
+        return location is not None and await self._record({seq: location}) == 1
+
     def _is_online(self, location: Location) -> bool:
         try:
             self._volumes.get(location.volume)

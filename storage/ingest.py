@@ -19,7 +19,7 @@ from storage.copies import Copies
 from storage.duty import Duty
 from storage.incoming import Incoming
 from storage.journal import Journal
-from storage.model import Delete, Entry, Location, Operation, Put
+from storage.model import Delete, Entry, Location, Operation, Put, Task, TaskDone
 from storage.peering import Peering
 from storage.pending import Pending, Pendings
 from storage.replica import Replica
@@ -96,11 +96,11 @@ class Ingest:
         cluster = self._cluster
         return cluster is not None and cluster.degraded == "refuse" and self._core.required == {self._core.node}
 
-    async def delete(self, delete: Delete) -> None:
-        """Commit a deletion; returns when both nodes will carry it out. Raises NotServing."""
+    async def commit(self, operation: Delete | Task | TaskDone) -> None:
+        """Commit a change that brings no bytes; returns when both nodes will carry it out. Raises NotServing."""
         if not self._duty.may_serve:
             raise NotServing("not the primary")
-        pending, waiting = self._pend(delete, 0)
+        pending, waiting = self._pend(operation, 0)
         self._journal.append(pending.entry, None)
         self._flush()
         await asyncio.shield(waiting)

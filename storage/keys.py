@@ -51,6 +51,8 @@ IMAGE: Final = {
     "Columns": 0x00280011,
     "BitsAllocated": 0x00280100,
 }
+# Of each row: how its texts were encoded.
+OF_ALL: Final = {"SpecificCharacterSet": 0x00080005}
 LEVELS: Final = {"PATIENT": PATIENT, "STUDY": STUDY, "SERIES": SERIES, "IMAGE": IMAGE}
 ALL: Final = {**PATIENT, **STUDY, **SERIES, **IMAGE}
 LAST_TAG: Final = max(ALL.values())

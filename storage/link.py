@@ -31,7 +31,7 @@ class Kind(IntEnum):
     FETCH = 6  # payload: seq of the entry; the answer comes as this stream
     MISSING = 7  # answer to FETCH: no copy here either
     SUSPECT = 8  # the bytes that came for this entry weren't those of the record
-    LIST = 9  # payload: msgpack (first seq, whether to read the copies); the answer is LISTING with this stream number
+    LIST = 9  # payload: msgpack (first seq, whether to read the copies, which only); LISTING with this number answers
     LISTING = 10
 
 

@@ -35,7 +35,24 @@ class Void(msgspec.Struct, frozen=True, tag="void"):
     """What is left in the log of an instance that was deleted or replaced: its number."""
 
 
-Operation = Put | Delete | Void
+class Task(msgspec.Struct, frozen=True, tag="task"):
+    """Work that was promised to a client and outlives the primary that promised it."""
+
+    id: str
+    kind: str  # whose business it is
+    by: str  # AE title of the client
+    body: bytes  # MessagePack, as `kind` has it
+    at: float  # wall clock
+
+
+class TaskDone(msgspec.Struct, frozen=True, tag="task-done"):
+    """A task is over, however it ended."""
+
+    id: str
+    outcome: str
+
+
+Operation = Put | Delete | Void | Task | TaskDone
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -82,10 +99,12 @@ _encoder = msgspec.msgpack.Encoder()
 _entry = msgspec.msgpack.Decoder(Entry)
 _instance = msgspec.msgpack.Decoder(Instance)
 _location = msgspec.msgpack.Decoder(Location)
+_task = msgspec.msgpack.Decoder(Task)
 _leaving = msgspec.msgpack.Decoder(Leaving)
 
 encode = _encoder.encode
 decode_entry = _entry.decode
 decode_instance = _instance.decode
 decode_location = _location.decode
+decode_task = _task.decode
 decode_leaving = _leaving.decode

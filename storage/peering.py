@@ -5,7 +5,7 @@ The node whose name sorts first dials, so that there is one connection and not t
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -53,7 +53,7 @@ class Peering:
         workers: Threads,
         find: Callable[[int], tuple[Volume, str, Put] | None],
         lacks: Callable[[int], bool],
-        list_copies: Callable[[int, bool], list[Row]],
+        list_copies: Callable[[int, bool, tuple[int, ...]], list[Row]],
         on_up: Callable[[], None],
         on_down: Callable[[str], None],
         on_message: Callable[[AnyMessage], None],
@@ -307,21 +307,21 @@ class Peering:
 
     # -- giving ------------------------------------------------------------------------------------------------
 
-    async def listing(self, start: int, *, read: bool) -> list[Row]:
-        """What the peer holds from entry `start` on, some hundreds; raises FetchFailed."""
+    async def listing(self, start: int, *, read: bool, only: Sequence[int] = ()) -> list[Row]:
+        """What the peer holds from entry `start` on, some hundreds, or of `only` these; raises FetchFailed."""
         link = self.link
         if link is None:
             raise FetchFailed("no link to the other node")
         self._next_stream += 1
         stream = self._next_stream
         waiting = self._listings[stream] = asyncio.get_running_loop().create_future()
-        link.send(Kind.LIST, stream, msgspec.msgpack.encode((start, read)))
+        link.send(Kind.LIST, stream, msgspec.msgpack.encode((start, read, tuple(only))))
         rows: list[Row] = await waiting
         return rows
 
     async def _give_listing(self, link: Link, stream: int, payload: bytearray) -> None:
-        start, read = msgspec.msgpack.decode(payload, type=tuple[int, bool])
-        rows = await self._workers.run(lambda: self._list(start, read))
+        start, read, only = msgspec.msgpack.decode(payload, type=tuple[int, bool, tuple[int, ...]])
+        rows = await self._workers.run(lambda: self._list(start, read, only))
         link.send(Kind.LISTING, stream, msgspec.msgpack.encode(rows))
 
     async def _serve(self, link: Link, stream: int, seq: int) -> None:

@@ -25,14 +25,14 @@ def patient_key(patient_id: str) -> bytes:
 
 
 def study_row(put: Put) -> StudyRow:
-    kept = {name: put.keys[name] for name in (*keys.PATIENT, *keys.STUDY) if name in put.keys}
+    kept = {name: put.keys[name] for name in (*keys.PATIENT, *keys.STUDY, *keys.OF_ALL) if name in put.keys}
     patient = paths.patient_folder(put.keys.get("PatientID", ""))
     folder = paths.study_folder(put.study, put.keys.get("StudyDate", ""), put.keys.get("Modality", ""))
     return StudyRow(kept, patient, folder)
 
 
 def series_row(put: Put) -> SeriesRow:
-    kept = {name: put.keys[name] for name in keys.SERIES if name in put.keys}
+    kept = {name: put.keys[name] for name in (*keys.SERIES, *keys.OF_ALL) if name in put.keys}
     return SeriesRow(kept, paths.series_folder(put.series, put.keys.get("SeriesNumber", "")))
 
 

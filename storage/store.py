@@ -37,10 +37,11 @@ from storage.healing import Healing
 from storage.ingest import Ingest, NotServing
 from storage.journal import Journal
 from storage.messages import Ack, AnyMessage, Pong, Prepare
-from storage.model import Delete, Entry, Put, encode
+from storage.model import Delete, Entry, Put, Task, TaskDone, encode
 from storage.network import Network
 from storage.peering import Peering
 from storage.pending import Pending, Pendings
+from storage.reading import Reading
 from storage.recovery import recover
 from storage.replica import Replica
 from storage.scrub import Scrub
@@ -124,6 +125,7 @@ class Store:
             reprotect_after_s=storage.reprotect_after_s,
             not_kept=self._not_kept,
         )
+        self.reading = Reading(self.copies, self.healing, self.disk)
         self.scrub = Scrub(*kept, self.journal, self.copies, self.healing, self.disk, storage.scrub_days)
         self.tidying = Tidying(*kept, self.journal, self.disk, in_use=self._spools_in_use, clock=self.clock)
         self.duty = Duty(
@@ -254,6 +256,11 @@ class Store:
         """This node is the primary and may answer now."""
         return self.duty.may_serve
 
+    @property
+    def may_read(self) -> bool:
+        """Queries and retrieves may be answered here: as the primary, or as a standby that follows one."""
+        return self.duty.may_serve or (self.settings.dicom.standby_reads and self.duty.follows)
+
     def tell(self, tell: Tell) -> None:
         self.told = tell
         if tell.cluster_id and not self.cluster_id:
@@ -282,9 +289,13 @@ class Store:
         """Delete a study, series or instance on both nodes. Returns how many instances it was. Raises NotServing."""
         await self.settled()
         before = self.catalogue.counts()["instances"]
-        await self.ingest.delete(delete)
+        await self.ingest.commit(delete)
         await self.settled()
         return before - self.catalogue.counts()["instances"]
+
+    async def commit(self, operation: Task | TaskDone) -> None:
+        """Have both nodes note a task, or its end. Raises NotServing."""
+        await self.ingest.commit(operation)
 
     def _peer_info(self) -> dict[str, Any]:
         """What the peer last said of its volumes."""

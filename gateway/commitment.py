@@ -1,0 +1,243 @@
+"""Storage Commitment, push model (PS3.4 annex J).
+
+A request is promised on both nodes before it is answered. Success is reported only for instances of which both copies
+were read and checked against their digest for this request. The report goes over the association that asked, if it is
+still there and quiet, or else over a new one to the AE as the settings know it, and is tried again until it is taken.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+import structlog
+from pydicom import Dataset
+from pydicom.sequence import Sequence as ItemSequence
+
+from gateway.connection import AssociationEnded
+from gateway.dimse import Status, is_failure
+from gateway.query import BadQuery, decode_identifier, encode_identifier
+from gateway.requestor import Requestor, Unreachable, event_report, whole
+from gateway.retrieve_scp import destination_of
+from gateway.services import Call, Collector, Peer, Services
+from gateway.sop_classes import COMMITMENT, COMMITMENT_INSTANCE, UNCOMPRESSED
+from storage.copies import Row
+from storage.ingest import NotServing
+from storage.model import Instance, Task
+from storage.peering import FetchFailed
+from storage.store import Store
+
+log = structlog.get_logger()
+
+COMMITMENT_TASK: Final = "commitment"
+ACTION_REQUEST: Final = 1
+ALL_COMMITTED, SOME_FAILED = 1, 2  # event types
+ITEMS_MAX: Final = 20000
+CHECK_BATCH: Final = 50
+FIRST_RETRY_S: Final = 2.0
+RETRY_S_MAX: Final = 300.0
+SAME_ASSOCIATION_TIMEOUT_S: Final = 10.0
+DAY_S: Final = 86400.0
+
+Reference = tuple[str, str]  # (SOP class, SOP instance)
+
+
+class CommitmentBody(msgspec.Struct, frozen=True):
+    """What was asked for. `ends` is when a missing second copy is no longer waited for, wall clock."""
+
+    transaction: str
+    items: tuple[Reference, ...]
+    ends: float
+
+
+class Committer(Collector):
+    """N-ACTION on the push model's well-known instance."""
+
+    async def respond(self) -> None:
+        call, services = self._call, self._services
+        request = call.request
+        if request.action_type != ACTION_REQUEST:
+            call.answer(Status.NO_SUCH_ACTION, "action type 1 is the only one")
+            return
+        if request.sop_instance != COMMITMENT_INSTANCE:
+            call.answer(Status.NO_SUCH_SOP_INSTANCE, "not the push model's instance")
+            return
+        try:
+            body = read_request(bytes(self._collected), call, services)
+        except BadQuery as error:
+            call.answer(Status.INVALID_ARGUMENT, str(error))
+            return
+        task = await services.tasks.begin(
+            COMMITMENT_TASK, call.peer.calling_ae, msgspec.msgpack.encode(body), attended=True
+        )
+        services.commitments.remember(task, call.peer, call.context_id)
+        call.answer(Status.SUCCESS)
+        services.tasks.leave(task)
+
+
+def read_request(data: bytes, call: Call, services: Services) -> CommitmentBody:
+    """The action information (PS3.4 table J.3-1). Raises BadQuery."""
+    information = decode_identifier(data, call.transfer_syntax)
+    transaction = str(information.get("TransactionUID", "") or "")
+    references = information.get("ReferencedSOPSequence") or ()
+    items = tuple(
+        (str(item.get("ReferencedSOPClassUID", "") or ""), str(item.get("ReferencedSOPInstanceUID", "") or ""))
+        for item in references
+    )
+    if not transaction:
+        raise BadQuery("no Transaction UID")
+    if not items or len(items) > ITEMS_MAX or not all(instance for _, instance in items):
+        raise BadQuery(f"Referenced SOP Sequence: 1 to {ITEMS_MAX} items, each with its UIDs")
+    return CommitmentBody(transaction, items, time.time() + services.settings.commitment_wait_s)
+
+
+class Commitments:
+    """Checks what is to be committed and reports it, as the tasks of the log say."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._askers: dict[str, tuple[Peer, int]] = {}
+
+    def remember(self, task: Task, peer: Peer, context_id: int) -> None:
+        """The association that asked, as long as it lasts."""
+        self._askers[task.id] = (peer, context_id)
+
+    async def carry_out(self, task: Task) -> str:
+        """Check, then report. Returns the outcome; raises NotServing."""
+        body = msgspec.msgpack.decode(task.body, type=CommitmentBody)
+        store = self._services.store
+        failed = await self._check(store, body)
+        report = _report(body, failed, self._services.settings.aet)
+        event = SOME_FAILED if failed else ALL_COMMITTED
+        ends = task.at + self._services.settings.report_days * DAY_S
+        pause = FIRST_RETRY_S
+        while True:
+            if not store.may_serve:
+                raise NotServing("no longer the primary")
+            if await self._tell_asker(task, event, report) or await self._tell(task.by, event, report):
+                return f"{len(body.items) - len(failed)} committed, {len(failed)} not"
+            if time.time() > ends:
+                log.error("commitment.not_reported", by=task.by, transaction=body.transaction)
+                return "checked, and nobody took the report"
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, RETRY_S_MAX)
+
+    # -- checking ----------------------------------------------------------------------------------------------
+
+    async def _check(self, store: Store, body: CommitmentBody) -> dict[Reference, int]:
+        """Failure reason (PS3.3 C.14.1.1) of each item that can't be committed."""
+        await store.settled()
+        failed: dict[Reference, int] = {}
+        waiting: dict[Reference, Instance] = {}
+        for item in body.items:
+            instance = store.catalogue.instance(item[1])
+            if instance is None:
+                failed[item] = Status.NO_SUCH_SOP_INSTANCE
+            elif instance.put.sop_class != item[0]:
+                failed[item] = Status.CLASS_INSTANCE_CONFLICT
+            else:
+                waiting[item] = instance
+        pause = FIRST_RETRY_S
+        while waiting:
+            for item in await self._safe(store, waiting):
+                del waiting[item]
+            if waiting and time.time() > body.ends:
+                break
+            if waiting:
+                if not store.may_serve:
+                    raise NotServing("no longer the primary")
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, RETRY_S_MAX)
+        return failed | dict.fromkeys(waiting, int(Status.PROCESSING_FAILURE))
+
+    async def _safe(self, store: Store, waiting: dict[Reference, Instance]) -> list[Reference]:
+        """Those whose copies, on each node, are what was stored. A bad one is made again meanwhile."""
+        found: list[Reference] = []
+        items = list(waiting.items())
+        for at in range(0, len(items), CHECK_BATCH):
+            batch = items[at : at + CHECK_BATCH]
+            seqs = tuple(instance.seq for _, instance in batch)
+            try:
+                theirs = await store.peering.listing(0, read=True, only=seqs) if store.core.peer else None
+            except FetchFailed:
+                return found
+            good = None if theirs is None else {row.seq: row for row in theirs}
+            for item, instance in batch:
+                if not await store.healing.examine(instance.seq):
+                    continue
+                if good is None or _is_good(good.get(instance.seq), instance):
+                    found.append(item)
+                else:
+                    store.peering.suspect(instance.seq)
+        return found
+
+    # -- reporting ---------------------------------------------------------------------------------------------
+
+    async def _tell_asker(self, task: Task, event: int, report: Dataset) -> bool:
+        """Over the association that asked, if nothing else happens there now."""
+        peer, context_id = self._askers.pop(task.id, (None, 0))
+        if peer is None or not peer.quiet:
+            return False
+        syntax = peer.contexts[context_id].transfer_syntax
+        return await _sent(peer, context_id, event, encode_identifier(report, syntax), SAME_ASSOCIATION_TIMEOUT_S)
+
+    async def _tell(self, aet: str, event: int, report: Dataset) -> bool:
+        services = self._services
+        destination = destination_of(services, aet)
+        if destination is None:
+            log.warning("commitment.unknown_requester", by=aet, hint="name it in dicom.destinations")
+            return False
+        contexts = [(COMMITMENT, UNCOMPRESSED)]
+        try:
+            association = await Requestor.associate(services.settings.aet, destination, contexts, as_scp=True)
+        except Unreachable as error:
+            log.warning("commitment.unreachable", by=aet, why=str(error))
+            return False
+        try:
+            context_id = association.context_for(COMMITMENT)
+            if context_id is None:
+                log.warning("commitment.refused", by=aet, why="no presentation context")
+                return False
+            data = encode_identifier(report, association.contexts[context_id][1])
+            return await _sent(association, context_id, event, data, destination.timeout_s)
+        finally:
+            await association.release()
+
+
+def _is_good(row: Row | None, instance: Instance) -> bool:
+    return row is not None and row.copy == "good" and row.digest == instance.put.digest
+
+
+async def _sent(sender: Peer | Requestor, context_id: int, event: int, data: bytes, timeout_s: float) -> bool:
+    try:
+        answer = await sender.invoke(
+            context_id, event_report(COMMITMENT, COMMITMENT_INSTANCE, event), whole(data), timeout_s
+        )
+    except (AssociationEnded, TimeoutError):
+        return False
+    return not is_failure(answer.status)
+
+
+def _report(body: CommitmentBody, failed: dict[Reference, int], aet: str) -> Dataset:
+    """The event information (PS3.4 table J.3-2)."""
+    report = Dataset()
+    report.TransactionUID = body.transaction
+    report.RetrieveAETitle = aet
+    good = [item for item in body.items if item not in failed]
+    if good:
+        report.ReferencedSOPSequence = _items(good)
+    if failed:
+        report.FailedSOPSequence = _items(list(failed))
+        for item, reason in zip(report.FailedSOPSequence, failed.values(), strict=True):
+            item.FailureReason = int(reason)
+    return report
+
+
+def _items(references: Sequence[Reference]) -> ItemSequence:
+    items = []
+    for sop_class, sop_instance in references:
+        item = Dataset()
+        item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = sop_class, sop_instance
+        items.append(item)
+    return ItemSequence(items)

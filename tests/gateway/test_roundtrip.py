@@ -1,0 +1,156 @@
+"""Every file of pydicom-data and of pydicom's and pynetdicom's own tests: had back bit for bit, or refused."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pydicom.data
+import pynetdicom.tests
+import pytest
+from pydicom import Dataset, dcmread
+from pydicom.uid import UID
+from pynetdicom import AE, build_role, evt
+from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelGet
+
+from gateway.sop_classes import STORAGE_CLASSES
+from tests.conftest import Gateway
+from tools.dicom_client import Object
+from tools.samples import data_folder
+
+FOLDERS = {
+    "pydicom-data": data_folder(),
+    "pydicom": Path(pydicom.data.__file__).parent,
+    "pynetdicom": Path(pynetdicom.tests.__file__).parent / "dicom_files",
+}
+CONTEXTS_MAX = 120
+
+
+def object_of(path: Path) -> Object | None:
+    """What a sender would make of a file: the bytes of its data set, and the names it gives it. None if it is no DICOM
+    file with an identity that could be proposed."""
+    raw = path.read_bytes()
+    try:
+        head = dcmread(path, force=True, stop_before_pixels=True, specific_tags=["SOPClassUID", "SOPInstanceUID"])
+        sop_class, sop_instance = str(head.SOPClassUID), str(head.SOPInstanceUID)
+        implicit, little = head.original_encoding
+    except Exception:
+        return None
+    guessed = "1.2.840.10008.1.2" if implicit else "1.2.840.10008.1.2.1" if little else "1.2.840.10008.1.2.2"
+    syntax = str(head.file_meta.get("TransferSyntaxUID", "") or guessed)
+    if not (UID(sop_class).is_valid and UID(syntax).is_valid and sop_instance):
+        return None
+    return Object(sop_class, sop_instance, syntax, raw[start_of(raw) :])
+
+
+def start_of(raw: bytes) -> int:
+    """Where the data set begins: after group 0002, whatever its group length says."""
+    at = 132 if raw[128:132] == b"DICM" else 0
+    while raw[at : at + 2] == b"\2\0":
+        long_form = raw[at + 4 : at + 6] in (b"OB", b"UN", b"OW", b"SQ", b"UT")
+        size = (
+            int.from_bytes(raw[at + 8 : at + 12], "little")
+            if long_form
+            else int.from_bytes(raw[at + 6 : at + 8], "little")
+        )
+        at += (12 if long_form else 8) + size
+    return at
+
+
+def all_objects() -> tuple[list[dict[str, Object]], int]:
+    """Rounds of file -> object, and how many files are no composite instances. Encodings of one instance under the same
+    UID are in different rounds: each takes the place of the one before."""
+    rounds: list[dict[str, Object]] = []
+    times: Counter[str] = Counter()
+    left_out = 0
+    for name, folder in FOLDERS.items():
+        for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")):
+            item = object_of(path)
+            if item is None:
+                left_out += 1
+                continue
+            number = times[item.sop_instance]
+            times[item.sop_instance] += 1
+            if number == len(rounds):
+                rounds.append({})
+            rounds[number][f"{name}/{path.relative_to(folder)}"] = item
+    return rounds, left_out
+
+
+def sent(gateway: Gateway, item: Object) -> int | None:
+    """The status, None where no presentation context was accepted."""
+    try:
+        with gateway.client(item) as client:
+            return client.store(item)
+    except KeyError:
+        return None
+
+
+def retrieved(gateway: Gateway, items: list[Object]) -> dict[str, bytes]:
+    """SOP Instance UID -> data set as it came, by C-GET."""
+    got: dict[str, bytes] = {}
+
+    def keep(event: evt.Event) -> int:
+        got[event.request.AffectedSOPInstanceUID] = event.request.DataSet.getvalue()
+        return 0
+
+    kinds = sorted({(item.sop_class, item.transfer_syntax) for item in items})
+    for at in range(0, len(kinds), CONTEXTS_MAX):
+        part = kinds[at : at + CONTEXTS_MAX]
+        wanted = [item for item in items if (item.sop_class, item.transfer_syntax) in part]
+        ae = AE()
+        ae.add_requested_context(StudyRootQueryRetrieveInformationModelGet)
+        for sop_class, syntax in part:
+            ae.add_requested_context(sop_class, syntax)
+        roles = [build_role(sop_class, scp_role=True) for sop_class in {sop_class for sop_class, _ in part}]
+        association = ae.associate(
+            "127.0.0.1", gateway.port, ae_title="TANDEM", ext_neg=roles, evt_handlers=[(evt.EVT_C_STORE, keep)]
+        )
+        assert association.is_established
+        asked = Dataset()
+        asked.QueryRetrieveLevel = "IMAGE"
+        asked.SOPInstanceUID = [item.sop_instance for item in wanted]
+        statuses = [
+            status.Status for status, _ in association.send_c_get(asked, StudyRootQueryRetrieveInformationModelGet)
+        ]
+        association.release()
+        assert statuses[-1] == 0, hex(statuses[-1])
+    return got
+
+
+@pytest.mark.timeout(600)
+def test_every_file_comes_back_bit_for_bit_or_is_refused(
+    new_gateway: Callable[..., Gateway], capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway = new_gateway(TANDEM__STORAGE__DUPLICATES='"replace"')
+    rounds, left_out = all_objects()
+    statuses: dict[str, int | None] = {}
+    different, kept = [], set()
+    for files in rounds:
+        answers = {file: sent(gateway, item) for file, item in files.items()}
+        stored = [files[file] for file, status in answers.items() if status == 0]
+        got = retrieved(gateway, stored)
+        different += [item.sop_instance for item in stored if got.get(item.sop_instance) != item.data]
+        kept |= {item.sop_instance for item in stored}
+        statuses |= answers
+        for file, status in answers.items():
+            is_storage = files[file].sop_class in STORAGE_CLASSES
+            assert status in (0, 0xA900, 0xC000) or (status is None and not is_storage), f"{file}: {status}"
+    with capsys.disabled():
+        print("\n" + table(statuses, left_out))
+    assert not different
+    assert sum(status == 0 for status in statuses.values()) > 220
+    assert gateway.status()["instances"] == len(kept)
+
+
+def table(statuses: dict[str, int | None], left_out: int) -> str:
+    lines = [f"{'from':14}{'stored, same bytes':>20}{'refused':>10}"]
+    for name in FOLDERS:
+        mine = [status for file, status in statuses.items() if file.startswith(f"{name}/")]
+        good = sum(status == 0 for status in mine)
+        lines.append(f"{name:14}{good:>20}{len(mine) - good:>10}")
+    for file, status in statuses.items():
+        if status is None:
+            lines.append(f"  no presentation context (not a storage class): {file}")
+        elif status:
+            lines.append(f"  refused 0x{status:04X}: {file}")
+    return "\n".join([*lines, f"  left out, not a composite instance: {left_out} files"])

@@ -26,7 +26,7 @@ def convert(data: bytes, sop_class: str, sop_instance: str, stored: str, wanted:
         whole = file_header(sop_class, sop_instance, stored, "") + data
         found: Dataset = dcmread(BytesIO(whole))
         if UID(stored).is_compressed and stored != DEFLATED:
-            found.decompress()
+            found.decompress(generate_instance_uid=False)
             was_little = True
         else:
             was_little = UID(stored).is_little_endian

@@ -4,7 +4,6 @@ Each order is a method of `Service`, named as the order with `_` for `-`; its ar
 """
 
 import contextlib
-import errno
 import json
 import os
 import time
@@ -17,10 +16,11 @@ import structlog
 from storage import crash
 from storage.copies import Row
 from storage.incoming import Incoming
-from storage.model import Delete, Location, Put
+from storage.model import Delete
 from storage.peering import FetchFailed
+from storage.reading import Unavailable
 from storage.store import Store
-from storage.volume import READ_BYTES, NoRoom, Volume, VolumeOffline, create_marker
+from storage.volume import READ_BYTES, Volume, VolumeOffline, create_marker
 
 log = structlog.get_logger()
 
@@ -46,6 +46,7 @@ class Service:
             "scrub": self._scrub,
             "verify": self._verify,
             "delete": self._delete,
+            "instances": self._instances,
             "get": self._get,
             "quarantine-list": self._quarantine_list,
             "quarantine-purge": self._quarantine_purge,
@@ -209,6 +210,17 @@ class Service:
         )
         return {"deleted": count}
 
+    async def _instances(self, _: Progress, study: str) -> dict[str, Any]:
+        """The SOP Instance UIDs of a study."""
+        store = self._store
+        await store.settled()
+
+        def found() -> list[str]:
+            series = [uid for uid, _ in store.catalogue.series_of(study)]
+            return [one.put.sop_instance for uid in series for one in store.catalogue.instances_of(study, uid)]
+
+        return {"instances": await store.disk.run(found)}
+
     async def _get(self, _: Progress, sop_instance: str, output: str) -> dict[str, Any]:
         """Write an object's file to `output`, from this node's copy or the peer's, checked against its digest."""
         store = self._store
@@ -216,41 +228,13 @@ class Service:
         instance = store.catalogue.instance(sop_instance)
         if instance is None:
             raise Refused(f"{sop_instance} isn't stored here")
-        where = "this node"
-        if not await store.disk.run(self._write_local, instance.seq, output):
-            where = "the other node"
-            entry = store.copies.entry(instance.seq)
-            if entry is None or not isinstance(entry.operation, Put):
-                raise Refused(f"{sop_instance} was deleted just now")
-            store.healing.suspect(instance.seq)
-            try:
-                location = await store.follower.obtain(entry, entry.operation)
-            except (FetchFailed, NoRoom) as error:
-                raise Refused(f"{sop_instance} is temporarily unavailable: {error}") from error
-            await store.disk.run(self._take, location, output)
-        return {"sop_instance": sop_instance, "from": where, "output": output}
-
-    def _write_local(self, seq: int, output: str) -> bool:
-        store = self._store
+        had = await store.disk.run(store.copies.find, instance.seq) is not None
         try:
-            if not store.copies.good(seq):
-                return False
-            found = store.copies.find(seq)
-        except OSError:
-            return False
-        if found is None:
-            return False
-        _copy_out(found[0], found[1], output)
-        return True
-
-    def _take(self, location: Location, output: str) -> None:
-        volume = self._store.volumes.get(location.volume)
-        name = volume.locate(location)
-        if name is None:
-            raise FileNotFoundError(errno.ENOENT, "it was moved just now; try again")
-        _copy_out(volume, name, output)
-        if not location.path:  # fetched for this only
-            volume.remove(name)
+            source = await store.reading.open(instance)
+        except Unavailable as error:
+            raise Refused(str(error)) from error
+        await store.disk.run(_copy_out, source.volume, source.name, output)
+        return {"sop_instance": sop_instance, "from": "this node" if had else "the other node", "output": output}
 
     # -- quarantine --------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis  # noqa: F401 - its plugin imports it at the end, where Python 3.11.7 may fail to parse it
 import pytest
 
 from tools.dicom_client import DicomClient, Object

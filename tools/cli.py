@@ -17,6 +17,7 @@ from tools.operate import COMMANDS as OPERATOR_COMMANDS
 from tools.rebuild_command import rebuild_index
 from tools.settings_option import EXIT_CONFIG, Failure, config_option, settings_of
 from tools.status import ask, render
+from tools.transfer import COMMANDS as TRANSFER_COMMANDS
 
 EXIT_AWAY = 3
 
@@ -141,5 +142,5 @@ def _add_lab_commands() -> None:
 
 
 _add_lab_commands()
-for operator_command in (*OPERATOR_COMMANDS, rebuild_index):
+for operator_command in (*OPERATOR_COMMANDS, *TRANSFER_COMMANDS, rebuild_index):
     main.add_command(operator_command)

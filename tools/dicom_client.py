@@ -7,10 +7,8 @@ import socket
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
-from pydicom import dcmread
 from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RQ
 from pynetdicom.pdu_primitives import A_ASSOCIATE, ImplementationClassUIDNotification, MaximumLengthNotification
 from pynetdicom.presentation import build_context
@@ -40,28 +38,25 @@ class Object:
         return Object(self.sop_class, sop_instance, self.transfer_syntax, self.data.replace(old, new))
 
 
-def read_object(path: Path) -> Object:
-    """The data set of a Part 10 file, byte for byte."""
-    raw = path.read_bytes()
-    header = dcmread(path, specific_tags=["SOPClassUID", "SOPInstanceUID"], stop_before_pixels=True)
-    meta = header.file_meta
-    length = struct.unpack_from("<L", raw, 132 + 8)[0]
-    start = 132 + 12 + length
-    return Object(str(header.SOPClassUID), str(header.SOPInstanceUID), str(meta.TransferSyntaxUID), raw[start:])
-
-
 class DicomClient:
     """Raises AssociationFailed or OSError."""
 
     def __init__(
-        self, host: str, port: int, called: str, contexts: Sequence[tuple[str, str]], timeout_s: float
+        self,
+        host: str,
+        port: int,
+        called: str,
+        contexts: Sequence[tuple[str, str]],
+        timeout_s: float,
+        *,
+        calling: str = "BENCH",
     ) -> None:
         self._socket = socket.create_connection((host, port), timeout=timeout_s)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._message_id = 0
         self.contexts: dict[tuple[str, str], int] = {}
         self._peer_max = 16384
-        self._associate(called, list(dict.fromkeys(contexts)))
+        self._associate(calling, called, list(dict.fromkeys(contexts)))
 
     def __enter__(self) -> "DicomClient":
         return self
@@ -72,10 +67,10 @@ class DicomClient:
     def close(self) -> None:
         self._socket.close()
 
-    def _associate(self, called: str, contexts: list[tuple[str, str]]) -> None:
+    def _associate(self, calling: str, called: str, contexts: list[tuple[str, str]]) -> None:
         request = A_ASSOCIATE()
         request.application_context_name = "1.2.840.10008.3.1.1.1"
-        request.calling_ae_title, request.called_ae_title = "BENCH", called
+        request.calling_ae_title, request.called_ae_title = calling, called
         request.presentation_context_definition_list = []
         for number, (abstract, transfer) in enumerate(contexts):
             context = build_context(abstract, transfer)

@@ -26,6 +26,7 @@ SUBNET: Final = ipaddress.ip_network("10.99.0.0/24")
 ADDRESSES: Final = {"a": "10.99.0.1", "b": "10.99.0.2", "w": "10.99.0.3", "client": "10.99.0.10"}
 VIP: Final = "10.99.0.100"
 DICOM_PORT: Final = 11112
+VIEWER_PORT: Final = 11113  # of the destination VIEWER, on the client
 HTTP_PORT: Final = 8080
 AET: Final = "TANDEM"
 NODES: Final = ("a", "b")
@@ -185,7 +186,8 @@ class Lab:
         etcd = ", ".join(f'"http://{ADDRESSES[member]}:2379"' for member in _own_first(node))
         self.config(node).write_text(
             f'[node]\nname = "{node}"\nrun_dir = "{folder / "run"}"\n\n'
-            f'[dicom]\naet = "{AET}"\nport = {DICOM_PORT}\n\n'
+            f'[dicom]\naet = "{AET}"\nport = {DICOM_PORT}\n'
+            f'destinations = {{ VIEWER = {{ host = "{ADDRESSES["client"]}", port = {VIEWER_PORT} }} }}\n\n'
             f'[storage]\nstate = "{folder / "state"}"\nvolumes = [{paths}]\nreserve_bytes = {64 << 20}\n\n'
             f'[cluster]\nname = "lab"\naddress = "{ADDRESSES[node]}"\npeer = "{peer}"\n'
             f'peer_address = "{ADDRESSES[peer]}"\netcd = [{etcd}]\nlease_ttl_s = {float(ttl_s)}\n'

@@ -21,7 +21,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="One JSON obj
 path_argument = click.argument("path", type=click.Path(path_type=Path))
 
 
-def _order(config: Path | None, name: str, label: str = "", **given: Any) -> dict[str, Any]:
+def ordered(config: Path | None, name: str, label: str = "", **given: Any) -> dict[str, Any]:
     """Have the node carry out an order, with a progress bar if `label` is given."""
     settings = settings_of(config)
     try:
@@ -76,7 +76,7 @@ def volume_add(config: Path | None, path: Path) -> None:
 @json_option
 def volume_list(config: Path | None, as_json: bool) -> None:
     """Show the volumes of this node."""
-    result = _order(config, "volume-list")
+    result = ordered(config, "volume-list")
 
     def text() -> str:
         return "\n".join(
@@ -94,7 +94,7 @@ def volume_list(config: Path | None, as_json: bool) -> None:
 @json_option
 def volume_drain(config: Path | None, path: Path, as_json: bool) -> None:
     """Move all that lies on PATH to the other volumes; nothing new goes there any more."""
-    result = _order(config, "volume-drain", f"emptying {path}", path=str(path.resolve()))
+    result = ordered(config, "volume-drain", f"emptying {path}", path=str(path.resolve()))
     _say(result, as_json, lambda: f"{path}: {result['moved']} copies moved, {result['left']} left")
 
 
@@ -103,7 +103,7 @@ def volume_drain(config: Path | None, path: Path, as_json: bool) -> None:
 @path_argument
 def volume_retire(config: Path | None, path: Path) -> None:
     """Take an empty volume out of service. Remove it from [storage] volumes too."""
-    _order(config, "volume-retire", path=str(path.resolve()))
+    ordered(config, "volume-retire", path=str(path.resolve()))
     click.echo(f"{path}: retired; remove it from [storage] volumes in the settings")
 
 
@@ -114,7 +114,7 @@ def volume_retire(config: Path | None, path: Path) -> None:
 @json_option
 def scrub(config: Path | None, now: bool, study: str, as_json: bool) -> None:
     """Read this node's copies and check them against their digests; what is bad is made again from the other node."""
-    result = _order(config, "scrub", "checking", study=study)
+    result = ordered(config, "scrub", "checking", study=study)
     _say(
         result,
         as_json,
@@ -131,7 +131,7 @@ def scrub(config: Path | None, now: bool, study: str, as_json: bool) -> None:
 @json_option
 def verify(config: Path | None, quick: bool, as_json: bool) -> None:
     """Compare the two nodes' catalogues and copies and print the differences. Exit 4 if there are any."""
-    result = _order(config, "verify", "comparing", read=not quick)
+    result = ordered(config, "verify", "comparing", read=not quick)
 
     def text() -> str:
         verdict = "the same" if result["same"] else f"{result['count']} differences"
@@ -152,7 +152,7 @@ def verify(config: Path | None, quick: bool, as_json: bool) -> None:
 def delete(config: Path | None, study: str, series: str, instance: str, reason: str, as_json: bool) -> None:
     """Delete a study, series or instance on both nodes. The files stay in quarantine until they are purged."""
     given = {"study": study, "series": series, "sop_instance": instance, "reason": reason, "by": getpass.getuser()}
-    result = _order(config, "delete", **given)
+    result = ordered(config, "delete", **given)
     _say(result, as_json, lambda: f"{result['deleted']} instances deleted")
 
 
@@ -164,7 +164,7 @@ def delete(config: Path | None, study: str, series: str, instance: str, reason: 
 def get(config: Path | None, sop_instance: str, output: Path | None, as_json: bool) -> None:
     """Write an object's file, from this node's copy or the other's, checked against its digest."""
     target = (output or Path(f"{sop_instance}.dcm")).resolve()
-    result = _order(config, "get", sop_instance=sop_instance, output=str(target))
+    result = ordered(config, "get", sop_instance=sop_instance, output=str(target))
     _say(result, as_json, lambda: f"{target} (from {result['from']})")
 
 
@@ -178,7 +178,7 @@ def quarantine() -> None:
 @json_option
 def quarantine_list(config: Path | None, as_json: bool) -> None:
     """Show the quarantined objects of this node with their reasons."""
-    result = _order(config, "quarantine-list")
+    result = ordered(config, "quarantine-list")
     _say(
         result,
         as_json,
@@ -198,7 +198,7 @@ def quarantine_list(config: Path | None, as_json: bool) -> None:
 def quarantine_restore(config: Path | None, ids: tuple[str, ...]) -> None:
     """Store quarantined objects again, as if they were sent anew; they leave the quarantine when that succeeded."""
     settings = settings_of(config)
-    known = {one["id"]: Path(one["file"]) for one in _order(config, "quarantine-list")["objects"]}
+    known = {one["id"]: Path(one["file"]) for one in ordered(config, "quarantine-list")["objects"]}
     for one in ids:
         if one not in known:
             raise Failure(f"{one} isn't in the quarantine of this node", 1)
@@ -206,7 +206,7 @@ def quarantine_restore(config: Path | None, ids: tuple[str, ...]) -> None:
             restore(known[one], settings)
         except RestoreFailed as error:
             raise Failure(f"{one}: {error}", 1) from error
-        _order(config, "quarantine-purge", older_than_days=0, ids=[one])
+        ordered(config, "quarantine-purge", older_than_days=0, ids=[one])
         click.echo(f"{one}: stored")
 
 
@@ -216,7 +216,7 @@ def quarantine_restore(config: Path | None, ids: tuple[str, ...]) -> None:
 @click.confirmation_option(prompt="Delete these objects for good?")
 def quarantine_purge(config: Path | None, days: float) -> None:
     """Delete quarantined objects for good."""
-    click.echo(f"{_order(config, 'quarantine-purge', older_than_days=days)['purged']} objects purged")
+    click.echo(f"{ordered(config, 'quarantine-purge', older_than_days=days)['purged']} objects purged")
 
 
 COMMANDS: tuple[click.Command, ...] = (volume, scrub, verify, delete, get, quarantine)

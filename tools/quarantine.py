@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from pydicom.filereader import read_file_meta_info
-
 from conf.settings import Settings
-from tools.dicom_client import AssociationFailed, DicomClient, Object
+from tools.dicom_client import AssociationFailed, DicomClient
+from tools.dicom_files import NotAnInstance, read_object
 
 TIMEOUT_S = 60.0
 
@@ -16,18 +15,10 @@ class RestoreFailed(Exception):
 
 def restore(file: Path, settings: Settings) -> None:
     """Raises RestoreFailed."""
-    raw = file.read_bytes()
     try:
-        meta = read_file_meta_info(file)
-        start = 144 + int(meta.FileMetaInformationGroupLength)
-        item = Object(
-            str(meta.MediaStorageSOPClassUID),
-            str(meta.MediaStorageSOPInstanceUID),
-            str(meta.TransferSyntaxUID),
-            raw[start:],
-        )
-    except Exception as error:  # whatever pydicom makes of a file that may be damaged
-        raise RestoreFailed(f"not a readable DICOM file: {type(error).__name__}") from error
+        item = read_object(file)
+    except (NotAnInstance, OSError) as error:
+        raise RestoreFailed(str(error)) from error
     host = settings.cluster.vips[0].split("/")[0] if settings.cluster and settings.cluster.vips else "127.0.0.1"
     context = [(item.sop_class, item.transfer_syntax)]
     try:

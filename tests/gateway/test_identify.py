@@ -19,7 +19,7 @@ from gateway.identify import Identity, Unreadable, _identity, _parse, identify
 from gateway.scan import GiveUp, Scanner
 from storage import keys
 from tests.builders import dataset, encoded
-from tools.dicom_client import read_object
+from tools.dicom_files import read_object
 from tools.samples import data_folder
 
 

@@ -7,14 +7,15 @@ from pathlib import Path
 import pydicom.data
 import pynetdicom.tests
 import pytest
-from pydicom import Dataset, dcmread
-from pydicom.uid import UID
+from pydicom import Dataset
 from pynetdicom import AE, build_role, evt
 from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelGet
 
 from gateway.sop_classes import STORAGE_CLASSES
+from tests.builders import item
 from tests.conftest import Gateway
 from tools.dicom_client import Object
+from tools.dicom_files import NotAnInstance, read_object
 from tools.samples import data_folder
 
 FOLDERS = {
@@ -25,37 +26,6 @@ FOLDERS = {
 CONTEXTS_MAX = 120
 
 
-def object_of(path: Path) -> Object | None:
-    """What a sender would make of a file: the bytes of its data set, and the names it gives it. None if it is no DICOM
-    file with an identity that could be proposed."""
-    raw = path.read_bytes()
-    try:
-        head = dcmread(path, force=True, stop_before_pixels=True, specific_tags=["SOPClassUID", "SOPInstanceUID"])
-        sop_class, sop_instance = str(head.SOPClassUID), str(head.SOPInstanceUID)
-        implicit, little = head.original_encoding
-    except Exception:
-        return None
-    guessed = "1.2.840.10008.1.2" if implicit else "1.2.840.10008.1.2.1" if little else "1.2.840.10008.1.2.2"
-    syntax = str(head.file_meta.get("TransferSyntaxUID", "") or guessed)
-    if not (UID(sop_class).is_valid and UID(syntax).is_valid and sop_instance):
-        return None
-    return Object(sop_class, sop_instance, syntax, raw[start_of(raw) :])
-
-
-def start_of(raw: bytes) -> int:
-    """Where the data set begins: after group 0002, whatever its group length says."""
-    at = 132 if raw[128:132] == b"DICM" else 0
-    while raw[at : at + 2] == b"\2\0":
-        long_form = raw[at + 4 : at + 6] in (b"OB", b"UN", b"OW", b"SQ", b"UT")
-        size = (
-            int.from_bytes(raw[at + 8 : at + 12], "little")
-            if long_form
-            else int.from_bytes(raw[at + 6 : at + 8], "little")
-        )
-        at += (12 if long_form else 8) + size
-    return at
-
-
 def all_objects() -> tuple[list[dict[str, Object]], int]:
     """Rounds of file -> object, and how many files are no composite instances. Encodings of one instance under the same
     UID are in different rounds: each takes the place of the one before."""
@@ -64,15 +34,16 @@ def all_objects() -> tuple[list[dict[str, Object]], int]:
     left_out = 0
     for name, folder in FOLDERS.items():
         for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")):
-            item = object_of(path)
-            if item is None:
+            try:
+                found = read_object(path)
+            except NotAnInstance:
                 left_out += 1
                 continue
-            number = times[item.sop_instance]
-            times[item.sop_instance] += 1
+            number = times[found.sop_instance]
+            times[found.sop_instance] += 1
             if number == len(rounds):
                 rounds.append({})
-            rounds[number][f"{name}/{path.relative_to(folder)}"] = item
+            rounds[number][f"{name}/{path.relative_to(folder)}"] = found
     return rounds, left_out
 
 
@@ -154,3 +125,38 @@ def table(statuses: dict[str, int | None], left_out: int) -> str:
         elif status:
             lines.append(f"  refused 0x{status:04X}: {file}")
     return "\n".join([*lines, f"  left out, not a composite instance: {left_out} files"])
+
+
+def element(tag: int, vr: str, value: bytes) -> bytes:
+    head = (tag >> 16).to_bytes(2, "little") + (tag & 0xFFFF).to_bytes(2, "little") + vr.encode()
+    if vr in ("OB", "UN"):
+        return head + bytes(2) + len(value).to_bytes(4, "little") + value
+    return head + len(value).to_bytes(2, "little") + value
+
+
+ITEM, ITEM_END = bytes.fromhex("feff00e0ffffffff"), bytes.fromhex("feff0de000000000")
+SEQUENCE_END = bytes.fromhex("feffdde000000000")
+UNDEFINED = b"\xff" * 4
+ODD = {
+    "wrong group length": lambda data: element(0x00080000, "UL", (9999).to_bytes(4, "little")) + data,
+    "odd length": lambda data: data.replace(element(0x00100020, "LO", b"T1"), element(0x00100020, "LO", b"T12")),
+    "undefined lengths": lambda data: data.replace(
+        element(0x00100020, "LO", b"T1"),
+        element(0x00100020, "LO", b"T1")
+        + bytes.fromhex("10000210") + b"SQ" + bytes(2) + UNDEFINED
+        + ITEM + element(0x00100020, "LO", b"T2") + ITEM_END + SEQUENCE_END,
+    ),
+    "trailing padding": lambda data: data + element(0xFFFCFFFC, "OB", bytes(6)),
+    "private elements without creator": lambda data: data.replace(
+        element(0x00100020, "LO", b"T1"), element(0x00100020, "LO", b"T1") + element(0x00110099, "UN", b"\1\2\3")
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_data_sets_are_kept_as_they_are(gateway: Gateway, kind: str) -> None:
+    plain = item()
+    odd = Object(plain.sop_class, plain.sop_instance, plain.transfer_syntax, ODD[kind](plain.data))
+    assert odd.data != plain.data
+    assert sent(gateway, odd) == 0
+    assert retrieved(gateway, [odd]) == {odd.sop_instance: odd.data}

@@ -11,7 +11,7 @@ from pydicom.uid import UID
 
 from gateway.part10 import file_header
 from gateway.transcode import TARGETS, CannotConvert, convert
-from tools.dicom_client import read_object
+from tools.dicom_files import read_object
 
 TRAILING_PADDING = 0xFFFCFFFC
 FILES = {  # one for each kind of encoding

@@ -1,6 +1,7 @@
 """Independent software that the tests talk to: started, asked, ended."""
 
 import json
+import ssl
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -54,8 +55,8 @@ def dcmjs(port: int, operation: str, *arguments: object, calling: str = "DCMJS")
 class Scp:
     """A pynetdicom application that takes what is stored and the reports of commitments."""
 
-    def __init__(self, aet: str, port: int = 0) -> None:
-        self.aet, self.port = aet, port or free_port()
+    def __init__(self, aet: str, port: int = 0, host: str = HOST) -> None:
+        self.aet, self.port, self.host = aet, port or free_port(), host
         self.stored: dict[str, bytes] = {}
         self.syntaxes: dict[str, str] = {}
         self.originators: list[tuple[str, int]] = []
@@ -64,6 +65,7 @@ class Scp:
         self.before: Any = None
         self._ae = AE(aet)
         self._server: Any = None
+        self._tls: ssl.SSLContext | None = None
 
     def takes(self, *transfer_syntaxes: str) -> "Scp":
         """Every storage class, in these transfer syntaxes (default: pynetdicom's)."""
@@ -73,9 +75,15 @@ class Scp:
         self._ae.add_supported_context(Verification)
         return self
 
+    def with_tls(self, context: ssl.SSLContext) -> "Scp":
+        self._tls = context
+        return self
+
     def __enter__(self) -> "Scp":
         handlers = [(evt.EVT_C_STORE, self._keep), (evt.EVT_N_EVENT_REPORT, self._report)]
-        self._server = self._ae.start_server((HOST, self.port), block=False, evt_handlers=handlers)
+        self._server = self._ae.start_server(
+            (self.host, self.port), block=False, evt_handlers=handlers, ssl_context=self._tls
+        )
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -19,7 +19,7 @@ from storage import crash, healing, incoming, scrub, tidying
 from storage.catalogue import Catalogue
 from storage.control import Report, Tell
 from storage.ingest import Conflict, NotServing
-from storage.model import Delete, Put, Void
+from storage.model import Delete, Put, Task, TaskDone, Void
 from storage.store import Store
 from storage.surroundings import Surroundings
 from storage.volume import NoRoom, VolumeOffline, digest_of
@@ -160,6 +160,15 @@ class StoreGateway:
             return
         done("")
 
+    async def change_task(self, change: Task | TaskDone, done: Callable[[], None]) -> None:
+        if self.store is None:
+            return
+        try:
+            await self.store.commit(change)
+        except NotServing:
+            return
+        done()
+
     async def read(self, uid: str, check: Callable[[bytes | None], None]) -> None:
         store = self.store
         if store is None or not store.may_serve:
@@ -214,6 +223,7 @@ class StoreWorld(World):
     def __init__(self, seed: int) -> None:
         super().__init__(seed, StoreGateway)  # type: ignore[arg-type]
         self.objects: dict[str, Object] = {}
+        self.tasks: dict[str, str] = {}  # ID -> "promised" (answered), "ending" (asked for), "over" (answered)
         self.chaos_s, self.settle_s = CHAOS_S, SETTLE_S
         self._number = 0
         # Now and then both copies of an object may be destroyed: then it may be unavailable, but never wrong.
@@ -232,7 +242,9 @@ class StoreWorld(World):
                 continue
             choice = self.rng.random()
             known = [uid for uid, one in self.objects.items() if one.acknowledged and not (one.deleting or one.busy)]
-            if choice < 0.12 and known:
+            if choice < 0.03:
+                self._change_task(node.gateway)
+            elif choice < 0.12 and known:
                 self._delete(node.gateway, self.rng.choice(known))
             elif choice < 0.2 and known:
                 self._put(node.gateway, self.rng.choice(known))
@@ -259,6 +271,19 @@ class StoreWorld(World):
                     one.versions = [digest]
 
         gateway.spawn(gateway.put(uid, payload, done))
+
+    def _change_task(self, gateway: StoreGateway) -> None:
+        """Promise something, or end what was promised."""
+        promised = [task for task, state in self.tasks.items() if state == "promised"]
+        change: Task | TaskDone
+        if promised and self.rng.random() < 0.5:
+            name, state = self.rng.choice(promised), "over"
+            self.tasks[name], change = "ending", TaskDone(name, "done")
+        else:
+            self._number += 1
+            name, state = f"task {self._number}", "promised"
+            change = Task(name, "kind", AE, b"", float(self._number))
+        gateway.spawn(gateway.change_task(change, lambda: self.tasks.update({name: state})))
 
     def _delete(self, gateway: StoreGateway, uid: str) -> None:
         one = self.objects[uid]
@@ -460,6 +485,10 @@ class StoreWorld(World):
                     held[f"{disk.volume_id}/{name.removeprefix('archive/')}"] = 1
                 elif name.startswith("spool/") and not self.careless:
                     raise Violation(f"D: {name} is left in the spool of {path} on node {node.name}")
+        there = {task.id for task in catalogue.tasks()}
+        for name, state in self.tasks.items():
+            if (state == "promised" and name not in there) or (state == "over" and name in there):
+                raise Violation(f"A: {name} is {state}, and node {node.name} has it otherwise")
         for uid, one in self.objects.items():
             instance = catalogue.instance(uid)
             if one.deleted and instance is not None:

@@ -5,6 +5,7 @@ import re
 import click
 
 from tools.cli import main
+from tools.conformance import DOCUMENT, TABLES, renewed
 from tools.structure import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -50,3 +51,9 @@ def test_architecture_names_every_package_file() -> None:
         if path.name != "__init__.py"
     ]
     assert [name for name in files if name.split("/")[1] not in ARCHITECTURE] == []
+
+
+def test_conformance_statement_is_that_of_the_code() -> None:
+    text = DOCUMENT.read_text()
+    assert set(re.findall(r"<!-- table: ([a-z-]+) -->", text)) == set(TABLES)
+    assert renewed(text) == text, "run `python -m tools.conformance`"

@@ -11,6 +11,7 @@ import structlog
 import uvloop
 
 from conf.settings import Settings
+from gateway.offering import Offering
 from gateway.server import DicomServer
 from storage.control_socket import ControlServer
 from storage.effects import InvariantBroken
@@ -43,6 +44,7 @@ async def _main(settings: Settings) -> int:
     await store.start()
     await control.start()
     await server.start()
+    server.spawn(Offering(store, settings).run())
     store.fatal.add_done_callback(lambda _: stop.set())
     await stop.wait()
     if store.fatal.done():

@@ -32,6 +32,7 @@ from storage.model import (
     decode_task,
     encode,
 )
+from storage.quarantine import DIVERGED
 from storage.rows import SeriesRow, StudyRow, patient_key, series_row, study_row
 
 T = TypeVar("T")
@@ -214,6 +215,11 @@ class Catalogue:
             value = txn.get("instance", sop_instance.encode())
         return decode_instance(value) if value is not None else None
 
+    def is_deleted(self, sop_instance: str) -> bool:
+        """It was deleted and not stored again since."""
+        with self._kv.read() as txn:
+            return txn.get("tombstone", sop_instance.encode()) is not None
+
     def studies(self, patient_id: str | None = None) -> Iterator[tuple[str, StudyRow]]:
         """(Study Instance UID, row) of all studies, or of one patient's."""
         if patient_id is not None:
@@ -380,7 +386,7 @@ def _truncate(txn: Transaction, after: int) -> None:
     dropped = [decode_entry(value) for _, value in txn.scan("log", seq_key(after + 1))]
     for entry in dropped:
         if isinstance(entry.operation, Put):
-            _withdraw(txn, entry.seq, entry.operation.sop_instance, "diverged: prepared here and not committed")
+            _withdraw(txn, entry.seq, entry.operation.sop_instance, DIVERGED)
         txn.delete("log", seq_key(entry.seq))
 
 

@@ -4,7 +4,6 @@ Each order is a method of `Service`, named as the order with `_` for `-`; its ar
 """
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from storage.copies import Row
 from storage.incoming import Incoming
 from storage.model import Delete
 from storage.peering import FetchFailed
+from storage.quarantine import kept, purge
 from storage.reading import Unavailable
 from storage.store import Store
 from storage.volume import READ_BYTES, Volume, VolumeOffline, create_marker
@@ -239,37 +239,21 @@ class Service:
     # -- quarantine --------------------------------------------------------------------------------------------
 
     async def _quarantine_list(self, _: Progress) -> dict[str, Any]:
-        return {"objects": await self._store.disk.run(self._quarantined)}
-
-    def _quarantined(self) -> list[dict[str, Any]]:
-        found = []
-        for volume in self._store.volumes:
-            for note in sorted((volume.path / "quarantine").glob("*.json")):
-                kept = note.with_suffix(".dcm")
-                if kept.exists():
-                    about = _note(note)
-                    about.pop("was", None)  # names a patient's folder
-                    status = kept.stat()
-                    found.append(
-                        {"id": note.stem, "file": str(kept), "bytes": status.st_size, "since": note.stat().st_mtime}
-                        | about
-                    )
-        return found
+        return {"objects": await self._store.disk.run(kept, self._store.volumes)}
 
     async def _quarantine_purge(self, _: Progress, older_than_days: float, ids: list[str] = []) -> dict[str, Any]:  # noqa: B006
         """Delete quarantined objects for good: those named, or all that are older."""
 
-        def purge() -> int:
+        def purge_all() -> int:
             count = 0
-            for one in self._quarantined():
+            for one in kept(self._store.volumes):
                 old = time.time() - float(one["since"]) > older_than_days * DAY_S
                 if one["id"] in ids if ids else old:
-                    Path(one["file"]).unlink(missing_ok=True)
-                    Path(one["file"]).with_suffix(".json").unlink(missing_ok=True)
+                    purge(one)
                     count += 1
             return count
 
-        count = await self._store.disk.run(purge)
+        count = await self._store.disk.run(purge_all)
         log.warning("audit.purged", count=count, older_than_days=older_than_days)
         return {"purged": count}
 
@@ -284,14 +268,6 @@ class Service:
         except ValueError as error:
             raise Refused(str(error)) from error
         return {"armed": point}
-
-
-def _note(note: Path) -> dict[str, Any]:
-    try:
-        about: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
-    except ValueError:
-        return {"reason": "its note was lost with the power"}
-    return about
 
 
 def _copy_out(volume: Volume, name: str, output: str) -> None:

@@ -21,7 +21,7 @@ from tests.builders import dataset, encoded
 from tests.conftest import wait_for
 from tests.interop.clients import Scp
 from tests.system.conftest import heal, other_than, primary_of
-from tools.dicom_client import DicomClient, Object
+from tools.dicom_client import DicomClient, Object, store_command
 from tools.lab import ADDRESSES, AET, DICOM_PORT, VIEWER_PORT, VIP, Lab, inside
 
 FIND = StudyRootQueryRetrieveInformationModelFind
@@ -163,3 +163,27 @@ def test_commitment_is_reported_by_the_next_primary(lab: Lab, study: tuple[str, 
     assert kind == 1
     assert report.TransactionUID == action.TransactionUID
     assert {item.ReferencedSOPInstanceUID for item in report.ReferencedSOPSequence} == set(images)
+
+
+def test_what_diverged_is_offered_again(lab: Lab, study: tuple[str, dict[str, bytes]]) -> None:
+    """An object reaches the old primary's disk only, and its sender never sends it again: it isn't lost all the same."""
+    uid, images = study
+    image = dataset(StudyInstanceUID=uid, SeriesInstanceUID=generate_uid())
+    late = Object(str(CTImageStorage), str(image.SOPInstanceUID), SYNTAX, encoded(image))
+    primary = primary_of(lab)
+    with inside("client"), DicomClient(VIP, DICOM_PORT, AET, [(str(CTImageStorage), SYNTAX)], 60) as client:
+        lab.cut(primary, other_than(primary))
+        lab.cut(primary, "w")
+        command = store_command(1, late.sop_class, late.sop_instance)
+        client.send_raw(client.pdvs(1, command, command=True) + client.pdvs(1, late.data, command=False))
+        wait_for(lambda: lab.primary() == other_than(primary), "the other node to take over")
+    heal(lab)
+    wait_for(
+        lambda: late.sop_instance in lab.order(primary_of(lab), "instances", study=uid)["instances"],
+        "the late one",
+        120,
+    )
+    images[late.sop_instance] = late.data
+    assert got(VIP, uid) == images
+    quarantined = lab.order(primary, "quarantine-list")["objects"]
+    assert late.sop_instance not in [one.get("sop_instance") for one in quarantined]

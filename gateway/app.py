@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import logging
 import resource
 import signal
 import sys
+import warnings
 from typing import Any
 
 import structlog
@@ -27,6 +29,8 @@ def run(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT; returns the exit code."""
     # A disk thread that was handed work gets the interpreter at once, and not only when the event loop next waits.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    warnings.filterwarnings("ignore", module="pydicom")  # they name values, of patients too
+    logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)  # as do its tracebacks; we say ourselves what went wrong
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a lack of descriptors must not look like a bad disk
     return uvloop.run(_main(settings))

@@ -10,7 +10,7 @@ from gateway import negotiate
 from gateway.connection import Connection, is_response
 from gateway.dimse import Command, CommandReceived, DataReceived
 from gateway.dispatch import receiver
-from gateway.services import Call, Ignorer, Receiver
+from gateway.services import Call, Ignorer, Receiver, place_of
 from gateway.states import State
 from gateway.upper_layer import (
     Aborted,
@@ -209,7 +209,7 @@ class Association(Connection):
                 self._server.spawn(message.abandon())
                 raise
             except Exception as error:  # top of the loop: this association ends, the others go on
-                log.exception("service.failed", error=f"{type(error).__name__}: {error}")
+                log.error("service.failed", error=place_of(error))
                 self._abort(0, 0, "internal error")
                 return
             finally:

@@ -7,20 +7,20 @@ still there and quiet, or else over a new one to the AE as the settings know it,
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Final
 
 import msgspec
 import structlog
 from pydicom import Dataset
-from pydicom.sequence import Sequence as ItemSequence
+from pydicom.sequence import Sequence
 
 from gateway.connection import AssociationEnded
 from gateway.dimse import Status, is_failure
-from gateway.query import BadQuery, decode_identifier, encode_identifier
+from gateway.query import BadQuery, encode_identifier
 from gateway.requestor import Requestor, Unreachable, event_report, whole
 from gateway.retrieve_scp import destination_of
-from gateway.services import Call, Collector, Peer, Services
+from gateway.services import Collector, Peer, Services
 from gateway.sop_classes import COMMITMENT, COMMITMENT_INSTANCE, UNCOMPRESSED
 from storage.copies import Row
 from storage.ingest import NotServing
@@ -37,10 +37,13 @@ ITEMS_MAX: Final = 20000
 CHECK_BATCH: Final = 50
 FIRST_RETRY_S: Final = 2.0
 RETRY_S_MAX: Final = 300.0
-SAME_ASSOCIATION_TIMEOUT_S: Final = 10.0
+ANSWER_S: Final = 30.0
+CHECKS_AT_ONCE: Final = 2
+OPEN_TASKS_MAX: Final = 1000  # of one AE
 DAY_S: Final = 86400.0
 
 Reference = tuple[str, str]  # (SOP class, SOP instance)
+Failed = dict[Reference, int]  # with the failure reason
 
 
 class CommitmentBody(msgspec.Struct, frozen=True):
@@ -54,6 +57,8 @@ class CommitmentBody(msgspec.Struct, frozen=True):
 class Committer(Collector):
     """N-ACTION on the push model's well-known instance."""
 
+    bytes_max = ITEMS_MAX * 256
+
     async def respond(self) -> None:
         call, services = self._call, self._services
         request = call.request
@@ -63,8 +68,11 @@ class Committer(Collector):
         if request.sop_instance != COMMITMENT_INSTANCE:
             call.answer(Status.NO_SUCH_SOP_INSTANCE, "not the push model's instance")
             return
+        if sum(task.by == call.peer.calling_ae for task in services.store.catalogue.tasks()) >= OPEN_TASKS_MAX:
+            call.answer(Status.RESOURCE_LIMITATION, "too many requests of yours are still open")
+            return
         try:
-            body = read_request(bytes(self._collected), call, services)
+            body = read_request(await self._identifier(), services)
         except BadQuery as error:
             call.answer(Status.INVALID_ARGUMENT, str(error))
             return
@@ -76,11 +84,12 @@ class Committer(Collector):
         services.tasks.leave(task)
 
 
-def read_request(data: bytes, call: Call, services: Services) -> CommitmentBody:
+def read_request(information: Dataset, services: Services) -> CommitmentBody:
     """The action information (PS3.4 table J.3-1). Raises BadQuery."""
-    information = decode_identifier(data, call.transfer_syntax)
     transaction = str(information.get("TransactionUID", "") or "")
     references = information.get("ReferencedSOPSequence") or ()
+    if not isinstance(references, Sequence):
+        raise BadQuery("Referenced SOP Sequence isn't a sequence")
     items = tuple(
         (str(item.get("ReferencedSOPClassUID", "") or ""), str(item.get("ReferencedSOPInstanceUID", "") or ""))
         for item in references
@@ -98,6 +107,7 @@ class Commitments:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._askers: dict[str, tuple[Peer, int]] = {}
+        self._checking = asyncio.Semaphore(CHECKS_AT_ONCE)
 
     def remember(self, task: Task, peer: Peer, context_id: int) -> None:
         """The association that asked, as long as it lasts."""
@@ -107,15 +117,14 @@ class Commitments:
         """Check, then report. Returns the outcome; raises NotServing."""
         body = msgspec.msgpack.decode(task.body, type=CommitmentBody)
         store = self._services.store
-        failed = await self._check(store, body)
-        report = _report(body, failed, self._services.settings.aet)
-        event = SOME_FAILED if failed else ALL_COMMITTED
+        async with self._checking:
+            failed = await self._check(store, body)
         ends = task.at + self._services.settings.report_days * DAY_S
         pause = FIRST_RETRY_S
         while True:
             if not store.may_serve:
                 raise NotServing("no longer the primary")
-            if await self._tell_asker(task, event, report) or await self._tell(task.by, event, report):
+            if await self._tell_asker(task, body, failed) or await self._tell(task.by, body, failed):
                 return f"{len(body.items) - len(failed)} committed, {len(failed)} not"
             if time.time() > ends:
                 log.error("commitment.not_reported", by=task.by, transaction=body.transaction)
@@ -125,7 +134,7 @@ class Commitments:
 
     # -- checking ----------------------------------------------------------------------------------------------
 
-    async def _check(self, store: Store, body: CommitmentBody) -> dict[Reference, int]:
+    async def _check(self, store: Store, body: CommitmentBody) -> Failed:
         """Failure reason (PS3.3 C.14.1.1) of each item that can't be committed."""
         await store.settled()
         failed: dict[Reference, int] = {}
@@ -174,15 +183,22 @@ class Commitments:
 
     # -- reporting ---------------------------------------------------------------------------------------------
 
-    async def _tell_asker(self, task: Task, event: int, report: Dataset) -> bool:
+    async def _tell_asker(self, task: Task, body: CommitmentBody, failed: Failed) -> bool:
         """Over the association that asked, if nothing else happens there now."""
-        peer, context_id = self._askers.pop(task.id, (None, 0))
-        if peer is None or not peer.quiet:
+        peer, context_id = self._askers.get(task.id, (None, 0))
+        if peer is None:
             return False
-        syntax = peer.contexts[context_id].transfer_syntax
-        return await _sent(peer, context_id, event, encode_identifier(report, syntax), SAME_ASSOCIATION_TIMEOUT_S)
+        if not peer.may_send:
+            del self._askers[task.id]
+            return False
+        if not peer.quiet:
+            return False
+        told = await self._send(peer, context_id, peer.contexts[context_id].transfer_syntax, body, failed)
+        if told:
+            del self._askers[task.id]
+        return told
 
-    async def _tell(self, aet: str, event: int, report: Dataset) -> bool:
+    async def _tell(self, aet: str, body: CommitmentBody, failed: Failed) -> bool:
         services = self._services
         destination = destination_of(services, aet)
         if destination is None:
@@ -199,27 +215,31 @@ class Commitments:
             if context_id is None:
                 log.warning("commitment.refused", by=aet, why="no presentation context")
                 return False
-            data = encode_identifier(report, association.contexts[context_id][1])
-            return await _sent(association, context_id, event, data, destination.timeout_s)
+            return await self._send(association, context_id, association.contexts[context_id][1], body, failed)
         finally:
             await association.release()
+
+    async def _send(
+        self, sender: Peer | Requestor, context_id: int, syntax: str, body: CommitmentBody, failed: Failed
+    ) -> bool:
+        """Whether the report was taken."""
+        loop, aet = asyncio.get_running_loop(), self._services.settings.aet
+        data = await loop.run_in_executor(
+            self._services.executor, lambda: encode_identifier(_report(body, failed, aet), syntax)
+        )
+        event = event_report(COMMITMENT, COMMITMENT_INSTANCE, SOME_FAILED if failed else ALL_COMMITTED)
+        try:
+            answer = await sender.invoke(context_id, event, whole(data), ANSWER_S)
+        except (AssociationEnded, TimeoutError):
+            return False
+        return not is_failure(answer.status)
 
 
 def _is_good(row: Row | None, instance: Instance) -> bool:
     return row is not None and row.copy == "good" and row.digest == instance.put.digest
 
 
-async def _sent(sender: Peer | Requestor, context_id: int, event: int, data: bytes, timeout_s: float) -> bool:
-    try:
-        answer = await sender.invoke(
-            context_id, event_report(COMMITMENT, COMMITMENT_INSTANCE, event), whole(data), timeout_s
-        )
-    except (AssociationEnded, TimeoutError):
-        return False
-    return not is_failure(answer.status)
-
-
-def _report(body: CommitmentBody, failed: dict[Reference, int], aet: str) -> Dataset:
+def _report(body: CommitmentBody, failed: Failed, aet: str) -> Dataset:
     """The event information (PS3.4 table J.3-2)."""
     report = Dataset()
     report.TransactionUID = body.transaction
@@ -234,10 +254,10 @@ def _report(body: CommitmentBody, failed: dict[Reference, int], aet: str) -> Dat
     return report
 
 
-def _items(references: Sequence[Reference]) -> ItemSequence:
+def _items(references: Iterable[Reference]) -> Sequence:
     items = []
     for sop_class, sop_instance in references:
         item = Dataset()
         item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = sop_class, sop_instance
         items.append(item)
-    return ItemSequence(items)
+    return Sequence(items)

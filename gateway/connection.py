@@ -13,6 +13,7 @@ from gateway.upper_layer import Event, Fragment, ProtocolError, UpperLayer
 
 RECEIVE_BYTES: Final = 256 << 10
 MESSAGE_ID_MAX: Final = 0xFFFF
+CLOSE_S: Final = 5.0
 
 
 class AssociationEnded(Exception):
@@ -31,8 +32,8 @@ class Connection(asyncio.BufferedProtocol):
         self._sending = asyncio.Lock()  # a data set of ours is on its way
         self._outstanding: dict[int, asyncio.Future[Request]] = {}
         self._message_id = 0
-        self._idle = asyncio.Event()  # nothing is outstanding
-        self._idle.set()
+        self._given_up: set[int] = set()  # whose answers came too late, or will
+        self._held: list[bytes] = []  # messages that wait for the data set that is on its way
 
     # -- transport ---------------------------------------------------------------------------------------------
 
@@ -83,6 +84,12 @@ class Connection(asyncio.BufferedProtocol):
     def _abort(self, source: int, reason: int, why: str) -> None:
         self._write(self._upper.abort(source, reason))
         self._close()
+        self._loop.call_later(CLOSE_S, self._cut)
+
+    def _cut(self) -> None:
+        """The other side doesn't even read the end of what was sent."""
+        if self._transport:
+            self._transport.abort()
 
     # -- messages ----------------------------------------------------------------------------------------------
 
@@ -97,7 +104,10 @@ class Connection(asyncio.BufferedProtocol):
         out = self._upper.data(context_id, True, command)
         if data is not None:
             out += self._upper.data(context_id, False, data)
-        self._write(out)
+        if self._sending.locked():
+            self._held.append(out)
+        else:
+            self._write(out)
 
     async def drained(self) -> None:
         await self._writable.wait()
@@ -107,42 +117,61 @@ class Connection(asyncio.BufferedProtocol):
     ) -> Request:
         """Send a request with a data set, piece by piece, and wait for its response (as `Request`, with `status`).
 
-        Raises AssociationEnded, TimeoutError, or what `data` raises; after that the association is of no use."""
-        async with self._sending:
-            if not self.may_send:
-                raise AssociationEnded("the association has ended")
-            answer = self._expect_answer()
-            message_id = self._message_id
-            self._write(self._upper.data(context_id, True, encode_command({**elements, 0x0110: message_id})))
+        `timeout_s` is for each piece to be taken, and for the answer. Raises AssociationEnded, TimeoutError, or what
+        `data` raises; when a data set breaks off the association is aborted."""
+        message_id = 0
+        try:
+            async with self._sending:
+                if not self.may_send:
+                    raise AssociationEnded("the association has ended")
+                message_id, answer = self._expect_answer()
+                await self._send_request(context_id, {**elements, 0x0110: message_id}, data, timeout_s)
+            return await asyncio.wait_for(answer, timeout_s)
+        except TimeoutError:
+            self._given_up.add(message_id)
+            raise
+        finally:
+            self._outstanding.pop(message_id, None)
+
+    async def _send_request(
+        self, context_id: int, elements: dict[int, int | str], data: AsyncIterator[memoryview], timeout_s: float
+    ) -> None:
+        whole = False
+        try:
+            self._write(self._upper.data(context_id, True, encode_command(elements)))
             before: memoryview | None = None
             async for piece in data:
                 if before is not None:
-                    await self._send_piece(context_id, before, last=False)
+                    await self._send_piece(context_id, before, timeout_s, last=False)
                 before = piece
-            await self._send_piece(context_id, before or memoryview(b""), last=True)
-        try:
-            return await asyncio.wait_for(answer, timeout_s)
+            await self._send_piece(context_id, before or memoryview(b""), timeout_s, last=True)
+            whole = True
         finally:
-            self._outstanding.pop(message_id, None)
-            if not self._outstanding:
-                self._idle.set()
+            held, self._held = self._held, []
+            if whole and self.may_send:
+                self._write(b"".join(held))
+            elif not whole and self.may_send:
+                self._abort(0, 0, "a data set broke off")
 
-    def _expect_answer(self) -> "asyncio.Future[Request]":
+    def _expect_answer(self) -> "tuple[int, asyncio.Future[Request]]":
         while True:
             self._message_id = self._message_id % MESSAGE_ID_MAX + 1
             if self._message_id not in self._outstanding:
                 break
+        self._given_up.discard(self._message_id)
         answer = self._outstanding[self._message_id] = self._loop.create_future()
-        self._idle.clear()
-        return answer
+        return self._message_id, answer
 
-    async def _send_piece(self, context_id: int, piece: memoryview, *, last: bool) -> None:
+    async def _send_piece(self, context_id: int, piece: memoryview, timeout_s: float, *, last: bool) -> None:
         if not self.may_send:
             raise AssociationEnded("the association has ended")
         self._write(self._upper.data(context_id, False, piece, last=last))
-        await self._writable.wait()
+        await asyncio.wait_for(self._writable.wait(), timeout_s)
 
     def _answered(self, response: Request) -> None:
+        if response.responded_to in self._given_up:
+            self._given_up.discard(response.responded_to)
+            return
         waiting = self._outstanding.get(response.responded_to)
         if waiting is None or waiting.done():
             raise ProtocolError("a response that nobody asked for")

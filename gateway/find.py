@@ -2,18 +2,29 @@
 is read from the file of the (first) instance, so that it can be matched and returned at whatever level it is asked for.
 """
 
-import warnings
-from collections.abc import Callable, Iterator
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from pydicom.charset import convert_encodings, encode_string
+from pydicom.charset import convert_encodings
 from pydicom.datadict import dictionary_VM, dictionary_VR
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 
 from conf.settings import DicomSettings
-from gateway.matching import Matcher, bounds, in_range, is_universal, matcher, matches_element, only_asked, text_of
+from gateway.matching import (
+    Matcher,
+    bounds,
+    element_of,
+    in_range,
+    is_universal,
+    matcher,
+    matches_element,
+    only_asked,
+    text_of,
+)
 from gateway.negotiate import Extended
 from gateway.query import UNIQUE, BadQuery, is_single, level_of, values_of
 from gateway.sop_classes import Model
@@ -71,6 +82,7 @@ class Query:
     ) -> None:
         """Raises BadQuery."""
         self._settings, self._catalogue, self._head = settings, catalogue, head
+        self.until = float("inf")  # time.monotonic()
         self._model, self.level = model, level_of(identifier, model)
         self._names = "fuzzy" if extended.fuzzy_names else settings.name_matching
         self._keys = [element for element in identifier if element.tag.element != 0 and element.keyword not in IGNORED]
@@ -102,18 +114,19 @@ class Query:
     def _combined(self, identifier: Dataset) -> list[tuple[str, str, str, str]]:
         """Combined date and time matching (PS3.4 C.2.2.2.5.1): both ranges together are one range of moments."""
         moments = []
-        for date, time in PAIRS:
-            days, hours = text_of(identifier.get(date)), text_of(identifier.get(time))
-            if date in self._matchers and time in self._matchers and "-" in days and "-" in hours:
+        for date, hour in PAIRS:
+            days, hours = text_of(identifier.get(date)), text_of(identifier.get(hour))
+            if date in self._matchers and hour in self._matchers and "-" in days and "-" in hours:
                 (first, last), (begin, end) = bounds("DA", days), bounds("TM", hours)
-                moments.append((date, time, first and first + begin, last and last + (end or "235959")))
-                del self._matchers[date], self._matchers[time]
+                moments.append((date, hour, first and first + begin, last and last + (end or "235959")))
+                del self._matchers[date], self._matchers[hour]
         return moments
 
     # -- candidates --------------------------------------------------------------------------------------------
 
-    def run(self) -> Iterator[Dataset]:
-        """Matching answers, one identifier each. Blocks; call from a worker thread."""
+    def run(self) -> Iterator[Dataset | None]:
+        """Matching answers, one identifier each. Blocks; call from a worker thread. None where nothing was found up to
+        `until`: whoever asks may go on or not."""
         rows = {
             "PATIENT": self._patients,
             "STUDY": self._studies,
@@ -121,10 +134,12 @@ class Query:
             "IMAGE": self._instances,
         }[self.level]()
         for row in rows:
-            if self._matches_file(row):
+            if row is not None and self._matches_file(row):
                 yield self._answer(row)
+            elif time.monotonic() > self.until:
+                yield None
 
-    def _patients(self) -> Iterator[Row]:
+    def _patients(self) -> Iterator[Row | None]:
         wanted = self._uids["PATIENT"]
         if is_single(wanted):
             groups: Iterator[list[str]] = iter([[uid for uid, _ in self._catalogue.studies(wanted[0])]])
@@ -134,12 +149,16 @@ class Query:
             newest = self._catalogue.study(studies[-1]) if studies else None
             if newest is not None and self._matches(newest.keys, "PATIENT"):
                 yield Row(dict(newest.keys), studies)
+            else:
+                yield None
 
-    def _studies(self) -> Iterator[Row]:
+    def _studies(self) -> Iterator[Row | None]:
         for uid, values in self._study_values():
             found = {**values, "StudyInstanceUID": uid}
             if self._matches(found, "PATIENT") and self._matches(found, "STUDY") and self._gathered_match(uid):
                 yield Row(found, [uid])
+            else:
+                yield None
 
     def _study_values(self) -> Iterator[tuple[str, dict[str, str]]]:
         patients, studies = self._uids["PATIENT"], self._uids.get("STUDY", [])
@@ -150,20 +169,30 @@ class Query:
         for uid, row in self._catalogue.studies(patients[0] if is_single(patients) else None):
             yield uid, row.keys
 
-    def _series(self) -> Iterator[Row]:
+    def _series(self) -> Iterator[Row | None]:
         for study in self._studies():
+            if study is None:
+                yield None
+                continue
             for uid, row in self._catalogue.series_of(study.studies[0]):
                 found = {**study.values, **row.keys, "SeriesInstanceUID": uid}
                 if self._matches(found, "SERIES"):
                     yield Row(found, study.studies, uid)
+                else:
+                    yield None
 
-    def _instances(self) -> Iterator[Row]:
+    def _instances(self) -> Iterator[Row | None]:
         for series in self._series():
+            if series is None:
+                yield None
+                continue
             for instance in self._catalogue.instances_of(series.studies[0], series.series):
                 put = instance.put
                 found = {**series.values, **put.keys, "SOPInstanceUID": put.sop_instance, "SOPClassUID": put.sop_class}
                 if self._matches(found, "IMAGE"):
                     yield Row(found, series.studies, series.series, instance)
+                else:
+                    yield None
 
     # -- matching ----------------------------------------------------------------------------------------------
 
@@ -171,10 +200,10 @@ class Query:
         for keyword, match in self._matchers.items():
             if LEVEL_OF[keyword] == level and keyword not in GATHERED and not match(found.get(keyword, "")):
                 return False
-        for date, time, first, last in self._moments:
+        for date, hour, first, last in self._moments:
             if LEVEL_OF[date] == level:
                 day = found.get(date, "")
-                moment = day and day + found.get(time, "")
+                moment = day and day + found.get(hour, "")
                 if not in_range("DT", moment, first, last):
                     return False
         return True
@@ -234,9 +263,8 @@ class Query:
         elif keyword in GATHERED:
             setattr(answer, keyword, self._gathered(keyword, row.studies[0]))
         elif keyword in LEVEL_OF:
-            setattr(answer, keyword, from_text(keyword, row.values.get(keyword, "")))
-        elif row.head is not None and key.tag in row.head:
-            element = row.head[key.tag]
+            _set(answer, keyword, row.values.get(keyword, ""))
+        elif row.head is not None and (element := element_of(row.head, key.tag)) is not None:
             answer.add_new(key.tag, element.VR, only_asked(key, element))
         else:
             answer.add_new(key.tag, key.VR, [] if key.VR == "SQ" else None)
@@ -281,15 +309,25 @@ def _expressible(answer: Dataset, sets: list[str]) -> bool:
     return True
 
 
-def _encodes(text: str, encodings: list[str]) -> bool:
-    """pydicom writes question marks, with a warning, for what doesn't fit; that would be another name."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        try:
-            encode_string(text, encodings)
-        except (UserWarning, UnicodeError):
-            return False
+def _encodes(text: str, encodings: Sequence[str]) -> bool:
+    """Each component of a name may be in another set."""
+    return all(any(_is_in(part, one) for one in encodings) for part in re.split(r"[\\^=]", text))
+
+
+def _is_in(text: str, encoding: str) -> bool:
+    try:
+        text.encode(encoding)
+    except (UnicodeError, LookupError):
+        return False
     return True
+
+
+def _set(answer: Dataset, keyword: str, text: str) -> None:
+    """A number that was stored as something else ("70,5") is returned without a value."""
+    try:
+        setattr(answer, keyword, from_text(keyword, text))
+    except (ValueError, TypeError, OverflowError):
+        setattr(answer, keyword, None)
 
 
 def from_text(keyword: str, text: str) -> object:

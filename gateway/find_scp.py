@@ -1,7 +1,8 @@
 """C-FIND as a service: pending responses in batches, cancel, limits."""
 
 import asyncio
-from itertools import islice
+import time
+from collections.abc import Iterator
 from typing import Final
 
 from pydicom import Dataset, dcmread
@@ -9,7 +10,7 @@ from pydicom import Dataset, dcmread
 from gateway.dimse import Status, encode_response
 from gateway.find import Query
 from gateway.negotiate import Extended
-from gateway.query import BadQuery, decode_identifier, encode_identifier
+from gateway.query import BadQuery, encode_identifier
 from gateway.services import Collector
 from gateway.sop_classes import FIND_MODELS
 from storage.ingest import NotServing
@@ -17,18 +18,16 @@ from storage.model import Instance
 from storage.store import Store
 
 FIND_BATCH: Final = 100
+SLICE_S: Final = 0.2  # of a query thread, before others have their turn and a cancel is looked at
 
 
 class Finder(Collector):
     async def respond(self) -> None:
         call, services = self._call, self._services
-        if self.too_long:
-            call.answer(Status.UNABLE_TO_PROCESS, "identifier too long")
-            return
         agreed = call.peer.negotiated.extended if call.peer.negotiated else {}
         try:
             query = Query(
-                decode_identifier(bytes(self._collected), call.transfer_syntax),
+                await self._identifier(),
                 FIND_MODELS[call.abstract_syntax],
                 services.settings,
                 agreed.get(call.abstract_syntax, Extended()),
@@ -43,27 +42,36 @@ class Finder(Collector):
 
     async def _answer(self, query: Query) -> None:
         call, services = self._call, self._services
-        loop = asyncio.get_running_loop()
-        answers, sent = query.run(), 0
+        loop, limit = asyncio.get_running_loop(), services.settings.query_limit
+        answers, sent, ended = query.run(), 0, False
         pending = Status.PENDING_OPTIONAL_KEYS if query.ignored else Status.PENDING
         response = encode_response(call.request, pending, has_data=True)
-        while True:
-            batch = await loop.run_in_executor(services.executor, lambda: list(islice(answers, FIND_BATCH)))
+        while not ended:
+            batch, ended = await loop.run_in_executor(services.executor, self._batch, query, answers)
             if call.peer.cancelled(call.request.message_id):
                 call.answer(Status.CANCEL)
                 return
             if not services.store.may_read:  # looked at after reading: a stopped process must not tell old news
                 raise NotServing("no longer the primary")
-            for answer in batch[: services.settings.query_limit - sent]:
-                call.peer.send(call.context_id, response, encode_identifier(answer, call.transfer_syntax))
+            for answer in batch[: limit - sent]:
+                call.peer.send(call.context_id, response, answer)
             await call.peer.drained()
             sent += len(batch)
-            if sent > services.settings.query_limit:
+            if sent > limit:
                 call.answer(Status.OUT_OF_RESOURCES, "more matches than the limit; narrow the query")
                 return
-            if len(batch) < FIND_BATCH:
-                break
         call.answer(Status.SUCCESS)
+
+    def _batch(self, query: Query, answers: Iterator[Dataset | None]) -> tuple[list[bytes], bool]:
+        """Some encoded answers, and whether those were the last; not more than a moment's work. Blocks."""
+        query.until = time.monotonic() + SLICE_S
+        batch: list[bytes] = []
+        for answer in answers:
+            if answer is not None:
+                batch.append(encode_identifier(answer, self._call.transfer_syntax))
+            if len(batch) >= FIND_BATCH or time.monotonic() > query.until:
+                return batch, False
+        return batch, True
 
 
 def head(store: Store, instance: Instance) -> Dataset | None:

@@ -76,9 +76,13 @@ def _number(text: str) -> float | None:
 
 @lru_cache(maxsize=256)
 def _glob(wanted: str) -> re.Pattern[str]:
-    """Only * and ? are special in DICOM (PS3.4 C.2.2.2.4)."""
-    parts = (".*" if char == "*" else "." if char == "?" else re.escape(char) for char in wanted)
-    return re.compile("".join(parts), re.DOTALL)
+    """Only * and ? are special in DICOM (PS3.4 C.2.2.2.4). What follows a * is looked for once, from the left: time
+    grows with the length of the text, whatever is asked."""
+    first, *middle = ("".join("." if char == "?" else re.escape(char) for char in part) for part in wanted.split("*"))
+    if not middle:
+        return re.compile(first, re.DOTALL)
+    *inner, last = middle
+    return re.compile(first + "".join(f"(?>.*?{part})" for part in inner if part) + ".*" + last, re.DOTALL)
 
 
 # -- dates and times ---------------------------------------------------------------------------------------------------
@@ -172,11 +176,20 @@ def is_universal(key: DataElement) -> bool:
     return text_of(key.value).strip("*") == ""
 
 
+def element_of(found: Dataset, tag: int) -> DataElement | None:
+    """None also for one whose value can't be read: pydicom decodes it when asked, and raises whatever that leads to."""
+    try:
+        element: DataElement | None = found.get(tag)
+    except Exception:
+        return None
+    return element
+
+
 def matches_element(key: DataElement, found: Dataset, names: str) -> bool:
     """A key against a data set; sequence matching compares the item asked for with each item (PS3.4 C.2.2.2.6)."""
     if is_universal(key):
         return True
-    element = found.get(key.tag)
+    element = element_of(found, key.tag)
     if element is None:
         return False
     if key.VR == "SQ":
@@ -194,7 +207,7 @@ def only_asked(key: DataElement, element: DataElement) -> object:
 def _part(item: Dataset, keys: Iterable[DataElement]) -> Dataset:
     part = Dataset()
     for key in keys:
-        found = item.get(key.tag)
+        found = element_of(item, key.tag)
         if found is None:
             part.add_new(key.tag, key.VR, None if key.VR != "SQ" else [])
         else:

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final
 
 from pydicom.uid import UID
@@ -35,6 +36,7 @@ from gateway.sop_classes import (
 
 IMPLEMENTATION_CLASS_UID: Final = UID("2.25.191406830207312346718502370431184295617")
 IMPLEMENTATION_VERSION: Final = f"TANDEM_{VERSION}"[:16]
+PEER_PDU_BYTES_MIN: Final = 256  # cutting data sets smaller would hold up everybody else
 WINDOW_MAX: Final = 16  # requests that are taken before the first is answered; they are answered in their order
 # PS3.4 table B.3-3: all attributes kept (level 2), digital signatures kept bit for bit (3), nothing coerced (0).
 STORAGE_SUPPORT: Final = bytes((2, 0, 3, 0, 0, 0))
@@ -95,6 +97,9 @@ def negotiate(request: A_ASSOCIATE_RQ, settings: DicomSettings) -> Negotiated | 
     if settings.calling_aets and calling not in settings.calling_aets:
         return Rejection(1, 1, 3, f"calling AE title {calling!r} isn't let in")
     items = asked.user_information
+    lengths = [item.maximum_length_received for item in items if isinstance(item, MaximumLengthNotification)]
+    if lengths and 0 < lengths[0] < PEER_PDU_BYTES_MIN:
+        return Rejection(1, 2, 1, f"maximum PDU length of {lengths[0]} bytes")
     identity = next((item for item in items if isinstance(item, UserIdentityNegotiation)), None)
     user = _user_of(identity)
     if settings.users and not _is_known(identity, settings.users):
@@ -107,7 +112,6 @@ def negotiate(request: A_ASSOCIATE_RQ, settings: DicomSettings) -> Negotiated | 
         if context.result == 0
     }
     extended = _extended(items, settings)
-    lengths = [item.maximum_length_received for item in items if isinstance(item, MaximumLengthNotification)]
     names = [
         item.implementation_version_name for item in items if isinstance(item, ImplementationVersionNameNotification)
     ]
@@ -258,6 +262,7 @@ def hash_password(password: bytes, salt: bytes) -> str:
     return f"scrypt${salt.hex()}${hashlib.scrypt(password, salt=salt, n=1 << 14, r=8, p=1).hex()}"
 
 
+@lru_cache(maxsize=256)
 def is_password(password: bytes, kept: str) -> bool:
     """`kept` is from `hash_password`; anything else matches nothing."""
     method, _, rest = kept.partition("$")

@@ -57,8 +57,17 @@ def decode_identifier(data: bytes, transfer_syntax: str) -> Dataset:
 
 
 def encode_identifier(answer: Dataset, transfer_syntax: str) -> bytes:
+    """Elements that can't be written (a stored value that isn't one of its VR) are left out."""
     syntax = UID(transfer_syntax)
     encoded: bytes | None = encode_dataset(answer, syntax.is_implicit_VR, syntax.is_little_endian)
+    if encoded is None:
+        writable = Dataset()
+        for element in answer:
+            one = Dataset()
+            one.add(element)
+            if encode_dataset(one, syntax.is_implicit_VR, syntax.is_little_endian) is not None:
+                writable.add(element)
+        encoded = encode_dataset(writable, syntax.is_implicit_VR, syntax.is_little_endian)
     if encoded is None:
         raise ValueError("an answer can't be encoded")
     return encoded

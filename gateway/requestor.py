@@ -90,6 +90,10 @@ class Requestor(Connection):
                 _, connection = await loop.create_connection(cls, host, port, ssl=to.tls())
                 connection._ask(own_aet, to.aet, contexts, as_scp=as_scp)
                 await connection._ready
+        except asyncio.CancelledError:
+            if connection:
+                connection.abort()
+            raise
         except (OSError, TimeoutError) as error:
             if connection:
                 connection.abort()
@@ -203,7 +207,7 @@ class Requestor(Connection):
 
     def abort(self) -> None:
         if self._transport is not None and self._upper.state is not State.STA13:
-            self._write(self._upper.abort(0, 0))
+            self._abort(0, 0, "aborted")
         self._close()
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -13,15 +12,17 @@ from gateway.connection import AssociationEnded
 from gateway.dimse import Request, is_failure
 from gateway.query import UNIQUE, BadQuery, level_of, values_of
 from gateway.requestor import store_request, whole
+from gateway.services import Services
 from gateway.sop_classes import Model
 from gateway.transcode import TARGETS, CannotConvert, convert
 from storage.catalogue import Catalogue
 from storage.model import Instance
-from storage.reading import Reading, Source, Unavailable
+from storage.reading import Source, Unavailable
 
 log = structlog.get_logger()
 
 READ_AHEAD: Final = 2
+CONVERTED_BYTES_MAX: Final = 1 << 29
 
 
 # -- which -------------------------------------------------------------------------------------------------------------
@@ -144,13 +145,12 @@ class Sending:
     def __init__(
         self,
         delivery: Delivery,
-        reading: Reading,
-        executor: Executor,
+        services: Services,
         tally: Tally,
         stop: Callable[[], bool],
         progress: Callable[[], None],
     ) -> None:
-        self._delivery, self._reading, self._executor = delivery, reading, executor
+        self._delivery, self._services = delivery, services
         self._tally, self._stop, self._progress = tally, stop, progress
         self._turn = asyncio.Semaphore(delivery.window)
         self._ahead = asyncio.Semaphore(delivery.window + READ_AHEAD)
@@ -174,7 +174,7 @@ class Sending:
             if agreed is None:
                 self._failed(put.sop_instance, "no presentation context for it was agreed on")
                 return
-            source = await self._reading.open(instance)
+            source = await self._services.store.reading.open(instance)
             context_id, syntax = agreed
             data = source.blocks() if syntax == put.transfer_syntax else whole(await self._converted(source, syntax))
             async with self._turn:
@@ -182,7 +182,7 @@ class Sending:
                     self.unsent.append(instance)
                     return
                 await self._send(context_id, put.sop_class, put.sop_instance, data)
-        except (Unavailable, CannotConvert) as error:
+        except (Unavailable, CannotConvert, OSError) as error:
             self._failed(put.sop_instance, str(error))
         finally:
             self._ahead.release()
@@ -206,8 +206,12 @@ class Sending:
         self._tally.fail(sop_instance)
 
     async def _converted(self, source: Source, syntax: str) -> bytes:
-        put, data = source.put, await source.whole()
+        put = source.put
+        if put.length > CONVERTED_BYTES_MAX:
+            raise CannotConvert(f"{put.length} bytes are too many to be converted")
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._executor, convert, data, put.sop_class, put.sop_instance, put.transfer_syntax, syntax
-        )
+        async with self._services.converting:
+            data = await source.whole()
+            return await loop.run_in_executor(
+                self._services.converter, convert, data, put.sop_class, put.sop_instance, put.transfer_syntax, syntax
+            )

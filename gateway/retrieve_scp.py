@@ -1,6 +1,7 @@
 """C-GET and C-MOVE as services: sub-operations with their counts, cancel, and the list of what failed."""
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar, Final
 
@@ -9,7 +10,7 @@ import structlog
 from pydicom import Dataset
 
 from gateway.dimse import Status, encode_response
-from gateway.query import BadQuery, decode_identifier, encode_identifier
+from gateway.query import BadQuery, encode_identifier
 from gateway.requestor import CONTEXTS_MAX, Destination, Requestor, Unreachable
 from gateway.retrieve import Delivery, Sending, Tally, Wanted, instances, wanted
 from gateway.services import Collector, Services
@@ -21,6 +22,9 @@ from storage.model import Instance, Task
 log = structlog.get_logger()
 
 MOVE_TASK: Final = "move"
+MOVE_PATIENCE_S: Final = 3600.0  # for a destination that doesn't take what a C-MOVE without requester sends
+FIRST_RETRY_S: Final = 2.0
+RETRY_S_MAX: Final = 60.0
 
 Kind = tuple[str, str]  # (SOP class, transfer syntax)
 
@@ -43,17 +47,16 @@ class Retriever(Collector):
 
     async def respond(self) -> None:
         call = self._call
-        if self.too_long:
-            call.answer(Status.UNABLE_TO_PROCESS, "identifier too long")
-            return
         try:
-            identifier = decode_identifier(bytes(self._collected), call.transfer_syntax)
-            asked = wanted(identifier, self.models[call.abstract_syntax])
+            asked = wanted(await self._identifier(), self.models[call.abstract_syntax])
         except BadQuery as error:
             call.answer(Status.DATA_SET_MISMATCH, str(error))
             return
         await self._services.store.settled()
-        await self._retrieve(asked, await _found(self._services, asked))
+        found = await _found(self._services, asked)
+        if not self._services.store.may_read:  # looked at after reading: a stopped process must not tell old news
+            raise NotServing("no longer the primary")
+        await self._retrieve(asked, found)
 
     async def _retrieve(self, asked: Wanted, found: list[Instance]) -> None:
         raise NotImplementedError
@@ -62,6 +65,9 @@ class Retriever(Collector):
         if tally.remaining and self._call.peer.may_send:
             response = encode_response(self._call.request, Status.PENDING, counts=tally.counts)
             self._call.peer.send(self._call.context_id, response)
+
+    def _stop(self) -> bool:
+        return self._cancelled() or not self._services.store.may_read
 
     def _cancelled(self) -> bool:
         return self._call.peer.cancelled(self._call.request.message_id)
@@ -96,12 +102,13 @@ class Getter(Retriever):
             if context.may_store
         }
         delivery = Delivery(peer, contexts, 1, services.settings.message_timeout_s, self._call.request.priority, None)
-        sending = Sending(
-            delivery, services.store.reading, services.executor, tally, self._cancelled, lambda: self._pending(tally)
-        )
+        sending = Sending(delivery, services, tally, self._stop, lambda: self._pending(tally))
         await sending.run(found)
         if not services.store.may_read:
             raise NotServing("no longer the primary")
+        if not self._cancelled():
+            for instance in sending.unsent:
+                tally.fail(instance.put.sop_instance)
         self._final(tally)
 
 
@@ -127,13 +134,15 @@ class Mover(Retriever):
         if found and services.store.may_serve:  # a standby serves it without a promise
             task = await tasks.begin(MOVE_TASK, self._call.peer.calling_ae, msgspec.msgpack.encode(body), attended=True)
         try:
-            await deliver(services, destination, body, found, tally, self._cancelled, lambda: self._pending(tally))
-        except asyncio.CancelledError:
+            await deliver(services, destination, body, found, tally, self._stop, lambda: self._pending(tally))
+            if not services.store.may_read:
+                raise NotServing("no longer the primary")
+            if task:
+                await tasks.end(task, _outcome(tally))
+        except BaseException:
             if task:
                 tasks.leave(task)
             raise
-        if task:
-            await tasks.end(task, _outcome(tally))
         self._final(tally)
 
 
@@ -149,12 +158,20 @@ async def finish_move(services: Services, task: Task) -> str:
     destination = destination_of(services, body.destination)
     if destination is None:
         return "the destination isn't in the settings any more"
-    found = await _found(services, Wanted(body.level, body.keys))
-    tally = Tally(len(found))
-    await deliver(services, destination, body, found, tally, lambda: not services.store.may_serve, lambda: None)
-    if not services.store.may_serve:
-        raise NotServing("no longer the primary")
-    return _outcome(tally)
+    left = await _found(services, Wanted(body.level, body.keys))
+    pause, ends, sent = FIRST_RETRY_S, time.time() + MOVE_PATIENCE_S, 0
+    while True:
+        tally = Tally(len(left))
+        await deliver(services, destination, body, left, tally, lambda: not services.store.may_serve, lambda: None)
+        if not services.store.may_serve:
+            raise NotServing("no longer the primary")
+        sent += tally.completed + tally.warning
+        failed = set(tally.failed_uids)
+        left = [one for one in left if one.put.sop_instance in failed]
+        if not left or time.time() > ends:
+            return f"{sent} sent, {len(left)} failed"
+        await asyncio.sleep(pause)
+        pause = min(pause * 2, RETRY_S_MAX)
 
 
 def _outcome(tally: Tally) -> str:
@@ -191,7 +208,7 @@ async def deliver(
         contexts = {agreed: number for number, agreed in association.contexts.items()}
         originator = (body.originator, body.message_id)
         delivery = Delivery(association, contexts, association.window, destination.timeout_s, body.priority, originator)
-        sending = Sending(delivery, services.store.reading, services.executor, tally, stop, progress)
+        sending = Sending(delivery, services, tally, stop, progress)
         try:
             await sending.run(group)
         finally:

@@ -4,21 +4,25 @@
 responses.
 """
 
+import asyncio
+import os
+import traceback
 from collections.abc import AsyncIterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Protocol
+
+from pydicom import Dataset
 
 from conf.settings import DicomSettings
 from gateway.dimse import Request, encode_response
 from gateway.negotiate import Context, Negotiated
+from gateway.query import BadQuery, decode_identifier
 from storage.store import Store
 
 if TYPE_CHECKING:
     from gateway.commitment import Commitments
     from gateway.tasks import Tasks
-
-IDENTIFIER_BYTES_MAX: Final = 1 << 20
 
 
 class Peer(Protocol):
@@ -49,6 +53,8 @@ class Services:
 
     def __init__(self, store: Store, settings: DicomSettings, executor: Executor) -> None:
         self.store, self.settings, self.executor = store, settings, executor
+        self.converter = ThreadPoolExecutor(1, "convert")
+        self.converting = asyncio.Semaphore(1)  # one object in memory for it
 
 
 @dataclass(frozen=True)
@@ -98,18 +104,28 @@ class Refuser:
 class Collector(Refuser):
     """Collects a short data set: an identifier, the information of an action."""
 
+    bytes_max = 1 << 20
+
     def __init__(self, call: Call, services: Services) -> None:
         super().__init__(call, 0)
         self._services = services
         self._collected = bytearray()
 
     def feed(self, view: memoryview) -> None:
-        if len(self._collected) <= IDENTIFIER_BYTES_MAX:
+        if not self.too_long:
             self._collected += view
 
     @property
     def too_long(self) -> bool:
-        return len(self._collected) > IDENTIFIER_BYTES_MAX
+        return len(self._collected) > self.bytes_max
+
+    async def _identifier(self) -> Dataset:
+        """Raises BadQuery."""
+        if self.too_long:
+            raise BadQuery("too long")
+        loop = asyncio.get_running_loop()
+        data, syntax = bytes(self._collected), self._call.transfer_syntax
+        return await loop.run_in_executor(self._services.executor, decode_identifier, data, syntax)
 
 
 class Ignorer(Refuser):
@@ -117,3 +133,10 @@ class Ignorer(Refuser):
 
     def __init__(self) -> None:
         pass
+
+
+def place_of(error: BaseException) -> str:
+    """Kind and place of an unforeseen error; its message, and values in it, may name a patient."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
+    return type(error).__name__ + where

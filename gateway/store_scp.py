@@ -1,6 +1,5 @@
 """C-STORE (PS3.4 annex B): what is received is kept bit for bit, on both nodes, before Success is said."""
 
-import asyncio
 import contextlib
 import time
 
@@ -116,7 +115,7 @@ class Storer:
                 default_set = self._services.settings.default_character_set
                 return identify(file, self._call.transfer_syntax, whole=True, default_set=default_set)
 
-        identity = await asyncio.get_running_loop().run_in_executor(self._services.executor, read)
+        identity = await self._services.store.disk.run(read)
         if identity is None:
             raise Unreadable("the data set has no identity")
         return identity

@@ -10,6 +10,7 @@ from typing import Final
 
 import structlog
 
+from gateway.services import place_of
 from storage.ingest import NotServing
 from storage.model import Task, TaskDone
 from storage.store import Store
@@ -17,6 +18,8 @@ from storage.store import Store
 log = structlog.get_logger()
 
 POLL_S: Final = 1.0
+ATTEMPTS: Final = 6
+RETRY_S: Final = 5.0
 
 Handler = Callable[[Task], Awaitable[str]]  # returns the outcome, for the log
 
@@ -82,10 +85,19 @@ class Tasks:
         running.add_done_callback(lambda _: self._running.pop(task.id, None))
 
     async def _do(self, task: Task) -> None:
+        for attempt in range(ATTEMPTS):
+            try:
+                await self.end(task, await self._handlers[task.kind](task))
+                return
+            except NotServing:
+                return  # the next primary does it
+            except Exception as error:  # a broken task must not stop the others, nor be tried for ever
+                log.error("task.failed", kind=task.kind, attempt=attempt, error=place_of(error))
+            await asyncio.sleep(RETRY_S * 2**attempt)
+        await self._given_up(task)
+
+    async def _given_up(self, task: Task) -> None:
         try:
-            await self.end(task, await self._handlers[task.kind](task))
+            await self.end(task, "given up")
         except NotServing:
-            return  # the next primary does it
-        except Exception as error:  # a broken task must not stop the others, nor be tried for ever
-            log.exception("task.failed", kind=task.kind, error=f"{type(error).__name__}: {error}")
-            await self.end(task, f"failed: {type(error).__name__}")
+            return

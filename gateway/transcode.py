@@ -13,6 +13,7 @@ from gateway.part10 import file_header
 from gateway.sop_classes import DEFLATED, UNCOMPRESSED
 
 WORD_CODES: Final = {"OW": "H", "OF": "I", "OL": "I", "OD": "Q", "OV": "Q"}  # VRs of words, as array type codes
+TEXT_VRS: Final = frozenset(("PN", "LO", "SH", "LT", "ST", "UC", "UT"))
 TARGETS: Final = UNCOMPRESSED
 
 
@@ -30,12 +31,24 @@ def convert(data: bytes, sop_class: str, sop_instance: str, stored: str, wanted:
             was_little = True
         else:
             was_little = UID(stored).is_little_endian
+        _check_texts(found)
         syntax = UID(wanted)
         if was_little != syntax.is_little_endian:
             _swap(found)
         return _encode(found, syntax)
     except Exception as error:  # decoders and parsers raise whatever damaged or unusual data leads them to
         raise CannotConvert(f"{type(error).__name__}: {error}"[:200]) from error
+
+
+def _check_texts(found: Dataset) -> None:
+    """Converting reads all texts and writes them anew: those that aren't in their character set would come out as
+    others. Raises ValueError."""
+    sets = found.get("SpecificCharacterSet") or ""
+    if "ISO 2022 IR 58" in (sets if isinstance(sets, str) else list(sets)):
+        raise ValueError("ISO 2022 IR 58 isn't written as it was read")
+    for element in found.iterall():
+        if element.VR in TEXT_VRS and "\ufffd" in str(element.value):
+            raise ValueError("a text isn't in its character set")
 
 
 def _encode(found: Dataset, syntax: UID) -> bytes:

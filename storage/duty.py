@@ -45,9 +45,12 @@ class Duty:
 
     @property
     def follows(self) -> bool:
-        """This node is a complete standby and hears its primary."""
+        """This node is a complete standby, has caught up with what its primary had when it joined, and hears it now."""
         core = self._core
-        return core.joined and core.linked and core.whole and not core.leading
+        if core.leading or not (core.joined and core.linked and core.whole) or core.whole_at is None:
+            return False
+        heard = self._clock() - core.heard_at <= core.limits.peer_timeout_s  # not before this process was stopped
+        return heard and core.commit >= core.whole_at
 
     def tell(self, tell: Tell) -> None:
         core = self._core

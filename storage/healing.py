@@ -158,12 +158,13 @@ class Healing:
         self._wake.set()
         return False
 
-    async def now(self, seq: int) -> bool:
-        """Somebody wants to read a copy that isn't there or isn't good: make it again at once."""
+    async def now(self, seq: int) -> None:
+        """Somebody wants to read a copy that isn't there or isn't good: make it again at once, if that can be done."""
         if await self.examine(seq):
-            return True
+            return
         _, location = await self._heal(seq)
-        return location is not None and await self._record({seq: location}) == 1
+        if location is not None:
+            await self._record({seq: location})
 
     def _is_online(self, location: Location) -> bool:
         try:

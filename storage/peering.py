@@ -129,7 +129,8 @@ class Peering:
         for incoming in self._incoming.values():
             self._spawn(incoming.discard())
         for waiting in self._listings.values():
-            waiting.set_exception(FetchFailed(link.why_closed))
+            if not waiting.done():
+                waiting.set_exception(FetchFailed(link.why_closed))
         self._listings.clear()
         self._incoming.clear()
         self._ended.clear()
@@ -250,7 +251,8 @@ class Peering:
             case Kind.LIST:
                 self._spawn(self._give_listing(link, stream, payload))
             case Kind.LISTING:
-                if waiting := self._listings.pop(stream, None):
+                waiting = self._listings.get(stream)
+                if waiting and not waiting.done():
                     waiting.set_result(msgspec.msgpack.decode(payload, type=list[Row]))
 
     def _open(self, link: Link, stream: int, header: bytes) -> None:
@@ -314,10 +316,13 @@ class Peering:
             raise FetchFailed("no link to the other node")
         self._next_stream += 1
         stream = self._next_stream
-        waiting = self._listings[stream] = asyncio.get_running_loop().create_future()
+        waiting: asyncio.Future[list[Row]] = asyncio.get_running_loop().create_future()
+        self._listings[stream] = waiting
         link.send(Kind.LIST, stream, msgspec.msgpack.encode((start, read, tuple(only))))
-        rows: list[Row] = await waiting
-        return rows
+        try:
+            return await waiting
+        finally:
+            self._listings.pop(stream, None)
 
     async def _give_listing(self, link: Link, stream: int, payload: bytearray) -> None:
         start, read, only = msgspec.msgpack.decode(payload, type=tuple[int, bool, tuple[int, ...]])

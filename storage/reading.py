@@ -56,7 +56,8 @@ class Reading:
     async def open(self, instance: Instance) -> Source:
         """Raises Unavailable."""
         source = await self._disk.run(self._checked, instance)
-        if source is None and await self._healing.now(instance.seq):
+        if source is None:
+            await self._healing.now(instance.seq)
             source = await self._disk.run(self._checked, instance)
         if source is None:
             raise Unavailable(f"{instance.put.sop_instance} is temporarily unavailable")

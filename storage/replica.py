@@ -67,7 +67,7 @@ class Replica:
     def __post_init__(self) -> None:
         self._out: list[Effect] = []
         self._linked = False
-        self._heard_at = 0.0
+        self.heard_at = 0.0
         self._pinged_at = float("-inf")
         self._lost_at: float | None = float("-inf")  # when the peer was last known to be there; None while it is
         self._f = FollowerState()
@@ -238,7 +238,7 @@ class Replica:
     # -- the link ----------------------------------------------------------------------------------------------
 
     def linked_up(self, now: float) -> None:
-        self._linked, self._heard_at = True, now
+        self._linked, self.heard_at = True, now
         self._pinged_at = float("-inf")
         self._following = self._greeting = None
         self._f.stage = Peer.UNLINKED
@@ -258,7 +258,7 @@ class Replica:
 
     def tick(self, now: float) -> None:
         if self._linked:
-            if now - self._heard_at > self.limits.peer_timeout_s:
+            if now - self.heard_at > self.limits.peer_timeout_s:
                 self._out.append(DropLink("the peer is silent"))
                 self.unlinked(now)
             elif now - self._pinged_at >= self.limits.ping_interval_s:
@@ -293,7 +293,7 @@ class Replica:
     # -- messages ----------------------------------------------------------------------------------------------
 
     def receive(self, message: AnyMessage, now: float) -> None:
-        self._heard_at, self._lost_at = now, None
+        self.heard_at, self._lost_at = now, None
         match message:
             case Hello():
                 self._on_hello(message, now)

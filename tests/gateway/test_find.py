@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -92,9 +93,16 @@ def identifier(**values: Any) -> Dataset:
     return made
 
 
+class Answers(Query):
+    """Without the pauses."""
+
+    def run(self) -> Iterator[Dataset]:
+        return (answer for answer in super().run() if answer is not None)
+
+
 def query(asked: Dataset, model: Model = STUDY_ROOT, catalogue: Catalogue | None = None, **extended: bool) -> Query:
     made = catalogue or Catalogue(MemoryKv())
-    return Query(asked, model, DicomSettings(), Extended(**extended), made, lambda instance: None)
+    return Answers(asked, model, DicomSettings(), Extended(**extended), made, lambda instance: None)
 
 
 @pytest.mark.parametrize(
@@ -306,3 +314,26 @@ def test_date_and_time_are_one_range_where_that_was_negotiated() -> None:
     together = [answer.StudyInstanceUID for answer in query(asked, catalogue=catalogue, date_time=True).run()]
     assert apart == []
     assert together == ["1.1", "1.2"]
+
+
+@given(st.text("ab*?", max_size=12), st.text("ab", max_size=16))
+def test_wild_cards_are_those_of_the_reference(wanted: str, text: str) -> None:
+    if wanted.strip("*"):
+        assert matcher("LO", wanted)(text) == _wild(wanted, text)
+
+
+def test_many_stars_take_no_longer() -> None:
+    assert not matcher("LO", "*a" * 30 + "*b")("a" * 64)  # backtracking would not end
+
+
+def test_a_number_that_is_none_is_returned_without_value() -> None:
+    one = {
+        "StudyInstanceUID": "1.1",
+        "SeriesInstanceUID": "1.1.1",
+        "SOPInstanceUID": "1.1.1.1",
+        "PatientWeight": "70,5",
+    }
+    asked = identifier(QueryRetrieveLevel="STUDY", PatientWeight=None, StudyInstanceUID="")
+    (answer,) = query(asked, catalogue=catalogue_of([{"PatientID": "P1", **one}])).run()
+    assert answer.StudyInstanceUID == "1.1"
+    assert answer.PatientWeight is None

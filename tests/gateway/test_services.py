@@ -31,7 +31,8 @@ from pynetdicom.sop_class import (
     Verification,
 )
 
-from gateway.negotiate import hash_password
+from conf.settings import DicomSettings
+from gateway.negotiate import Negotiated, hash_password, negotiate
 from tests.builders import dataset, encoded
 from tests.conftest import Gateway, free_port, wait_for
 from tests.interop.clients import Scp
@@ -380,3 +381,49 @@ def test_move_over_tls(new_gateway: Callable[..., Gateway], tmp_path: Path) -> N
         assert moved(gateway, keys(StudyInstanceUID=one.StudyInstanceUID))[-1][0].Status == 0
         assert scp.stored == {raw.sop_instance: raw.data}
         assert moved(gateway, keys(StudyInstanceUID=one.StudyInstanceUID), "DOUBTFUL")[-1][0].Status == 0xA702
+
+
+def test_commitment_request_that_is_malformed_or_too_long(full: Gateway) -> None:
+    association = associate(full, StorageCommitmentPushModel)
+    item = Dataset()
+    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = CTImageStorage, "1.2.3"
+    action = Dataset()
+    action.TransactionUID = generate_uid()
+    action.add_new(0x00081199, "LO", "no sequence")
+    status, _ = association.send_n_action(action, 1, StorageCommitmentPushModel, StorageCommitmentPushModelInstance)
+    assert status.Status == 0x0115
+    del action[0x00081199]
+    action.ReferencedSOPSequence = [item] * 20001
+    status, _ = association.send_n_action(action, 1, StorageCommitmentPushModel, StorageCommitmentPushModelInstance)
+    assert status.Status == 0x0115
+    association.release()
+
+
+def test_destination_that_stops_reading(new_gateway: Callable[..., Gateway]) -> None:
+    """It accepts the association and takes nothing of the data set: that sub-operation fails, the gateway goes on."""
+    known = f'{{ VIEWER = {{ host = "127.0.0.1", port = {PORT}, timeout_s = 2.0 }} }}'
+    gateway = new_gateway(TANDEM__DICOM__DESTINATIONS=known)
+    one = dataset(PixelData=bytes(40_000_000))
+    raw = Object(str(one.SOPClassUID), str(one.SOPInstanceUID), str(ExplicitVRLittleEndian), encoded(one))
+    with gateway.client(raw) as client:
+        assert client.store(raw) == 0
+
+    def accept_and_sleep(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        head = connection.recv(6, socket.MSG_WAITALL)
+        request = A_ASSOCIATE_RQ()
+        request.decode(head + connection.recv(int.from_bytes(head[2:], "big"), socket.MSG_WAITALL))
+        answer = negotiate(request, DicomSettings())
+        assert isinstance(answer, Negotiated)
+        connection.sendall(answer.response)
+        asleep.wait(60)
+        connection.close()
+
+    asleep = threading.Event()
+    with socket.create_server(("127.0.0.1", PORT)) as listener:
+        server = threading.Thread(target=accept_and_sleep, args=(listener,), daemon=True)
+        server.start()
+        status, _ = moved(gateway, keys(StudyInstanceUID=one.StudyInstanceUID))[-1]
+        asleep.set()
+        server.join(30)
+    assert (status.Status, status.NumberOfFailedSuboperations) == (0xA702, 1)

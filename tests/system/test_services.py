@@ -166,7 +166,7 @@ def test_commitment_is_reported_by_the_next_primary(lab: Lab, study: tuple[str, 
 
 
 def test_what_diverged_is_offered_again(lab: Lab, study: tuple[str, dict[str, bytes]]) -> None:
-    """An object reaches the old primary's disk only, and its sender never sends it again: it isn't lost all the same."""
+    """An object reaches the old primary's disk only, and its sender never sends it again: it isn't lost."""
     uid, images = study
     image = dataset(StudyInstanceUID=uid, SeriesInstanceUID=generate_uid())
     late = Object(str(CTImageStorage), str(image.SOPInstanceUID), SYNTAX, encoded(image))

@@ -110,6 +110,11 @@ class ClusterSettings(Section):
         return value
 
 
+class HttpSettings(Section):
+    bind: str = Field("0.0.0.0", description="Address to listen on")  # noqa: S104 - monitoring comes from elsewhere
+    port: int = Field(0, ge=0, le=65535, description="TCP port of health and metrics; 0: none")
+
+
 class ShareSettings(Section):
     enabled: bool = Field(False, description="Run smbd where the virtual address is")
     name: str = Field("archive", pattern=r"^[A-Za-z0-9_-]{1,40}$", description="Name of the share")
@@ -129,6 +134,7 @@ class Settings(Section):
     storage: StorageSettings = StorageSettings()
     cluster: ClusterSettings | None = None
     share: ShareSettings = ShareSettings()
+    http: HttpSettings = HttpSettings()
     log: LogSettings = LogSettings()
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ import structlog
 import uvloop
 
 from conf.settings import Settings
+from gateway.health import Health
 from gateway.offering import Offering
 from gateway.server import DicomServer
 from storage.control_socket import ControlServer
@@ -48,11 +49,14 @@ async def _main(settings: Settings) -> int:
     await store.start()
     await control.start()
     await server.start()
+    health = Health(store, settings.http)
+    await health.start()
     server.spawn(Offering(store, settings).run())
     store.fatal.add_done_callback(lambda _: stop.set())
     await stop.wait()
     if store.fatal.done():
         return EXIT_FATAL  # nothing is tidied up: recovery at the next start decides by what is on the disks
+    await health.stop()
     await server.stop()
     await control.stop()
     await store.stop()

@@ -215,11 +215,23 @@ class Association(Connection):
             finally:
                 self._busy = False
                 self._since = self._loop.time()
+                if self._server.draining:
+                    self.drain()
 
     @property
     def quiet(self) -> bool:
         """Established, and nothing is under way: a notification may be sent."""
         return self.may_send and not (self._busy or self._queue or self._outstanding or self._assembler.mid_message)
+
+    @property
+    def busy(self) -> bool:
+        """A request is being received or answered."""
+        return self.established and (self._busy or bool(self._queue) or self._assembler.mid_message)
+
+    def drain(self) -> None:
+        """A switchover is near: end the association, at once or after the request that is under way."""
+        if self.established and not self.busy:
+            self.abort("switching over")
 
     def cancelled(self, message_id: int) -> bool:
         return message_id in self._cancels

@@ -37,6 +37,8 @@ class DicomServer:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._server: asyncio.Server | None = None
         store.on_stepped_down = self.abort_all
+        store.on_drain = self._drain
+        store.duty.busy = lambda: sum(association.busy for association in self._connections)
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -59,6 +61,16 @@ class DicomServer:
         for association in list(self._connections):
             association.abort("this node serves no longer")
 
+    @property
+    def draining(self) -> bool:
+        """A switchover is near: nothing new is taken."""
+        return self._store.told.drain
+
+    def _drain(self) -> None:
+        log.info("dicom.draining", connections=len(self._connections))
+        for association in list(self._connections):
+            association.drain()
+
     def admit(self, association: Association) -> bool:
         if len(self._connections) >= self.settings.max_connections:
             log.warning("dicom.connections", limit=self.settings.max_connections)
@@ -72,6 +84,8 @@ class DicomServer:
     def negotiate(self, request: A_ASSOCIATE_RQ) -> Negotiated | Rejection:
         if not self._store.duty.serving and not (self._store.may_read and wants_to_read(request)):
             return NOT_NOW
+        if self.draining:
+            return BUSY
         if sum(connection.established for connection in self._connections) >= self.settings.max_associations:
             return BUSY
         return negotiate(request, self.settings)

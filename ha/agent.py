@@ -8,8 +8,9 @@ import asyncio
 import contextlib
 import json
 import math
+import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import structlog
@@ -24,6 +25,7 @@ from ha.decide import (
     Release,
     Serve,
     State,
+    Switchover,
     View,
     check_invariants,
     decide,
@@ -96,6 +98,8 @@ class Agent:
         self._lease_deadline = NEVER
         self._state: State | None = None
         self._leader: Leader | None = None
+        self._paused = False
+        self._switchover: Switchover | None = None
         self._leader_absent_since: float | None = None
         self._read_at = NEVER
         self._gateway_lost_at: float | None = None
@@ -151,11 +155,19 @@ class Agent:
             return  # an answer to a later question came first
         self._read_at = asked_at
         self._state = _state(found.get("state"))
+        self._paused = "pause" in found
+        self._note_switchover(found.get("switchover"))
         self._leader = _leader(found.get("leader"))
         if self._leader:
             self._leader_absent_since = None
         elif self._leader_absent_since is None:
             self._leader_absent_since = self._clock()
+
+    def _note_switchover(self, kv: KeyValue | None) -> None:
+        if kv is None:
+            self._switchover = None
+        elif self._switchover is None or self._switchover.to != kv.value:
+            self._switchover = Switchover(kv.value, self._clock())
 
     async def _keep_lease(self) -> None:
         if not self._lease and self._leader and self._leader.node == self.node:
@@ -206,6 +218,8 @@ class Agent:
             lease_deadline=self._lease_deadline,
             gateway=report,
             gateway_lost_at=self._gateway_lost_at,
+            switchover=self._switchover,
+            paused=self._paused,
         )
 
     async def step(self) -> None:
@@ -241,6 +255,7 @@ class Agent:
         up, state = self._site.up, view.state
         return msgspec.structs.replace(
             tell,
+            resign=tell.resign and not up,
             cluster_id=state.cluster_id if state else "",
             primary=view.leader.node if view.leader else "",
             members=tuple(member.node for member in state.in_sync) if state else (),
@@ -278,13 +293,29 @@ class Agent:
             value = StateValue(old.cluster_id, old.epoch + 1, self.node, action.in_sync, self._new_id())
         puts = [PutKey(state, _json(value))]
         if value.epoch != old.epoch:
-            why = json.dumps({"epoch": value.epoch, "primary": self.node, "by": type(action).__name__.lower()})
+            why = json.dumps(_chronicle(action, old, view))
             puts.append(PutKey(f"{self.prefix}history/{value.epoch:08d}", why))
         if isinstance(action, Acquire):
             free = Compare(leader, "create", 0)
-            return await self._etcd.txn((free, unchanged), [PutKey(leader, self.node, self._lease), *puts])
+            done = DeleteKey(f"{self.prefix}switchover")
+            return await self._etcd.txn((free, unchanged), [PutKey(leader, self.node, self._lease), *puts, done])
         held = Compare(leader, "create", view.leader.revision if view.leader else 0)
         return await self._etcd.txn((held, unchanged), puts)
+
+
+def _chronicle(action: Acquire | Bump | Change, old: State, view: View) -> dict[str, Any]:
+    """What `tandem history` shows of a change of epoch."""
+    why = "switchover" if view.switchover else "takeover" if old.primary != view.node else "again"
+    waited = view.now - view.leader_absent_since if view.leader_absent_since is not None else 0.0
+    return {
+        "epoch": old.epoch + 1,
+        "primary": view.node,
+        "before": old.primary,
+        "by": "restart" if isinstance(action, Bump) else why,
+        "in_sync": [member.node for member in action.in_sync],
+        "leaderless_s": round(waited, 2),
+        "at": time.time(),
+    }
 
 
 def _json(value: StateValue) -> str:

@@ -14,7 +14,11 @@ Invariants kept here (letters of the design):
 
 from dataclasses import dataclass
 
+import msgspec
+
 from storage.control import NEVER, Member, Report, Tell
+
+DRAIN_S = 5.0  # a switchover waits this long for requests that are under way
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,14 @@ class Leader:
 
 
 @dataclass(frozen=True)
+class Switchover:
+    """`switchover` in etcd: somebody wants the lease to go to this node."""
+
+    to: str
+    since: float  # when this node first saw it
+
+
+@dataclass(frozen=True)
 class View:
     node: str
     peer: str
@@ -58,6 +70,8 @@ class View:
     lease_deadline: float  # until when it surely holds
     gateway: Report | None
     gateway_lost_at: float | None
+    switchover: Switchover | None = None
+    paused: bool = False  # `pause` in etcd: nobody takes over by itself
 
 
 @dataclass(frozen=True)
@@ -181,6 +195,11 @@ def _as_leader(view: View, gateway: Report, state: State) -> list[Action]:
         return [Serve(False), Tell("follow"), Release("this node has no disk to keep things on")]
     if gateway.leading == state.epoch:
         actions = _lead_on(view, gateway, names, state.epoch)
+        if _hands_over(view, gateway, state):
+            drained = not gateway.busy and gateway.last == gateway.peer_last
+            if drained or view.switchover is None or view.now - view.switchover.since > DRAIN_S:
+                return [Serve(False), Tell("follow", resign=True), Release("switchover")]
+            actions = [msgspec.structs.replace(one, drain=True) if isinstance(one, Tell) else one for one in actions]
         if gateway.asked and gateway.asked.nonce != state.nonce:
             members = _members(gateway.asked.members, me, gateway, state)
             if members:
@@ -193,6 +212,12 @@ def _as_leader(view: View, gateway: Report, state: State) -> list[Action]:
     return [Tell("follow"), Bump(_with_me(me, state))]
 
 
+def _hands_over(view: View, gateway: Report, state: State) -> bool:
+    """The other node is wanted as primary, and it is as good."""
+    wanted = view.switchover is not None and view.switchover.to == view.peer
+    return wanted and gateway.linked and gateway.peer_whole and state.member(view.peer) is not None
+
+
 def _leaderless(view: View, gateway: Report, state: State) -> list[Action]:
     if gateway.leading:
         # The lease was lost and nobody took it: serve on by the peer's grant, and lead again in a new epoch.
@@ -201,7 +226,8 @@ def _leaderless(view: View, gateway: Report, state: State) -> list[Action]:
             return [Serve(False), Tell("follow")]
         return [*_lead_on(view, gateway, (), gateway.leading), *_acquire(view, gateway, state)]
     follow: list[Action] = [Serve(False), Tell("follow")]
-    if not _candidate(view, gateway, state):
+    wanted = view.switchover is not None and view.switchover.to == view.node
+    if not _candidate(view, gateway, state) or (view.paused and not wanted and state.primary != view.node):
         return follow
     since = view.leader_absent_since if view.leader_absent_since is not None else view.now
     if view.now - since < _patience_s(view, gateway, state):
@@ -242,6 +268,8 @@ def _whole_enough(view: View, gateway: Report, state: State) -> bool:
 
 def _patience_s(view: View, gateway: Report, state: State) -> float:
     """How long a free lease is left to the other node, where that one may have the better claim."""
+    if view.switchover is not None and gateway.linked and state.member(view.peer) is not None:
+        return 0.0 if view.switchover.to == view.node else 2 * view.ttl_s
     if state.member(view.peer) is None:
         return 0.0 if gateway.whole else 2 * view.ttl_s  # a disk may still be on its way
     if not gateway.linked or gateway.peer_last is None:

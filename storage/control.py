@@ -53,6 +53,7 @@ class Report(msgspec.Struct, frozen=True, tag="report"):
     asked: Asked | None
     fit: bool = True  # it has a disk to keep things on
     peer_whole: bool = True  # the linked peer's copy is whole, as far as is known
+    busy: int = 0  # requests of clients that are under way
 
 
 class Tell(msgspec.Struct, frozen=True, tag="tell"):
@@ -64,6 +65,8 @@ class Tell(msgspec.Struct, frozen=True, tag="tell"):
     serve_until: float = NEVER
     answered: str = ""  # nonce of the asked set that is in force
     withhold: bool = False
+    drain: bool = False  # a switchover is near: take nothing new, end what is under way
+    resign: bool = False  # with "follow": address and share are down, the peer may take over at once
     cluster_id: str = ""
     primary: str = ""  # this and the following for status only
     members: tuple[str, ...] = ()

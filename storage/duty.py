@@ -32,6 +32,7 @@ class Duty:
         self._told = 0
         self._task: asyncio.Task[None] | None = None
         self.serve_until = NEVER
+        self.busy: Callable[[], int] = lambda: 0  # requests of clients that are under way
 
     @property
     def serving(self) -> bool:
@@ -58,7 +59,7 @@ class Duty:
         if tell.role == "follow":
             self._told = 0
             core.withhold = tell.withhold
-            core.follow()
+            core.follow(resign=tell.resign)
         elif core.leading and core.epoch == tell.epoch:
             if core.ask and tell.answered == self._nonce(core.ask):
                 core.answered(core.ask.token)
@@ -124,6 +125,7 @@ class Duty:
             asked=asked,
             fit=self._fit(),
             peer_whole=hello.whole if hello else True,
+            busy=self.busy(),
         )
 
     def _nonce(self, ask: Ask) -> str:

@@ -30,6 +30,10 @@ class Welcome(Message, frozen=True):
     match: int
     commit: int
 
+    @property
+    def of(self) -> tuple[int, int]:
+        return self.epoch, self.session
+
 
 class Joined(Message, frozen=True):
     epoch: int
@@ -78,13 +82,20 @@ class Pong(Message, frozen=True):
     info: bytes
 
 
+class Resign(Message, frozen=True):
+    """Leader to follower: I have stopped; nothing that you promised in this session binds you any more."""
+
+    epoch: int
+    session: int
+
+
 class Deny(Message, frozen=True):
     """You are of an old epoch; I promised `promised`."""
 
     promised: int
 
 
-AnyMessage = Hello | Welcome | Joined | Prepare | Ack | Ping | Pong | Deny
+AnyMessage = Hello | Welcome | Joined | Prepare | Ack | Ping | Pong | Resign | Deny
 
 _decoder = msgspec.msgpack.Decoder(AnyMessage)
 encode = msgspec.msgpack.Encoder().encode

@@ -34,7 +34,7 @@ from storage.effects import (
     Transmit,
 )
 from storage.epochs import Epochs
-from storage.messages import Ack, AnyMessage, Deny, Hello, Joined, Ping, Pong, Prepare, Welcome
+from storage.messages import Ack, AnyMessage, Deny, Hello, Joined, Ping, Pong, Prepare, Resign, Welcome
 
 
 @dataclass
@@ -169,9 +169,12 @@ class Replica:
         if self._linked:
             self._greet(now)
 
-    def follow(self) -> None:
-        """Stop leading (or go on following). The log stays as it is until a leader's Welcome."""
+    def follow(self, *, resign: bool = False) -> None:
+        """Stop leading (or go on following). The log stays as it is until a leader's Welcome. `resign`: nothing is
+        served in this node's name any more, the follower needn't wait until its promise has run out."""
         if self.leading:
+            if resign:
+                self._out.append(Send(Resign(self.epoch, self._f.session)))
             self.role = Role.FOLLOWER
             self.required, self.ask = frozenset(), None
             self._f = FollowerState()
@@ -282,12 +285,8 @@ class Replica:
             self._stalled_at = now
         stalled = self._stalled_at is not None and now - self._stalled_at > self.limits.ack_timeout_s
         lost = self._lost_at is not None and now - self._lost_at >= self.limits.peer_timeout_s
-        if (
-            (lost or stalled or self.peer_unfit)
-            and self.peer in self.required
-            and self._asked() != frozenset({self.node})
-        ):
-            self._ask_for(frozenset({self.node}))
+        if (lost or stalled or self.peer_unfit) and self.peer in self.required:
+            self._ask_to_go_alone()
         self._expand()
 
     # -- messages ----------------------------------------------------------------------------------------------
@@ -309,6 +308,9 @@ class Replica:
                 self._on_ping(message, now)
             case Pong():
                 self._on_pong(message)
+            case Resign():
+                if self._following and (message.epoch, message.session) == self._following.of:
+                    self.granted_until = float("-inf")
             case Deny():
                 self._on_deny(message.promised)
 
@@ -390,7 +392,7 @@ class Replica:
 
     def _on_ping(self, ping: Ping, now: float) -> None:
         following = self._following
-        ours = following is not None and (ping.epoch, ping.session) == (following.epoch, following.session)
+        ours = following is not None and (ping.epoch, ping.session) == following.of
         if ours:
             self._learn_commit(ping.commit)
             if not self.withhold:

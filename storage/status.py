@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from storage.model import Put
+
 if TYPE_CHECKING:
     from storage.store import Store
 
@@ -34,6 +36,7 @@ def node_status(store: "Store") -> dict[str, Any]:
     if core.peer:
         nodes[core.peer] = _peer(store)
     behind = max(0, core.commit - core.peer_acked) if core.leading and core.peer else 0
+    single = _single_copy(store)
     in_sync = sorted(core.confirmed) if core.leading else sorted(store.told.members)
     return {
         "cluster": settings.cluster.name if settings.cluster else "",
@@ -48,7 +51,11 @@ def node_status(store: "Store") -> dict[str, Any]:
         "etcd": store.told.etcd_ok,
         "nodes": nodes,
         **counts,
-        "single_copy": _single_copy(store),
+        "single_copy": single,
+        "single_copy_since": _oldest_single(store) if single else None,
+        "store_id": core.store_id,
+        "incarnation": core.incarnation,
+        "whole": core.whole,
         "catch_up": {"behind": behind, "linked": core.linked, "missing": counts["missing"]},
         "healing": {
             "missing": counts["missing"],
@@ -79,6 +86,16 @@ def _peer(store: "Store") -> dict[str, Any]:
     role = "standby" if core.leading else "primary" if _peer_leads(store) else "unknown"
     seq = core.peer_last[1] if core.peer_last else None
     return {"role": role if core.linked else "away", "seq": seq, "volumes": [], **info}
+
+
+def _oldest_single(store: "Store") -> float | None:
+    """When the oldest object with one copy was received, wall clock."""
+    core = store.core
+    first = 1 if core.peer is None else max(core.peer_acked, store.pair_seq) + 1
+    for entry in store.catalogue.entries(first, 100):
+        if isinstance(entry.operation, Put):
+            return entry.operation.received
+    return None
 
 
 def _single_copy(store: "Store") -> int:

@@ -69,6 +69,7 @@ class Store:
         self.fatal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.on_change: Callable[[], None] = lambda: None
         self.on_stepped_down: Callable[[], None] = lambda: None
+        self.on_drain: Callable[[], None] = lambda: None
         self._barriers: list[tuple[int, asyncio.Future[None]]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._pendings = Pendings()
@@ -262,7 +263,9 @@ class Store:
         return self.duty.may_serve or (self.settings.dicom.standby_reads and self.duty.follows)
 
     def tell(self, tell: Tell) -> None:
-        self.told = tell
+        drain, self.told = tell.drain and not self.told.drain, tell
+        if drain:
+            self.on_drain()
         if tell.cluster_id and not self.cluster_id:
             self.cluster_id = tell.cluster_id
             self._spawn(self.journal.record(cluster_id=tell.cluster_id))

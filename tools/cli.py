@@ -13,6 +13,7 @@ import structlog
 from conf import VERSION
 from conf.settings import ENV_PREFIX, Settings, SettingsError, build, overridden
 from storage.volume import MARKER, create_marker
+from tools.cluster import COMMANDS as CLUSTER_COMMANDS
 from tools.operate import COMMANDS as OPERATOR_COMMANDS
 from tools.rebuild_command import rebuild_index
 from tools.settings_option import EXIT_CONFIG, Failure, config_option, settings_of
@@ -142,5 +143,5 @@ def _add_lab_commands() -> None:
 
 
 _add_lab_commands()
-for operator_command in (*OPERATOR_COMMANDS, *TRANSFER_COMMANDS, rebuild_index):
+for operator_command in (*OPERATOR_COMMANDS, *TRANSFER_COMMANDS, *CLUSTER_COMMANDS, rebuild_index):
     main.add_command(operator_command)

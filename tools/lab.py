@@ -192,7 +192,7 @@ class Lab:
             f'[cluster]\nname = "lab"\naddress = "{ADDRESSES[node]}"\npeer = "{peer}"\n'
             f'peer_address = "{ADDRESSES[peer]}"\netcd = [{etcd}]\nlease_ttl_s = {float(ttl_s)}\n'
             f'vips = ["{VIP}/{SUBNET.prefixlen}"]\n\n'
-            f"[share]\nenabled = true\n"
+            f"[share]\nenabled = true\n\n[http]\nport = {HTTP_PORT}\n"
         )
 
     def _write_processes(self) -> None:

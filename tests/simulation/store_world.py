@@ -329,6 +329,7 @@ class StoreWorld(World):
             self._flip_bit,
             self._delete_by_hand,
             self._add_by_hand,
+            self._switch_over,
         ]
         if self.careless:
             faults += [self._break_disk, self._flip_bit] * 3

@@ -13,6 +13,7 @@ from typing import Any
 import structlog
 
 from ha.agent import Agent
+from ha.etcd import DeleteKey, PutKey
 from storage.control import Report, Tell
 from storage.messages import AnyMessage
 from tests.simulation.gateway import SimGateway
@@ -315,6 +316,15 @@ class World:
 
     # -- faults ------------------------------------------------------------------------------------------------
 
+    def _switch_over(self, node: Node, for_s: float) -> None:
+        """Somebody asks for it; the wish ends by itself."""
+        self.etcd.txn((), (PutKey("/tandem/sim/switchover", node.name),))
+        self.loop.post(None, 5.0 + for_s, self.etcd.txn, (), (DeleteKey("/tandem/sim/switchover"),))
+
+    def _pause(self, _node: Node, for_s: float) -> None:
+        self.etcd.txn((), (PutKey("/tandem/sim/pause", ""),))
+        self.loop.post(None, for_s, self.etcd.txn, (), (DeleteKey("/tandem/sim/pause"),))
+
     def _fault(self) -> None:
         node = self.nodes[self.rng.choice("ab")]
         for_s = self.rng.choice((0.5, 2.0, 5.0, 12.0)) * self.rng.random()
@@ -330,6 +340,8 @@ class World:
             self._etcd_down,
             self._cut_all,
             self._lossy_etcd,
+            self._switch_over,
+            self._pause,
         ]
         self.rng.choice(faults)(node, for_s)
 

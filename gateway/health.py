@@ -1,0 +1,116 @@
+"""Health and metrics over HTTP, for load balancers and monitoring, on the node's own address.
+
+/health/live      200 while this process answers
+/health/ready     200 if this node serves or could take over: primary, or a complete standby that follows one
+/health/primary   200 on the node that serves
+/health/standby   200 on a complete standby; ?lag=N: at most N entries behind
+/metrics          Prometheus
+"""
+
+from typing import Final
+
+import structlog
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
+
+from conf.settings import HttpSettings
+from storage.store import Store
+
+log = structlog.get_logger()
+
+GAUGES: Final = {
+    "tandem_primary": "1 on the node that serves",
+    "tandem_in_sync": "Nodes that hold everything that was acknowledged",
+    "tandem_epoch": "Epoch of the present primary",
+    "tandem_instances": "Instances in the catalogue",
+    "tandem_studies": "Studies in the catalogue",
+    "tandem_bytes": "Bytes of all instances",
+    "tandem_single_copy": "Objects whose only copy is on this node",
+    "tandem_missing": "Copies of this node that are to be made again",
+    "tandem_unreadable": "Objects without a good copy on either node",
+    "tandem_behind": "Entries that the other node lacks",
+    "tandem_linked": "1 while the other node is heard",
+    "tandem_etcd": "1 while etcd answers",
+    "tandem_scrub_bad": "Bad copies that scrubbing has found since the start",
+}
+
+
+class Health:
+    def __init__(self, store: Store, settings: HttpSettings) -> None:
+        self._store, self._settings = store, settings
+        self._runner: web.AppRunner | None = None
+        self._registry = CollectorRegistry()
+        self._gauges = {name: Gauge(name, about, registry=self._registry) for name, about in GAUGES.items()}
+        self._free = Gauge("tandem_volume_free_bytes", "Free space", ["path"], registry=self._registry)
+        self._online = Gauge("tandem_volume_online", "1 while in service", ["path"], registry=self._registry)
+
+    async def start(self) -> None:
+        if not self._settings.port:
+            return
+        app = web.Application()
+        app.router.add_get("/health/live", self._live)
+        app.router.add_get("/health/ready", self._ready)
+        app.router.add_get("/health/primary", self._primary)
+        app.router.add_get("/health/standby", self._standby)
+        app.router.add_get("/metrics", self._metrics)
+        self._runner = web.AppRunner(app, access_log=None)
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, self._settings.bind, self._settings.port).start()
+        except OSError as error:  # images are more important than looking at them
+            log.error("http.not_listening", port=self._settings.port, error=error.strerror)
+
+    async def stop(self) -> None:
+        if self._runner:
+            await self._runner.cleanup()
+
+    async def _live(self, _: web.Request) -> web.Response:
+        return _answer(True, "alive")
+
+    async def _ready(self, _: web.Request) -> web.Response:
+        store = self._store
+        return _answer(store.may_serve or store.duty.follows, self._mode())
+
+    async def _primary(self, _: web.Request) -> web.Response:
+        return _answer(self._store.may_serve, self._mode())
+
+    async def _standby(self, request: web.Request) -> web.Response:
+        core = self._store.core
+        try:
+            most = int(request.query.get("lag", -1))
+        except ValueError:
+            return web.json_response({"error": "lag: a number of entries"}, status=400)
+        lag = core.accepted - self._store.journal.applied
+        return _answer(self._store.duty.follows and (most < 0 or lag <= most), self._mode(), lag=lag)
+
+    def _mode(self) -> str:
+        mode: str = self._store.status()["mode"]
+        return mode
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        status = self._store.status()
+        values = {
+            "primary": self._store.may_serve,
+            "in_sync": len(status["in_sync"]),
+            "epoch": status["epoch"],
+            "instances": status["instances"],
+            "studies": status["studies"],
+            "bytes": status["bytes"],
+            "single_copy": status["single_copy"],
+            "missing": status["healing"]["missing"],
+            "unreadable": status["healing"]["unreadable"],
+            "behind": status["catch_up"]["behind"],
+            "linked": status["catch_up"]["linked"],
+            "etcd": status["etcd"],
+            "scrub_bad": status["scrub"]["bad"],
+        }
+        for name, value in values.items():
+            self._gauges[f"tandem_{name}"].set(value)
+        for volume in status["nodes"][status["node"]]["volumes"]:
+            self._online.labels(volume["path"]).set(volume["state"] in ("online", "slow", "full", "draining"))
+            self._free.labels(volume["path"]).set(volume.get("free", 0))
+        return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def _answer(good: bool, mode: str, **more: int) -> web.Response:
+    return web.json_response({"ok": good, "mode": mode, **more}, status=200 if good else 503)

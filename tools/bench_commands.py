@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from tools import bench_upkeep
+from tools import bench_failover, bench_upkeep
 from tools.bench_store import store
 
 
@@ -18,6 +18,10 @@ where = click.option("--dir", "folder", type=click.Path(path_type=Path), help="W
 for run, count in ((bench_upkeep.heal, 600), (bench_upkeep.scrub, 600), (bench_upkeep.rebuild, 4000)):
     command = click.command(run.__name__, help=run.__doc__)(run)
     main.add_command(where(click.option("--count", default=count, show_default=True, help="Objects.")(command)))
+
+runs_option = click.option("--runs", default=5, show_default=True, help="Of each kind of fault.")
+failover = click.command("failover", help=bench_failover.failover.__doc__)(bench_failover.failover)
+main.add_command(where(runs_option(failover)))
 
 if __name__ == "__main__":
     main()

@@ -12,6 +12,7 @@ from typing import Any
 import structlog
 import uvloop
 
+from conf.notify import keep_alive, notify
 from conf.settings import Settings
 from gateway.health import Health
 from gateway.offering import Offering
@@ -53,9 +54,12 @@ async def _main(settings: Settings) -> int:
     await health.start()
     server.spawn(Offering(store, settings).run())
     store.fatal.add_done_callback(lambda _: stop.set())
+    server.spawn(keep_alive())
+    notify("READY=1")
     await stop.wait()
     if store.fatal.done():
         return EXIT_FATAL  # nothing is tidied up: recovery at the next start decides by what is on the disks
+    notify("STOPPING=1")
     await health.stop()
     await server.stop()
     await control.stop()

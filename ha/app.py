@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 import structlog
 
+from conf.notify import keep_alive, notify
 from conf.settings import ClusterSettings, Settings
 from ha.agent import Agent
 from ha.etcd import HttpEtcd
@@ -72,11 +73,14 @@ async def _main(settings: Settings, cluster: ClusterSettings) -> int:
         asyncio.create_task(coroutine)
         for coroutine in (agent.run(), _watch(etcd, agent), _keep_etcd_leader_elsewhere(cluster, site))
     ]
+    fed = asyncio.create_task(keep_alive())
+    notify("READY=1")
     for task in (linked, *running):
         task.add_done_callback(lambda _: stop.set())
     await stop.wait()
     failed = [repr(task.exception()) for task in (linked, *running) if task.done() and not task.cancelled()]
-    for task in running:
+    notify("STOPPING=1")
+    for task in (fed, *running):
         task.cancel()
     await asyncio.gather(*running, return_exceptions=True)
     await site.leave()

@@ -46,6 +46,11 @@ class GatewayLink(Protocol):
     @property
     def report(self) -> Report | None: ...
 
+    @property
+    def dead(self) -> bool:
+        """The process that reported last has ended, for certain."""
+        ...
+
     async def tell(self, tell: Tell) -> None: ...
 
 
@@ -99,6 +104,7 @@ class Agent:
         self._state: State | None = None
         self._leader: Leader | None = None
         self._paused = False
+        self._released = 0
         self._switchover: Switchover | None = None
         self._leader_absent_since: float | None = None
         self._read_at = NEVER
@@ -156,6 +162,7 @@ class Agent:
         self._read_at = asked_at
         self._state = _state(found.get("state"))
         self._paused = "pause" in found
+        self._released = int(found["released"].value) if "released" in found else 0
         self._note_switchover(found.get("switchover"))
         self._leader = _leader(found.get("leader"))
         if self._leader:
@@ -220,6 +227,8 @@ class Agent:
             gateway_lost_at=self._gateway_lost_at,
             switchover=self._switchover,
             paused=self._paused,
+            gateway_dead=report is None and self._gateway.dead,
+            released=self._released,
         )
 
     async def step(self) -> None:
@@ -277,7 +286,8 @@ class Agent:
         leader, state = f"{self.prefix}leader", f"{self.prefix}state"
         if isinstance(action, Release):
             held = Compare(leader, "create", view.leader.revision if view.leader else 0)
-            return await self._etcd.txn((held,), (DeleteKey(leader),))
+            dead = [PutKey(f"{self.prefix}released", str(action.dead_in))] if action.dead_in else []
+            return await self._etcd.txn((held,), (DeleteKey(leader), *dead))
         if isinstance(action, CreateState):
             if view.gateway is None:
                 return False

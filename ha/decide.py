@@ -72,6 +72,8 @@ class View:
     gateway_lost_at: float | None
     switchover: Switchover | None = None
     paused: bool = False  # `pause` in etcd: nobody takes over by itself
+    gateway_dead: bool = False  # its process has ended, that is certain
+    released: int = 0  # `released` in etcd: the gateway that led in this epoch is dead, by its own agent's word
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,10 @@ class Change:
 
 @dataclass(frozen=True)
 class Release:
+    """`dead_in`: the gateway that led in this epoch is dead, the peer need keep no promise to it."""
+
     reason: str
+    dead_in: int = 0
 
 
 @dataclass(frozen=True)
@@ -163,8 +168,12 @@ def _authority(view: View) -> float:
 
 
 def _without_gateway(view: View) -> list[Action]:
-    """A restart of the gateway takes about a second: keep lease and address that long, then hand over."""
+    """One that is dead hands over to a node in sync at once. Of one that is only silent it isn't known what it does:
+    keep lease and address for a moment, as for a restart without another node."""
     mine = view.leader is not None and view.leader.node == view.node
+    state = view.state
+    if mine and view.gateway_dead and view.etcd_ok and not view.paused and state and state.member(view.peer):
+        return [Serve(False), Release("the gateway is dead", state.epoch)]
     lost_for = view.now - (view.gateway_lost_at if view.gateway_lost_at is not None else view.started_at)
     if mine and lost_for <= view.gateway_grace_s and _authority(view) > view.now:
         return []
@@ -233,7 +242,8 @@ def _leaderless(view: View, gateway: Report, state: State) -> list[Action]:
     if view.now - since < _patience_s(view, gateway, state):
         return follow
     if not gateway.withhold or gateway.granted_until > view.now:
-        return [Serve(False), Tell("follow", withhold=True)]
+        released = view.released if view.released == state.epoch else 0
+        return [Serve(False), Tell("follow", withhold=True, released=released)]
     return [Serve(False), Tell("follow", withhold=True), *_acquire(view, gateway, state)]
 
 

@@ -21,6 +21,13 @@ class SocketGatewayLink:
         self._last: Report | None = None
         self._last_at = 0.0
         self._writer: asyncio.StreamWriter | None = None
+        self._process = (0, "")  # (pid, when it was started) of the gateway that reported last
+
+    @property
+    def dead(self) -> bool:
+        """The process that reported last has ended: not stopped, not hanging, not only silent."""
+        pid, started = self._process
+        return self._last is None and pid != 0 and _start_of(pid) != started
 
     @property
     def report(self) -> Report | None:
@@ -52,6 +59,8 @@ class SocketGatewayLink:
         while line := await reader.readline():
             message = decode_line(line)
             if isinstance(message, Report):
+                if message.pid != self._process[0]:
+                    self._process = (message.pid, _start_of(message.pid))
                 changed = self._last is None or _important(self._last) != _important(message)
                 self._last, self._last_at = message, boottime()
                 if changed:
@@ -61,3 +70,13 @@ class SocketGatewayLink:
 def _important(report: Report) -> tuple[object, ...]:
     """What calls for a decision at once; the rest waits for the next round."""
     return (report.incarnation, report.promised, report.leading, report.serving, report.linked, report.asked)
+
+
+def _start_of(pid: int) -> str:
+    """When a process was started, in ticks since boot; "" if there is none, or nothing of it but its exit status. The
+    start tells a process from a later one with the same number (proc(5), /proc/pid/stat)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]

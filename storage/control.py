@@ -54,6 +54,7 @@ class Report(msgspec.Struct, frozen=True, tag="report"):
     fit: bool = True  # it has a disk to keep things on
     peer_whole: bool = True  # the linked peer's copy is whole, as far as is known
     busy: int = 0  # requests of clients that are under way
+    pid: int = 0
 
 
 class Tell(msgspec.Struct, frozen=True, tag="tell"):
@@ -66,6 +67,7 @@ class Tell(msgspec.Struct, frozen=True, tag="tell"):
     answered: str = ""  # nonce of the asked set that is in force
     withhold: bool = False
     drain: bool = False  # a switchover is near: take nothing new, end what is under way
+    released: int = 0  # with "follow": whoever led in this epoch is dead for certain, promises to it bind no more
     resign: bool = False  # with "follow": address and share are down, the peer may take over at once
     cluster_id: str = ""
     primary: str = ""  # this and the following for status only

@@ -5,6 +5,7 @@ epoch must be on disk before anything is done in its name.
 """
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 
 from storage.control import NEVER, Asked, Member, Report, Tell
@@ -60,6 +61,8 @@ class Duty:
             self._told = 0
             core.withhold = tell.withhold
             core.follow(resign=tell.resign)
+            if tell.released and tell.released == core.promised:
+                core.granted_until = float("-inf")
         elif core.leading and core.epoch == tell.epoch:
             if core.ask and tell.answered == self._nonce(core.ask):
                 core.answered(core.ask.token)
@@ -126,6 +129,7 @@ class Duty:
             fit=self._fit(),
             peer_whole=hello.whole if hello else True,
             busy=self.busy(),
+            pid=os.getpid(),
         )
 
     def _nonce(self, ask: Ask) -> str:

@@ -3,8 +3,22 @@
 from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace as replaced
 
-from ha.decide import Acquire, Bump, Change, Leader, Release, Serve, State, View, check_invariants, decide
+from ha.decide import (
+    DRAIN_S,
+    Acquire,
+    Bump,
+    Change,
+    Leader,
+    Release,
+    Serve,
+    State,
+    Switchover,
+    View,
+    check_invariants,
+    decide,
+)
 from storage.control import NEVER, Asked, Member, Report, Tell
 
 ME, PEER = Member("a", "store-a", 3), Member("b", "store-b", 7)
@@ -209,3 +223,65 @@ def test_two_incomplete_copies_come_up_by_themselves() -> None:
     assert not any(isinstance(action, Acquire) for action in decide(view(report(**both, peer_last=(5, 11)))))
     better = report(**{**both, "peer_whole": True}, peer_last=(5, 10))
     assert not any(isinstance(action, Acquire) for action in decide(view(better)))
+
+
+# -- what people want, and a gateway that died -------------------------------------------------------------------------
+
+PAIR = report(leading=5, serving=True, linked=True, peer=PEER, peer_last=(5, 10))
+TO_PEER = Switchover("b", NOW - 1)
+
+
+def test_switchover_waits_for_requests_under_way_and_takes_no_new_ones() -> None:
+    actions = decide(view(replaced(PAIR, busy=2), leader=MINE, switchover=TO_PEER))
+    told = next(action for action in actions if isinstance(action, Tell))
+    assert told.role == "lead"
+    assert told.drain
+    assert not any(isinstance(action, Release) for action in actions)
+
+
+@pytest.mark.parametrize("gateway", [PAIR, None], ids=["drained", "for too long"])
+def test_switchover_takes_the_site_down_before_it_resigns(gateway: Report | None) -> None:
+    given = view(PAIR, leader=MINE, switchover=TO_PEER)
+    if gateway is None:
+        given = view(replaced(PAIR, busy=2), leader=MINE, switchover=Switchover("b", NOW - DRAIN_S - 1))
+    assert decide(given) == [Serve(False), Tell("follow", resign=True), Release("switchover")]
+
+
+@pytest.mark.parametrize(
+    ("gateway", "members"),
+    [
+        (replaced(PAIR, linked=False), (ME, PEER)),
+        (replaced(PAIR, peer_whole=False), (ME, PEER)),
+        (PAIR, (ME,)),
+    ],
+    ids=["not linked", "incomplete", "not in sync"],
+)
+def test_no_switchover_to_a_node_that_is_not_as_good(gateway: Report, members: tuple[Member, ...]) -> None:
+    assert "Release" not in kinds(view(gateway, leader=MINE, switchover=TO_PEER, state=state(*members)))
+
+
+def test_the_node_that_hands_over_leaves_the_lease_to_the_other() -> None:
+    free = {"leader_absent_since": NOW, "state": State("c", 5, "a", (ME, PEER), "n", 77)}
+    follower = replaced(PAIR, leading=0, serving=False, withhold=True)
+    assert "Acquire" not in kinds(view(follower, switchover=TO_PEER, **free))
+    assert "Acquire" in kinds(view(follower, switchover=Switchover("a", NOW), **free))
+
+
+def test_paused_pair_takes_over_only_by_switchover() -> None:
+    ready = report(withhold=True, linked=True, peer=PEER, peer_last=(5, 10))
+    assert "Acquire" not in kinds(view(ready, paused=True))
+    assert "Acquire" in kinds(view(ready, paused=True, switchover=Switchover("a", NOW)))
+    assert "Acquire" in kinds(view(ready, paused=True, state=State("c", 5, "a", (ME, PEER), "n", 77)))
+
+
+def test_dead_gateway_hands_over_at_once() -> None:
+    dead = {"leader": MINE, "gateway_dead": True, "gateway_lost_at": NOW}
+    assert decide(view(None, **dead)) == [Serve(False), Release("the gateway is dead", 5)]
+    assert "Release" not in kinds(view(None, **dead, state=state(ME)))
+    assert "Release" not in kinds(view(None, leader=MINE, gateway_lost_at=NOW))  # only silent
+
+
+def test_promise_to_the_dead_does_not_bind() -> None:
+    bound = report(withhold=True, granted_until=NOW + 2)
+    assert Tell("follow", withhold=True, released=5) in decide(view(bound, released=5))
+    assert Tell("follow", withhold=True) in decide(view(bound, released=4))  # that was an earlier one

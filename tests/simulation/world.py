@@ -115,6 +115,7 @@ class Link:
     def __init__(self, node: "Node") -> None:
         self.node = node
         self.report: Report | None = None
+        self.dead = False
 
     async def tell(self, tell: Tell) -> None:
         gateway = self.node.gateway
@@ -167,6 +168,7 @@ class Node:
         if self.agent and self.link:
             link = self.link
             self.world.loop.post(self.agent, 0.001, setattr, link, "report", report)
+            self.world.loop.post(self.agent, 0.001, setattr, link, "dead", False)
 
     def kill_gateway(self) -> None:
         if self.gateway and not self.gateway.process.dead:
@@ -175,6 +177,7 @@ class Node:
                 self.gateway.connection.close(self)
             if self.agent and self.link:
                 self.world.loop.post(self.agent, 0.002, setattr, self.link, "report", None)
+                self.world.loop.post(self.agent, 0.002, setattr, self.link, "dead", True)
 
     def kill_agent(self) -> None:
         if self.agent:

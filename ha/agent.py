@@ -104,7 +104,9 @@ class Agent:
         self._state: State | None = None
         self._leader: Leader | None = None
         self._paused = False
+        self._peer_present = False
         self._released = 0
+        self._resigned = 0  # the epoch in which the gateway was last told to resign: it never leads in it again
         self._switchover: Switchover | None = None
         self._leader_absent_since: float | None = None
         self._read_at = NEVER
@@ -163,6 +165,7 @@ class Agent:
         self._state = _state(found.get("state"))
         self._paused = "pause" in found
         self._released = int(found["released"].value) if "released" in found else 0
+        self._peer_present = f"members/{self.peer}" in found
         self._note_switchover(found.get("switchover"))
         self._leader = _leader(found.get("leader"))
         if self._leader:
@@ -173,8 +176,8 @@ class Agent:
     def _note_switchover(self, kv: KeyValue | None) -> None:
         if kv is None:
             self._switchover = None
-        elif self._switchover is None or self._switchover.to != kv.value:
-            self._switchover = Switchover(kv.value, self._clock())
+        elif self._switchover is None or self._switchover.revision != kv.mod_revision:
+            self._switchover = Switchover(kv.value, self._clock(), kv.mod_revision)
 
     async def _keep_lease(self) -> None:
         if not self._lease and self._leader and self._leader.node == self.node:
@@ -205,6 +208,8 @@ class Agent:
     def view(self) -> View:
         now = self._clock()
         report = self._gateway.report
+        if report is not None and 0 < report.leading <= self._resigned:  # said before it heard that it is to resign
+            report = msgspec.structs.replace(report, leading=0, serving=False)
         if report is not None:
             self._gateway_lost_at = None
         elif self._gateway_lost_at is None:
@@ -227,6 +232,7 @@ class Agent:
             gateway_lost_at=self._gateway_lost_at,
             switchover=self._switchover,
             paused=self._paused,
+            peer_present=self._peer_present,
             gateway_dead=report is None and self._gateway.dead,
             released=self._released,
         )
@@ -248,7 +254,10 @@ class Agent:
     async def _carry_out(self, action: Action, view: View) -> None:
         match action:
             case Tell():
-                await self._gateway.tell(self._informed(action, view))
+                told = self._informed(action, view)
+                if told.resign and view.gateway is not None:
+                    self._resigned = max(self._resigned, view.gateway.leading)
+                await self._gateway.tell(told)
             case Serve(here=True):
                 seconds = action.until - self._clock()
                 if seconds > 0:
@@ -285,9 +294,12 @@ class Agent:
     async def _write(self, action: CreateState | Acquire | Bump | Change | Release, view: View) -> bool:
         leader, state = f"{self.prefix}leader", f"{self.prefix}state"
         if isinstance(action, Release):
-            held = Compare(leader, "create", view.leader.revision if view.leader else 0)
-            dead = [PutKey(f"{self.prefix}released", str(action.dead_in))] if action.dead_in else []
-            return await self._etcd.txn((held,), (DeleteKey(leader), *dead))
+            still = [Compare(leader, "create", view.leader.revision if view.leader else 0)]
+            if view.state is not None:  # a release that comes late must not end the next epoch
+                still.append(Compare(state, "mod", view.state.revision))
+            sure = action.dead_in and not self._site.up
+            dead = [PutKey(f"{self.prefix}released", str(action.dead_in))] if sure else []
+            return await self._etcd.txn(still, (DeleteKey(leader), *dead))
         if isinstance(action, CreateState):
             if view.gateway is None:
                 return False

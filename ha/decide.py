@@ -51,6 +51,7 @@ class Switchover:
 
     to: str
     since: float  # when this node first saw it
+    revision: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class View:
     gateway_lost_at: float | None
     switchover: Switchover | None = None
     paused: bool = False  # `pause` in etcd: nobody takes over by itself
+    peer_present: bool = True  # the other node's agent keeps its lease
     gateway_dead: bool = False  # its process has ended, that is certain
     released: int = 0  # `released` in etcd: the gateway that led in this epoch is dead, by its own agent's word
 
@@ -200,7 +202,7 @@ def _lead_on(view: View, gateway: Report, in_sync: tuple[str, ...], epoch: int) 
 def _as_leader(view: View, gateway: Report, state: State) -> list[Action]:
     me = Member(view.node, gateway.store_id, gateway.incarnation)
     names = tuple(member.node for member in state.in_sync)
-    if not gateway.fit and gateway.linked and state.member(view.peer) is not None:
+    if not gateway.fit and gateway.linked and state.member(view.peer) is not None and not view.paused:
         return [Serve(False), Tell("follow"), Release("this node has no disk to keep things on")]
     if gateway.leading == state.epoch:
         actions = _lead_on(view, gateway, names, state.epoch)
@@ -224,7 +226,8 @@ def _as_leader(view: View, gateway: Report, state: State) -> list[Action]:
 def _hands_over(view: View, gateway: Report, state: State) -> bool:
     """The other node is wanted as primary, and it is as good."""
     wanted = view.switchover is not None and view.switchover.to == view.peer
-    return wanted and gateway.linked and gateway.peer_whole and state.member(view.peer) is not None
+    ready = view.peer_present and gateway.linked and gateway.peer_whole
+    return wanted and ready and state.member(view.peer) is not None
 
 
 def _leaderless(view: View, gateway: Report, state: State) -> list[Action]:

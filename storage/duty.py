@@ -87,8 +87,8 @@ class Duty:
             self._abandon()
             self._flush()
             await asyncio.sleep(POLL_S)
-        if self._told != epoch:
-            return
+        if self._told != epoch or self._task is not asyncio.current_task():
+            return  # told otherwise meanwhile, or told the same anew
         if core.promised != epoch or not core.good_enough(in_sync):
             self._told = 0
             return

@@ -17,6 +17,8 @@ Invariants kept here (letters of the design):
 
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from storage.effects import (
     Adopt,
     Ask,
@@ -170,8 +172,7 @@ class Replica:
             self._greet(now)
 
     def follow(self, *, resign: bool = False) -> None:
-        """Stop leading (or go on following). The log stays as it is until a leader's Welcome. `resign`: nothing is
-        served in this node's name any more, the follower needn't wait until its promise has run out."""
+        """Stop leading. The log stays until a leader's Welcome. `resign`: nothing is served here, the peer is free."""
         if self.leading:
             if resign:
                 self._out.append(Send(Resign(self.epoch, self._f.session)))
@@ -406,6 +407,7 @@ class Replica:
 
     def _on_pong(self, pong: Pong) -> None:
         self.peer_last, self.peer_info = pong.epochs_last, pong.info or self.peer_info
+        self.peer_hello = self.peer_hello and replace(self.peer_hello, whole=pong.whole)
         ours = (pong.epoch, pong.session) == (self.epoch, self._f.session)
         if self.leading and self._f.stage is Peer.JOINED and ours:
             self._f.whole = pong.whole
@@ -473,8 +475,7 @@ class Replica:
         return self.ask.members if self.ask else self.required
 
     def _ask_to_go_alone(self) -> None:
-        alone = frozenset({self.node})
-        if self._asked() != alone:
+        if self._asked() != (alone := frozenset({self.node})):
             self._ask_for(alone)
 
     def _ask_for(self, members: frozenset[str]) -> None:

@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -38,6 +38,7 @@ class Cluster:
         self.revision = keys["state"].mod_revision if "state" in keys else 0
         self.paused = "pause" in keys
         self.switchover = keys["switchover"].value if "switchover" in keys else ""
+        self.present = {key.removeprefix("members/") for key in keys if key.startswith("members/")}
         self.history = [json.loads(kv.value) for key, kv in sorted(keys.items()) if key.startswith("history/")]
 
     @property
@@ -95,7 +96,7 @@ def _seconds_until(at: datetime) -> float:
     if at.year == 1900:  # only a time of day was given
         at = at.replace(year=now.year, month=now.month, day=now.day)
         if at < now:
-            at = at.replace(day=now.day + 1) if now.day < 28 else at
+            at += timedelta(days=1)
     return max(0.0, (at - now).total_seconds())
 
 
@@ -112,6 +113,8 @@ async def switch(cluster: ClusterSettings, node: str, etcd: HttpEtcd, to: str | 
         return {"to": target, "from": target, "seconds": 0.0}
     if target not in found.in_sync:
         raise Failure(f"node {target} isn't in sync; `tandem status` shows how far it is", EXIT_BLOCKED)
+    if target not in found.present:
+        raise Failure(f"the HA agent of node {target} isn't there; is `tandem-ha` running on it?", EXIT_BLOCKED)
     lease = await etcd.grant(SWITCHOVER_S)
     await etcd.txn((), (PutKey(f"{found.prefix}switchover", target, lease),))
     started, before = time.monotonic(), found.leader
@@ -135,15 +138,16 @@ def failover(config: Path | None, force: bool, yes: bool, as_json: bool) -> None
         return await _look(etcd, cluster.name), _own_status(settings)
 
     async def force_in(settings: Settings, cluster: ClusterSettings, etcd: HttpEtcd) -> bool:
-        found, own = await check(settings, cluster, etcd)
-        if found.state is None or found.leader:
-            return False
+        now, own = await check(settings, cluster, etcd)
+        if now.state is None or now.leader or now.revision != found.revision:
+            return False  # it isn't any more what was shown
         me = Member(settings.node.name, own["store_id"], own["incarnation"])
-        value = msgspec.structs.replace(found.state, in_sync=(me,), nonce=f"forced by {settings.node.name}")
+        node = settings.node.name
+        value = msgspec.structs.replace(now.state, primary=node, in_sync=(me,), nonce=f"forced by {node}")
         key = f"{found.prefix}state"
         free = Compare(f"{found.prefix}leader", "create", 0)
         put = PutKey(key, msgspec.json.encode(value).decode())
-        return await etcd.txn((free, Compare(key, "mod", found.revision)), (put,))
+        return await etcd.txn((free, Compare(key, "mod", now.revision)), (put,))
 
     found, own = _with_etcd(config, check)
     node = own["node"]

@@ -106,6 +106,8 @@ class SimSite:
         self.node.vip_until = self.world.loop.now + seconds
 
     async def leave(self) -> None:
+        if self.up and self.world.rng.random() < 0.2:  # smbd takes its time
+            await asyncio.sleep(self.world.rng.random() * 2)
         self.node.vip_until = 0.0
 
 
@@ -116,11 +118,16 @@ class Link:
         self.node = node
         self.report: Report | None = None
         self.dead = False
+        self.told_at = 0.0
 
     async def tell(self, tell: Tell) -> None:
         gateway = self.node.gateway
         if gateway:
-            self.node.world.loop.post(gateway.process, 0.001, gateway.tell, tell)
+            world = self.node.world
+            now = world.loop.now
+            # In order, as on a socket, but not always at once: the other process may be slow to read.
+            self.told_at = max(self.told_at, now + (0.001 if world.rng.random() < 0.98 else world.rng.random()))
+            world.loop.post(gateway.process, self.told_at - now, gateway.tell, tell)
 
 
 class Node:

@@ -194,7 +194,8 @@ def matches_element(key: DataElement, found: Dataset, names: str) -> bool:
         return False
     if key.VR == "SQ":
         return any(all(matches_element(inner, item, names) for inner in key.value[0]) for item in element.value or ())
-    return matcher(key.VR, text_of(key.value), names)(text_of(element.value))
+    vr = key.VR if key.VR != "UN" else element.VR  # a private key in implicit VR doesn't say what it is
+    return matcher(vr, text_of(key.value), names)(text_of(element.value))
 
 
 def only_asked(key: DataElement, element: DataElement) -> object:

@@ -427,3 +427,49 @@ def test_destination_that_stops_reading(new_gateway: Callable[..., Gateway]) -> 
         asleep.set()
         server.join(30)
     assert (status.Status, status.NumberOfFailedSuboperations) == (0xA702, 1)
+
+
+def test_sequences_and_private_attributes_are_matched_and_returned(new_gateway: Callable[..., Gateway]) -> None:
+    """They aren't in the catalogue: the file says what they are, at every level."""
+    gateway = new_gateway()
+    wanted = {}
+    for step in ("STEP1", "STEP2"):
+        item = Dataset()
+        item.ScheduledProcedureStepID, item.RequestedProcedureID = step, f"R{step}"
+        one = dataset(RequestAttributesSequence=[item])
+        one.private_block(0x0011, "TANDEM TEST", create=True).add_new(1, "LO", f"private {step}")
+        raw = Object(str(one.SOPClassUID), str(one.SOPInstanceUID), str(ExplicitVRLittleEndian), encoded(one))
+        with gateway.client(raw) as client:
+            assert client.store(raw) == 0
+        wanted[step] = one
+    key = Dataset()
+    key.ScheduledProcedureStepID, key.RequestedProcedureID = "STEP2", ""
+    for level in ("STUDY", "SERIES", "IMAGE"):
+        asked = keys(level, RequestAttributesSequence=[key], StudyInstanceUID="")
+        if level != "STUDY":
+            asked.StudyInstanceUID = wanted["STEP2"].StudyInstanceUID
+        if level == "IMAGE":
+            asked.SeriesInstanceUID = wanted["STEP2"].SeriesInstanceUID
+        association = associate(gateway, FIND)
+        answers = [answer for _, answer in association.send_c_find(asked, FIND) if answer]
+        association.release()
+        assert [answer.StudyInstanceUID for answer in answers] == [wanted["STEP2"].StudyInstanceUID], level
+        (item,) = answers[0].RequestAttributesSequence
+        assert (item.ScheduledProcedureStepID, item.RequestedProcedureID) == ("STEP2", "RSTEP2")
+    private = keys("STUDY", StudyInstanceUID="")
+    private.private_block(0x0011, "TANDEM TEST", create=True).add_new(1, "LO", "*STEP1")
+    association = associate(gateway, FIND)
+    answers = [answer for _, answer in association.send_c_find(private, FIND) if answer]
+    association.release()
+    assert [answer.StudyInstanceUID for answer in answers] == [wanted["STEP1"].StudyInstanceUID]
+
+
+def test_sop_class_of_the_command_must_be_that_of_the_context(full: Gateway) -> None:
+    association = associate(full, FIND, MOVE)
+    context = next(one for one in association.accepted_contexts if one.abstract_syntax == FIND)
+    context.abstract_syntax = MOVE  # the library sends a C-MOVE where C-FIND was agreed on
+    other = next(one for one in association._accepted_cx.values() if one is not context)
+    other.abstract_syntax = FIND
+    answers = list(association.send_c_move(keys(StudyInstanceUID=STUDY), "VIEWER", MOVE))
+    assert answers[-1][0].Status in (0x0211, 0x0122)
+    association.release()

@@ -5,6 +5,7 @@ from pathlib import Path
 from conf.settings import Settings
 from tools.dicom_client import AssociationFailed, DicomClient
 from tools.dicom_files import NotAnInstance, read_object
+from tools.settings_option import dicom_host
 
 TIMEOUT_S = 60.0
 
@@ -19,7 +20,7 @@ def restore(file: Path, settings: Settings) -> None:
         item = read_object(file)
     except (NotAnInstance, OSError) as error:
         raise RestoreFailed(str(error)) from error
-    host = settings.cluster.vips[0].split("/")[0] if settings.cluster and settings.cluster.vips else "127.0.0.1"
+    host = dicom_host(settings)
     context = [(item.sop_class, item.transfer_syntax)]
     try:
         with DicomClient(host, settings.dicom.port, settings.dicom.aet, context, TIMEOUT_S) as client:

@@ -40,3 +40,8 @@ def settings_of(config: Path | None) -> Settings:
         return load(config)
     except SettingsError as error:
         raise Failure(str(error), EXIT_CONFIG) from None
+
+
+def dicom_host(settings: Settings) -> str:
+    """Where DICOM is served: the virtual address, or this machine for a node by itself."""
+    return settings.cluster.vips[0].split("/")[0] if settings.cluster and settings.cluster.vips else "127.0.0.1"

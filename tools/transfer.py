@@ -13,7 +13,7 @@ import click
 
 from tools.importing import Fate, Journal, Target, Unreachable, bring_in, files_below
 from tools.operate import json_option, ordered
-from tools.settings_option import EXIT_CONFIG, Failure, config_option, settings_of
+from tools.settings_option import EXIT_CONFIG, Failure, config_option, dicom_host, settings_of
 
 EXIT_REFUSED = 4
 SHOWN = 20
@@ -65,8 +65,7 @@ def _target(config: Path | None, to: str | None, aet: str) -> Target:
             raise Failure(f"--to {to}: HOST:PORT is expected", EXIT_CONFIG)
         return Target(host, int(port), aet)
     settings = settings_of(config)
-    host = settings.cluster.vips[0].split("/")[0] if settings.cluster and settings.cluster.vips else "127.0.0.1"
-    return Target(host, settings.dicom.port, settings.dicom.aet)
+    return Target(dicom_host(settings), settings.dicom.port, settings.dicom.aet)
 
 
 def _report(result: dict[str, Any], refused: list[Fate]) -> str:

@@ -127,7 +127,7 @@ class Association(Connection):
             self._since, self._message_bytes = self._loop.time(), 0
         if fragment.context_id not in self.contexts:
             raise ProtocolError(f"presentation context {fragment.context_id} wasn't accepted", 6)
-        event = self._receive(fragment)
+        event = self._assembler.receive(fragment)
         if isinstance(event, DataReceived):
             if self._receiving is None:
                 raise ProtocolError("a data set that nobody waits for")

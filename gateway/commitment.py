@@ -76,9 +76,7 @@ class Committer(Collector):
         except BadQuery as error:
             call.answer(Status.INVALID_ARGUMENT, str(error))
             return
-        task = await services.tasks.begin(
-            COMMITMENT_TASK, call.peer.calling_ae, msgspec.msgpack.encode(body), attended=True
-        )
+        task = await services.tasks.begin(COMMITMENT_TASK, call.peer.calling_ae, msgspec.msgpack.encode(body))
         services.commitments.remember(task, call.peer, call.context_id)
         call.answer(Status.SUCCESS)
         services.tasks.leave(task)

@@ -7,9 +7,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Final, cast
 
-from gateway.dimse import Assembler, Command, CommandReceived, DataReceived, Request, encode_command
+from gateway.dimse import Assembler, Command, Request, encode_command
 from gateway.states import State
-from gateway.upper_layer import Event, Fragment, ProtocolError, UpperLayer
+from gateway.upper_layer import Event, ProtocolError, UpperLayer
 
 RECEIVE_BYTES: Final = 256 << 10
 MESSAGE_ID_MAX: Final = 0xFFFF
@@ -43,11 +43,15 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._writable.set()
+        self._fail_outstanding(str(exc or "the connection was closed"))
+        self._outstanding.clear()
+
+    def _fail_outstanding(self, why: str) -> None:
+        """No answer will come any more."""
         for waiting in self._outstanding.values():
             if not waiting.done():
-                waiting.set_exception(AssociationEnded(str(exc or "the connection was closed")))
+                waiting.set_exception(AssociationEnded(why))
                 waiting.exception()  # seen here; whoever still waits sees it too
-        self._outstanding.clear()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._buffer
@@ -176,9 +180,6 @@ class Connection(asyncio.BufferedProtocol):
         if waiting is None or waiting.done():
             raise ProtocolError("a response that nobody asked for")
         waiting.set_result(response)
-
-    def _receive(self, fragment: Fragment) -> CommandReceived | DataReceived | None:
-        return self._assembler.receive(fragment)
 
 
 def is_response(request: Request) -> bool:

@@ -273,19 +273,24 @@ def is_password(password: bytes, kept: str) -> bool:
         return False
 
 
+def about_us(max_pdu_bytes: int) -> list[Any]:
+    """The items of every association of ours: maximum length, implementation (PS3.7 annex D.3.3.1, D.3.3.2)."""
+    length = MaximumLengthNotification()
+    length.maximum_length_received = max_pdu_bytes
+    uid = ImplementationClassUIDNotification()
+    uid.implementation_class_uid = IMPLEMENTATION_CLASS_UID
+    version = ImplementationVersionNameNotification()
+    version.implementation_version_name = IMPLEMENTATION_VERSION
+    return [length, uid, version]
+
+
 def _response(asked: A_ASSOCIATE, results: list[Any], answers: list[Any], settings: DicomSettings) -> bytes:
     answer = A_ASSOCIATE()
     answer.application_context_name = asked.application_context_name
     answer.calling_ae_title, answer.called_ae_title = asked.calling_ae_title, asked.called_ae_title
     answer.result, answer.result_source = 0, 1
     answer.presentation_context_definition_results_list = results
-    length = MaximumLengthNotification()
-    length.maximum_length_received = settings.max_pdu_bytes
-    uid = ImplementationClassUIDNotification()
-    uid.implementation_class_uid = IMPLEMENTATION_CLASS_UID
-    version = ImplementationVersionNameNotification()
-    version.implementation_version_name = IMPLEMENTATION_VERSION
-    answer.user_information = [length, uid, version, *answers]
+    answer.user_information = [*about_us(settings.max_pdu_bytes), *answers]
     pdu = A_ASSOCIATE_AC()
     pdu.from_primitive(answer)
     encoded: bytes = pdu.encode()

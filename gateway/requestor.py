@@ -14,17 +14,14 @@ from pynetdicom.pdu import A_ASSOCIATE_RQ
 from pynetdicom.pdu_primitives import (
     A_ASSOCIATE,
     AsynchronousOperationsWindowNegotiation,
-    ImplementationClassUIDNotification,
-    ImplementationVersionNameNotification,
-    MaximumLengthNotification,
     SCP_SCU_RoleSelectionNegotiation,
 )
 from pynetdicom.presentation import PresentationContext, build_context
 
 from conf.settings import Destination as DestinationSettings
 from gateway.connection import AssociationEnded, Connection, is_response
-from gateway.dimse import CommandReceived, DataReceived, encode_response
-from gateway.negotiate import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION
+from gateway.dimse import CommandReceived, encode_response
+from gateway.negotiate import about_us
 from gateway.states import State
 from gateway.upper_layer import (
     Aborted,
@@ -119,12 +116,9 @@ class Requestor(Connection):
         pdu.from_primitive(asked)
         self._write(self._upper.request(pdu.encode()))
 
-    def context_for(self, abstract: str, transfer: str = "") -> int | None:
-        """The accepted context of a SOP class, with a certain transfer syntax or any."""
-        for number, accepted in self.contexts.items():
-            if accepted[0] == abstract and transfer in ("", accepted[1]):
-                return number
-        return None
+    def context_for(self, abstract: str) -> int | None:
+        """An accepted context of a SOP class."""
+        return next((number for number, accepted in self.contexts.items() if accepted[0] == abstract), None)
 
     # -- events ------------------------------------------------------------------------------------------------
 
@@ -145,11 +139,9 @@ class Requestor(Connection):
             case Released():
                 self._end("released")
             case _:
-                received = self._receive(event)  # type: ignore[arg-type]
-                if isinstance(received, CommandReceived):
+                received = self._assembler.receive(event)  # type: ignore[arg-type]
+                if isinstance(received, CommandReceived):  # the answers we wait for say all in the command set
                     self._on_command(received)
-                elif isinstance(received, DataReceived):
-                    pass  # the answers we wait for say all in the command set
 
     def _accepted(self, event: AssociationAccepted) -> None:
         answer = event.response.to_primitive()
@@ -174,9 +166,7 @@ class Requestor(Connection):
     def _end(self, why: str) -> None:
         if not self._ready.done():
             self._ready.set_exception(AssociationEnded(why))
-        for waiting in self._outstanding.values():
-            if not waiting.done():
-                waiting.set_exception(AssociationEnded(why))
+        self._fail_outstanding(why)
         self._close()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -212,13 +202,7 @@ class Requestor(Connection):
 
 
 def _user_information(as_scp: set[str]) -> list[object]:
-    length = MaximumLengthNotification()
-    length.maximum_length_received = MAX_PDU_BYTES
-    uid = ImplementationClassUIDNotification()
-    uid.implementation_class_uid = IMPLEMENTATION_CLASS_UID
-    version = ImplementationVersionNameNotification()
-    version.implementation_version_name = IMPLEMENTATION_VERSION
-    items: list[object] = [length, uid, version]
+    items: list[object] = about_us(MAX_PDU_BYTES)
     if as_scp:
         for abstract in sorted(as_scp):
             role = SCP_SCU_RoleSelectionNegotiation()

@@ -132,7 +132,7 @@ class Mover(Retriever):
         )
         tasks, task = services.tasks, None
         if found and services.store.may_serve:  # a standby serves it without a promise
-            task = await tasks.begin(MOVE_TASK, self._call.peer.calling_ae, msgspec.msgpack.encode(body), attended=True)
+            task = await tasks.begin(MOVE_TASK, self._call.peer.calling_ae, msgspec.msgpack.encode(body))
         try:
             await deliver(services, destination, body, found, tally, self._stop, lambda: self._pending(tally))
             if not services.store.may_read:

@@ -35,18 +35,15 @@ class Tasks:
     def handle(self, kind: str, handler: Handler) -> None:
         self._handlers[kind] = handler
 
-    async def begin(self, kind: str, by: str, body: bytes, *, attended: bool = False) -> Task:
-        """Promise something, on both nodes. `attended`: an association sees to it as long as it lasts. Raises
-        NotServing."""
+    async def begin(self, kind: str, by: str, body: bytes) -> Task:
+        """Promise something, on both nodes. The caller sees to it until it says `end` or `leave`. Raises NotServing."""
         task = Task(str(uuid.uuid4()), kind, by, body, time.time())
-        if attended:
-            self._attended.add(task.id)
+        self._attended.add(task.id)
         try:
             await self._store.commit(task)
         except BaseException:
             self._attended.discard(task.id)
             raise
-        self._wake.set()
         return task
 
     def leave(self, task: Task) -> None:

@@ -5,6 +5,7 @@ person who reads it is standing in front of a node that doesn't start.
 """
 
 import difflib
+import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping
@@ -46,7 +47,7 @@ class Destination(Section):
 
 class DicomSettings(Section):
     aet: AETitle = Field("TANDEM", description="Application Entity title we answer to")
-    bind: str = Field("0.0.0.0", description="Address to listen on")  # noqa: S104 - a storage server faces its modalities
+    bind: str = Field("", description="Address to listen on; empty: all, IPv4 and IPv6")
     port: Port = Field(11112, description="TCP port")
     max_pdu_bytes: int = Field(131072, ge=4096, le=1 << 20, description="Maximum PDU length that we accept")
     max_associations: int = Field(64, ge=1, description="Established associations at once")
@@ -86,6 +87,35 @@ class StorageSettings(Section):
     verify_tail: bool = Field(True, description="Check entries since the last checkpoint against their bytes at start")
 
 
+class VirtualAddress(Section):
+    address: str = Field(description="With prefix: 10.0.0.5/24, fd00::5/64")
+    prefer: Literal["primary", "standby"] = Field(
+        "primary", description="standby: for reading, on the primary only while there is no complete standby"
+    )
+    interface: str = Field("", description="Default: the interface that is in the address's subnet")
+
+    @field_validator("address")
+    @classmethod
+    def _is_address_with_prefix(cls, value: str) -> str:
+        ipaddress.ip_interface(value)
+        return value
+
+    @property
+    def ip(self) -> ipaddress.IPv4Interface | ipaddress.IPv6Interface:
+        return ipaddress.ip_interface(self.address)
+
+
+class LinkSettings(Section):
+    address: str = Field(description="This node's address in another network between the nodes")
+    peer_address: str = Field(description="The other node's address there")
+
+
+class TlsSettings(Section):
+    ca_file: FolderPath = Field(description="The cluster's own authority: whom it signed may take part")
+    certificate: FolderPath = Field(description="This node's certificate; its name is the node's")
+    key: FolderPath = Field(description="Its key")
+
+
 class ClusterSettings(Section):
     name: str = Field("tandem", pattern=r"^[a-z0-9][a-z0-9-]{0,30}$", description="Name below /tandem/ in etcd")
     address: str = Field(description="This node's own address")
@@ -98,21 +128,49 @@ class ClusterSettings(Section):
     ack_timeout_s: Seconds = Field(10.0, description="A linked peer that doesn't acknowledge is dropped after this")
     gateway_grace_s: Seconds = Field(5.0, description="A gateway that can't serve this long hands the lease over")
     degraded: Literal["solo", "refuse"] = Field("solo", description="What to do with one copy only")
-    vips: tuple[str, ...] = Field((), strict=False, description="Virtual addresses with prefix, 10.0.0.5/24")
+    vips: tuple[VirtualAddress, ...] = Field((), strict=False, description="Virtual addresses, 10.0.0.5/24 or a table")
+    links: tuple[LinkSettings, ...] = Field((), strict=False, description="Further networks between the nodes")
+    tls: TlsSettings | None = Field(None, description="Between the nodes, and to etcd where its URLs say https")
+    watchdog: str = Field("", description="Watchdog device, /dev/watchdog: resets a primary that can't renew its lease")
+    gateway_starts: int = Field(5, ge=1, description="A gateway that starts more often in a minute isn't trusted")
 
-    @field_validator("vips")
+    @field_validator("vips", mode="before")
     @classmethod
-    def _vips_are_interfaces(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        import ipaddress
+    def _address_alone_is_enough(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        return [{"address": vip} if isinstance(vip, str) else vip for vip in value]
 
-        for vip in value:
-            ipaddress.ip_interface(vip)
-        return value
+    @property
+    def routes(self) -> tuple[LinkSettings, ...]:
+        """All networks between the nodes, the preferred one first."""
+        return (LinkSettings(address=self.address, peer_address=self.peer_address), *self.links)
 
 
 class HttpSettings(Section):
-    bind: str = Field("0.0.0.0", description="Address to listen on")  # noqa: S104 - monitoring comes from elsewhere
+    bind: str = Field("", description="Address to listen on; empty: all, IPv4 and IPv6")
     port: int = Field(0, ge=0, le=65535, description="TCP port of health and metrics; 0: none")
+
+
+class AlertSettings(Section):
+    command: tuple[str, ...] = Field((), strict=False, description="Run for each alert, which it reads as JSON")
+    webhook: str = Field("", description="URL to which each alert is posted as JSON")
+    mail_to: tuple[str, ...] = Field((), strict=False, description="Addresses that each alert is mailed to")
+    mail_from: str = Field("tandem@localhost", description="Sender of these mails")
+    smtp: str = Field("localhost:25", description="Mail server, host:port")
+    settle_s: Seconds = Field(
+        10.0, description="A condition must hold so long before it is told, and before its end is"
+    )
+    again_s: Seconds = Field(3600.0, description="Told again after this while it lasts")
+    free_percent: float = Field(
+        10.0, ge=0, le=100, description="Low space: less free than this on all volumes together"
+    )
+    quarantine_files: int = Field(1000, ge=1, description="More files than this in quarantine")
+    silent_s: dict[AETitle, float] = Field({}, description="Modalities and the longest usual time between their images")
+
+    @property
+    def any(self) -> bool:
+        return bool(self.command or self.webhook or self.mail_to)
 
 
 class ShareSettings(Section):
@@ -135,6 +193,7 @@ class Settings(Section):
     cluster: ClusterSettings | None = None
     share: ShareSettings = ShareSettings()
     http: HttpSettings = HttpSettings()
+    alerts: AlertSettings = AlertSettings()
     log: LogSettings = LogSettings()
 
     @model_validator(mode="after")

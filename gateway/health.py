@@ -56,7 +56,7 @@ class Health:
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
         try:
-            await web.TCPSite(self._runner, self._settings.bind, self._settings.port).start()
+            await web.TCPSite(self._runner, self._settings.bind or None, self._settings.port).start()
         except OSError as error:  # images are more important than looking at them
             log.error("http.not_listening", port=self._settings.port, error=error.strerror)
 

@@ -20,6 +20,7 @@ from pynetdicom.pdu_primitives import (
     UserIdentityNegotiation,
 )
 from pynetdicom.presentation import build_context, negotiate_as_acceptor
+from pynetdicom.sop_class import Verification
 
 from conf import VERSION
 from conf.settings import DicomSettings
@@ -129,9 +130,10 @@ def negotiate(request: A_ASSOCIATE_RQ, settings: DicomSettings) -> Negotiated | 
 
 
 def wants_to_read(request: A_ASSOCIATE_RQ) -> bool:
-    """It proposes to query or retrieve, which a standby does as well."""
+    """It proposes to query or retrieve, which a standby does as well, or only asks whether we are there."""
     contexts = request.to_primitive().presentation_context_definition_list
-    return any(str(context.abstract_syntax) in QUERY_RETRIEVE for context in contexts)
+    wanted = {str(context.abstract_syntax) for context in contexts}
+    return not wanted.isdisjoint(QUERY_RETRIEVE) or wanted == {Verification}
 
 
 # -- presentation contexts ---------------------------------------------------------------------------------------------

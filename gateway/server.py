@@ -42,11 +42,12 @@ class DicomServer:
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
+        address, port = self.settings.bind or None, self.settings.port
         self._server = await loop.create_server(
-            lambda: Association(self), self.settings.bind, self.settings.port, backlog=BACKLOG, reuse_address=True
+            lambda: Association(self), address, port, backlog=BACKLOG, reuse_address=True
         )
         self.spawn(self.services.tasks.run())
-        log.info("dicom.listening", address=self.settings.bind, port=self.settings.port, aet=self.settings.aet)
+        log.info("dicom.listening", address=self.settings.bind or "all", port=self.settings.port, aet=self.settings.aet)
 
     async def stop(self) -> None:
         if self._server:

@@ -10,33 +10,38 @@ import json
 import math
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 import structlog
 
+from conf import VERSION
 from ha.decide import (
     Acquire,
     Action,
     Bump,
     Change,
     CreateState,
-    Leader,
+    GiveReads,
     Release,
     Serve,
-    State,
-    Switchover,
+    ServeReads,
+    TakeReads,
     View,
     check_invariants,
     decide,
 )
-from ha.etcd import Compare, DeleteKey, Etcd, EtcdError, KeyValue, PutKey
+from ha.etcd import Compare, DeleteKey, Etcd, EtcdError, PutKey
+from ha.records import MemberValue, Records, StateValue, Takeover, chronicle, encode, read
 from storage.control import NEVER, Member, Report, Tell
 
 log = structlog.get_logger()
 
 DECIDE_INTERVAL_S = 0.2
 RESIGN_S = 2.0
+TROUBLE_S = 600.0  # a node that was in trouble isn't trusted for so long: else two such nodes would hand over for ever
+STARTS_S = 60.0
+HISTORY_MAX = 500
 MARGIN_S = 0.3  # of the lease, for clocks that run at slightly different speeds and for work between look and act
 
 
@@ -59,21 +64,47 @@ class Site(Protocol):
 
     @property
     def up(self) -> bool: ...
+    @property
+    def dark(self) -> bool:
+        """Nothing of the primary's addresses answers here, for certain."""
+        ...
+
+    @property
+    def reads_dark(self) -> bool: ...
+    @property
+    def reads_wanted(self) -> bool: ...
+    @property
+    def reads_able(self) -> bool:
+        """The addresses for reading can be brought up here, as far as is known."""
+        ...
+
+    @property
+    def vips(self) -> tuple[str, ...]: ...
+    @property
+    def share(self) -> bool: ...
+    @property
+    def trouble(self) -> str:
+        """Why this node can't serve well, "" if it can."""
+        ...
+
+    @property
+    def alarms(self) -> tuple[str, ...]: ...
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds that the last taking of the addresses took, by part."""
+        ...
+
     async def serve(self, seconds: float) -> None:
         """Be here, let through by the kernel for `seconds` from now unless refreshed."""
         ...
 
     async def leave(self) -> None: ...
+    async def serve_reads(self, seconds: float) -> None: ...
+    async def leave_reads(self) -> None: ...
 
 
-class StateValue(msgspec.Struct, frozen=True):
-    """`state` as it is written to etcd."""
-
-    cluster_id: str
-    epoch: int
-    primary: str
-    in_sync: tuple[Member, ...]
-    nonce: str
+Mutation = CreateState | Acquire | Bump | Change | Release | TakeReads | GiveReads
+Quiet = Tell | Serve | ServeReads
 
 
 class Agent:
@@ -90,25 +121,31 @@ class Agent:
         site: Site,
         clock: Callable[[], float],
         new_id: Callable[[], str],
-        vips: tuple[str, ...] = (),
+        gateway_starts: int = 5,
+        reached: Callable[[str], None] = lambda _: None,
         wake: asyncio.Event | None = None,
     ) -> None:
+        """`reached(name)` is called at named points, for tests that let the process die there."""
         self.node, self.peer = node, peer
+        self._reached = reached
         self.prefix = f"/tandem/{cluster}/"
         self._ttl_s, self._grace_s = ttl_s, gateway_grace_s
         self._etcd, self._gateway, self._site, self._clock, self._new_id = etcd, gateway, site, clock, new_id
-        self._vips = vips
+        self._starts_max = gateway_starts
+        self._starts: list[tuple[float, int]] = []  # when another incarnation of the gateway was first heard
+        self._trouble, self._trouble_at = "", NEVER
+        self._said_as_member: MemberValue | None = None
         self._started_at = clock()
         self._lease = 0
         self._lease_deadline = NEVER
-        self._state: State | None = None
-        self._leader: Leader | None = None
-        self._paused = False
-        self._peer_present = False
-        self._released = 0
+        self.records = Records()
+        self._reads_given = 0  # revision of the key `reader` that this node has begun to give back: never used again
+        self._reads_able_at = NEVER
         self._resigned = 0  # the epoch in which the gateway was last told to resign: it never leads in it again
-        self._switchover: Switchover | None = None
         self._leader_absent_since: float | None = None
+        self._reader_absent_since: float | None = None
+        self._peer_silent_since: float | None = None
+        self._takeover = Takeover()
         self._read_at = NEVER
         self._gateway_lost_at: float | None = None
         self._mutation: asyncio.Task[None] | None = None
@@ -123,14 +160,18 @@ class Agent:
     # -- etcd --------------------------------------------------------------------------------------------------
 
     async def resign(self) -> None:
-        """On a proper stop: give the lease back, so that the other node needn't wait for it to run out."""
-        await self._gateway.tell(Tell("follow"))
+        """On a proper stop, with the addresses gone: free the other node of its promise and give the lease back, so
+        that it needn't wait for either to run out."""
+        await self._gateway.tell(Tell("follow", resign=self._site.dark))
         deadline = self._clock() + RESIGN_S
         while (report := self._gateway.report) is not None and report.leading:
             if self._clock() > deadline:
                 log.warning("lease.not_revoked", why="the gateway hasn't stopped serving")
                 return
             await asyncio.sleep(0.02)
+        if not (self._site.dark and self._site.reads_dark):
+            log.warning("lease.not_revoked", why="the addresses may still be here")
+            return
         try:
             if self._lease:
                 await self._etcd.revoke(self._lease)
@@ -161,40 +202,43 @@ class Agent:
         found = {kv.key.removeprefix(self.prefix): kv for kv in await self._etcd.get_prefix(self.prefix)}
         if asked_at < self._read_at:
             return  # an answer to a later question came first
+        try:
+            self.records = read(found, self.records, self._clock())
+        except (msgspec.DecodeError, ValueError) as error:
+            raise EtcdError(f"a record below {self.prefix} isn't ours: {error}") from error
         self._read_at = asked_at
-        self._state = _state(found.get("state"))
-        self._paused = "pause" in found
-        self._released = int(found["released"].value) if "released" in found else 0
-        self._peer_present = f"members/{self.peer}" in found
-        self._note_switchover(found.get("switchover"))
-        self._leader = _leader(found.get("leader"))
-        if self._leader:
-            self._leader_absent_since = None
-        elif self._leader_absent_since is None:
-            self._leader_absent_since = self._clock()
+        self._leader_absent_since = self._absent(self.records.leader is None, self._leader_absent_since)
+        self._reader_absent_since = self._absent(self.records.reader is None, self._reader_absent_since)
 
-    def _note_switchover(self, kv: KeyValue | None) -> None:
-        if kv is None:
-            self._switchover = None
-        elif self._switchover is None or self._switchover.revision != kv.mod_revision:
-            self._switchover = Switchover(kv.value, self._clock(), kv.mod_revision)
+    def _absent(self, absent: bool, since: float | None) -> float | None:
+        if not absent:
+            return None
+        return since if since is not None else self._clock()
 
     async def _keep_lease(self) -> None:
-        if not self._lease and self._leader and self._leader.node == self.node:
-            self._lease = self._leader.lease  # this agent was restarted: go on with the lease of the one before
+        for holder in (self.records.leader, self.records.reader):
+            if not self._lease and holder and holder.node == self.node:
+                self._lease = holder.lease  # this agent was restarted: go on with the lease of the one before
         if self._lease:
             sent_at = self._clock()
             ttl_s = await self._etcd.keepalive(self._lease)
             if ttl_s > 0:
                 self._lease_deadline = sent_at + ttl_s - MARGIN_S
+                await self._say_as_member()
                 return
             log.warning("lease.lost")
             self._lease, self._lease_deadline = 0, NEVER
         sent_at = self._clock()
         self._lease = await self._etcd.grant(math.ceil(self._ttl_s))
         self._lease_deadline = sent_at + math.ceil(self._ttl_s) - MARGIN_S
-        member = json.dumps({"node": self.node})
-        await self._etcd.txn((), (PutKey(f"{self.prefix}members/{self.node}", member, self._lease),))
+        self._said_as_member = None  # it went with the lease before
+        await self._say_as_member()
+
+    async def _say_as_member(self) -> None:
+        value = MemberValue(self.node, self._trouble, VERSION)
+        if value != self._said_as_member:
+            await self._etcd.txn((), (PutKey(f"{self.prefix}members/{self.node}", encode(value), self._lease),))
+            self._said_as_member = value
 
     # -- decisions ---------------------------------------------------------------------------------------------
 
@@ -205,6 +249,11 @@ class Agent:
                 await asyncio.wait_for(self.wake.wait(), DECIDE_INTERVAL_S)
             self.wake.clear()
 
+    @property
+    def etcd_ok(self) -> bool:
+        """What was read is not older than a lease."""
+        return self._clock() - self._read_at < self._ttl_s
+
     def view(self) -> View:
         now = self._clock()
         report = self._gateway.report
@@ -214,6 +263,9 @@ class Agent:
             self._gateway_lost_at = None
         elif self._gateway_lost_at is None:
             self._gateway_lost_at = now
+        self._note(report, now)
+        records = self.records
+        peer = records.members.get(self.peer)
         return View(
             node=self.node,
             peer=self.peer,
@@ -222,20 +274,48 @@ class Agent:
             started_at=self._started_at,
             gateway_grace_s=self._grace_s,
             looked=self._read_at > NEVER,
-            etcd_ok=now - self._read_at < self._ttl_s,
-            state=self._state,
-            leader=self._leader,
+            etcd_ok=self.etcd_ok,
+            state=records.state,
+            leader=records.leader,
             leader_absent_since=self._leader_absent_since,
             lease=self._lease,
             lease_deadline=self._lease_deadline,
             gateway=report,
             gateway_lost_at=self._gateway_lost_at,
-            switchover=self._switchover,
-            paused=self._paused,
-            peer_present=self._peer_present,
+            switchover=records.switchover,
+            paused=records.paused,
+            peer_present=peer is not None and not peer.trouble and self.peer not in records.maintained,
+            trouble=self._trouble,
+            maintained=self.node in records.maintained,
+            reads_wanted=self._site.reads_wanted,
+            reads_able=self._site.reads_able,
+            reads_able_at=self._reads_able_at,
+            reads_given=records.reader is not None and records.reader.revision == self._reads_given,
+            reader=records.reader,
+            reader_absent_since=self._reader_absent_since,
             gateway_dead=report is None and self._gateway.dead,
-            released=self._released,
+            released=records.released,
         )
+
+    def _note(self, report: Report | None, now: float) -> None:
+        """Remember when the other node fell silent, how often the gateway starts, and what is wrong here."""
+        if report is not None and report.reads:
+            self._reads_able_at = now
+        if report is not None and report.linked:
+            self._peer_silent_since = None
+        elif self._peer_silent_since is None:
+            self._peer_silent_since = now
+        if report is not None and (not self._starts or self._starts[-1][1] != report.incarnation):
+            self._starts = [*self._starts[-self._starts_max :], (now, report.incarnation)]
+        often = sum(now - at < STARTS_S for at, _ in self._starts) > self._starts_max
+        trouble = "the gateway keeps ending" if often else self._site.trouble
+        if trouble:
+            if not self._trouble:
+                log.error("node.trouble", why=trouble)
+            self._trouble, self._trouble_at = trouble, now
+        elif self._trouble and now - self._trouble_at > TROUBLE_S:
+            log.info("node.trouble_over", was=self._trouble)
+            self._trouble = ""
 
     async def step(self) -> None:
         view = self.view()
@@ -244,9 +324,16 @@ class Agent:
         self._say(actions)
         for action in actions:
             await self._carry_out(action, view)
+        self._takeover.look(view, self._site.up, self._site.parts)
+        if self._takeover.unwritten and self._idle and view.etcd_ok:
+            self._mutation = asyncio.create_task(self._write_history(view))
+
+    @property
+    def _idle(self) -> bool:
+        return self._mutation is None or self._mutation.done()
 
     def _say(self, actions: list[Action]) -> None:
-        said = ",".join(sorted(type(action).__name__ for action in actions if not isinstance(action, Tell | Serve)))
+        said = ",".join(sorted(type(action).__name__ for action in actions if not isinstance(action, Quiet)))
         if said and said != self._last_said:
             log.info("decided", actions=said)
         self._last_said = said
@@ -264,25 +351,38 @@ class Agent:
                     await self._site.serve(seconds)
             case Serve():
                 await self._site.leave()
+            case ServeReads(here=True):
+                seconds = action.until - self._clock()
+                if seconds > 0:
+                    await self._site.serve_reads(seconds)
+            case ServeReads():
+                await self._site.leave_reads()
             case _:
-                if self._mutation is None or self._mutation.done():
+                if self._idle:
                     self._mutation = asyncio.create_task(self._mutate(action, view))
 
     def _informed(self, tell: Tell, view: View) -> Tell:
         """The decision with what the gateway shows in its status."""
-        up, state = self._site.up, view.state
+        state = view.state
         return msgspec.structs.replace(
             tell,
-            resign=tell.resign and not up,
+            resign=tell.resign and self._site.dark,
             cluster_id=state.cluster_id if state else "",
             primary=view.leader.node if view.leader else "",
             members=tuple(member.node for member in state.in_sync) if state else (),
-            vips=self._vips if up else (),
-            share=up,
+            vips=self._site.vips,
+            share=self._site.share,
             etcd_ok=view.etcd_ok,
+            trouble=view.trouble,
+            alarms=self._site.alarms,
         )
 
-    async def _mutate(self, action: CreateState | Acquire | Bump | Change | Release, view: View) -> None:
+    async def _mutate(self, action: Mutation, view: View) -> None:
+        # Whatever becomes of a release, it may still arrive: what it gives up isn't used any more in the meantime.
+        if isinstance(action, Release) and view.state is not None:
+            self._resigned = max(self._resigned, view.state.epoch)
+        if isinstance(action, GiveReads) and view.reader is not None:
+            self._reads_given = view.reader.revision
         try:
             done = await self._write(action, view)
             log.info("wrote", action=type(action).__name__, done=done)
@@ -291,21 +391,18 @@ class Agent:
             log.warning("write.unknown", action=type(action).__name__, error=str(error))
         self.wake.set()
 
-    async def _write(self, action: CreateState | Acquire | Bump | Change | Release, view: View) -> bool:
-        leader, state = f"{self.prefix}leader", f"{self.prefix}state"
+    async def _write(self, action: Mutation, view: View) -> bool:
+        state = f"{self.prefix}state"
+        if isinstance(action, TakeReads | GiveReads):
+            return await self._write_reader(action, view)
         if isinstance(action, Release):
-            still = [Compare(leader, "create", view.leader.revision if view.leader else 0)]
-            if view.state is not None:  # a release that comes late must not end the next epoch
-                still.append(Compare(state, "mod", view.state.revision))
-            sure = action.dead_in and not self._site.up
-            dead = [PutKey(f"{self.prefix}released", str(action.dead_in))] if sure else []
-            return await self._etcd.txn(still, (DeleteKey(leader), *dead))
+            return await self._write_release(action, view)
         if isinstance(action, CreateState):
             if view.gateway is None:
                 return False
             me = Member(self.node, view.gateway.store_id, view.gateway.incarnation)
             value = StateValue(self._new_id(), 0, "", (me,), self._new_id())
-            return await self._etcd.txn((Compare(state, "create", 0),), (PutKey(state, _json(value)),))
+            return await self._etcd.txn((Compare(state, "create", 0),), (PutKey(state, encode(value)),))
         if view.state is None:
             return False
         old, unchanged = view.state, Compare(state, "mod", view.state.revision)
@@ -313,43 +410,53 @@ class Agent:
             value = StateValue(old.cluster_id, old.epoch, self.node, action.in_sync, action.nonce)
         else:
             value = StateValue(old.cluster_id, old.epoch + 1, self.node, action.in_sync, self._new_id())
-        puts = [PutKey(state, _json(value))]
+        puts: list[PutKey | DeleteKey] = [PutKey(state, encode(value))]
+        row = chronicle(action, old, view, time.time())
         if value.epoch != old.epoch:
-            why = json.dumps(_chronicle(action, old, view))
-            puts.append(PutKey(f"{self.prefix}history/{value.epoch:08d}", why))
+            puts.append(PutKey(self._history_key(value.epoch), json.dumps(row)))
+            if value.epoch > HISTORY_MAX:
+                puts.append(DeleteKey(self._history_key(value.epoch - HISTORY_MAX)))
+        free, held = Compare(self._leader_key, "create", 0), self._held(view)
         if isinstance(action, Acquire):
-            free = Compare(leader, "create", 0)
             done = DeleteKey(f"{self.prefix}switchover")
-            return await self._etcd.txn((free, unchanged), [PutKey(leader, self.node, self._lease), *puts, done])
-        held = Compare(leader, "create", view.leader.revision if view.leader else 0)
-        return await self._etcd.txn((held, unchanged), puts)
+            leader = PutKey(self._leader_key, self.node, self._lease)
+            written = await self._etcd.txn((free, unchanged), [leader, *puts, done])
+        else:
+            written = await self._etcd.txn((held, unchanged), puts)
+        if written and value.epoch != old.epoch:
+            self._reached("acquired")
+            self._takeover.begun(row, self._clock(), self._peer_silent_since, view.leader_absent_since)
+        return written
 
+    @property
+    def _leader_key(self) -> str:
+        return f"{self.prefix}leader"
 
-def _chronicle(action: Acquire | Bump | Change, old: State, view: View) -> dict[str, Any]:
-    """What `tandem history` shows of a change of epoch."""
-    why = "switchover" if view.switchover else "takeover" if old.primary != view.node else "again"
-    waited = view.now - view.leader_absent_since if view.leader_absent_since is not None else 0.0
-    return {
-        "epoch": old.epoch + 1,
-        "primary": view.node,
-        "before": old.primary,
-        "by": "restart" if isinstance(action, Bump) else why,
-        "in_sync": [member.node for member in action.in_sync],
-        "leaderless_s": round(waited, 2),
-        "at": time.time(),
-    }
+    def _history_key(self, epoch: int) -> str:
+        return f"{self.prefix}history/{epoch:08d}"
 
+    def _held(self, view: View) -> Compare:
+        return Compare(self._leader_key, "create", view.leader.revision if view.leader else 0)
 
-def _json(value: StateValue) -> str:
-    return msgspec.json.encode(value).decode()
+    async def _write_release(self, action: Release, view: View) -> bool:
+        if not self._site.dark:
+            return False  # it is tried again, and the lease is kept until then
+        still = [self._held(view)]
+        if view.state is not None:  # a release that comes late must not end the next epoch
+            still.append(Compare(f"{self.prefix}state", "mod", view.state.revision))
+        dead = [PutKey(f"{self.prefix}released", str(action.dead_in))] if action.dead_in else []
+        return await self._etcd.txn(still, (DeleteKey(self._leader_key), *dead))
 
+    async def _write_reader(self, action: TakeReads | GiveReads, view: View) -> bool:
+        key = f"{self.prefix}reader"
+        if isinstance(action, TakeReads):
+            return await self._etcd.txn((Compare(key, "create", 0),), (PutKey(key, self.node, self._lease),))
+        if not self._site.reads_dark or view.reader is None:
+            return False
+        return await self._etcd.txn((Compare(key, "create", view.reader.revision),), (DeleteKey(key),))
 
-def _state(kv: KeyValue | None) -> State | None:
-    if kv is None:
-        return None
-    value = msgspec.json.decode(kv.value, type=StateValue)
-    return State(value.cluster_id, value.epoch, value.primary, value.in_sync, value.nonce, kv.mod_revision)
-
-
-def _leader(kv: KeyValue | None) -> Leader | None:
-    return None if kv is None else Leader(kv.value, kv.lease, kv.create_revision)
+    async def _write_history(self, view: View) -> None:
+        """The parts of the last takeover, as far as they are known. Nothing depends on them."""
+        row, self._takeover.unwritten = self._takeover.row, False
+        with contextlib.suppress(EtcdError):
+            await self._etcd.txn((self._held(view),), (PutKey(self._history_key(row["epoch"]), json.dumps(row)),))

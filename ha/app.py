@@ -1,29 +1,32 @@
 """The HA process: agent, control socket, etcd, addresses and share on one event loop."""
 
 import asyncio
-import json
 import os
 import signal
 import socket
 import uuid
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-import aiohttp
 import structlog
 
 from conf.notify import keep_alive, notify
 from conf.settings import ClusterSettings, Settings
+from conf.tls import MutualTls
 from ha.agent import Agent
 from ha.etcd import HttpEtcd
+from ha.etcd_leader import keep_etcd_leader_elsewhere
 from ha.fence import FenceFailed
 from ha.gateway_link import SocketGatewayLink
+from ha.sinks import Alerting
 from ha.site import NodeSite
-from storage.control import boottime
+from storage.control import Clients, boottime
 
 log = structlog.get_logger()
 
 WATCH_AGAIN_S = 0.5
-HOUSEKEEPING_S = 3.0
+ALERTS_AGAIN_S = 60.0
+CLIENTS_S = 1.0
 
 
 def run(settings: Settings) -> int:
@@ -50,10 +53,63 @@ async def _main(settings: Settings, cluster: ClusterSettings) -> int:
     except FenceFailed as error:
         log.error("ha.no_fence", error=str(error))
         return 1
-    etcd = HttpEtcd(cluster.etcd, timeout_s=min(1.0, cluster.lease_ttl_s / 3))
+    tls = MutualTls(cluster.tls) if cluster.tls else None
+    etcd = HttpEtcd(cluster.etcd, min(1.0, cluster.lease_ttl_s / 3), tls)
     wake = asyncio.Event()
     gateway = SocketGatewayLink(settings.control_socket, wake)
-    agent = Agent(
+    site.on_left = lambda clients: gateway.send(Clients(clients))  # at once, for whoever takes over now
+    gateway.on_clients = lambda clients: site.note_clients(clients.connections)
+    agent = _new_agent(settings, cluster, etcd, gateway, site, wake)
+    log.info("ha.started", node=settings.node.name, pid=os.getpid())
+    linked, deciding = asyncio.create_task(gateway.run()), asyncio.create_task(agent.run())
+    beside = [
+        asyncio.create_task(_beside(name, coroutine))
+        for name, coroutine in (
+            ("watch", _watch(etcd, agent)),
+            ("etcd leader", keep_etcd_leader_elsewhere(cluster, site, tls)),
+            ("clients", _tell_clients(site, gateway)),
+            ("alerts", _alert(settings, agent)),
+            ("systemd", keep_alive()),
+        )
+    ]
+    notify("READY=1")
+    for task in (linked, deciding):
+        task.add_done_callback(lambda _: stop.set())
+    await stop.wait()
+    failed = [repr(task.exception()) for task in (linked, deciding) if task.done() and not task.cancelled()]
+    notify("STOPPING=1")
+    for task in (deciding, *beside):
+        task.cancel()
+    await asyncio.gather(deciding, *beside, return_exceptions=True)
+    await site.leave()
+    await site.leave_reads()
+    if failed:
+        log.error("ha.failed", error=failed[0])
+    else:
+        await agent.resign()
+    linked.cancel()
+    await site.close()
+    await etcd.close()
+    return 1 if failed else 0
+
+
+async def _beside(name: str, work: Coroutine[Any, Any, None]) -> None:
+    """What isn't needed to serve doesn't end the service when it fails."""
+    try:
+        await work
+    except Exception:
+        log.exception("ha.part_failed", part=name)
+
+
+def _new_agent(
+    settings: Settings,
+    cluster: ClusterSettings,
+    etcd: HttpEtcd,
+    gateway: SocketGatewayLink,
+    site: NodeSite,
+    wake: asyncio.Event,
+) -> Agent:
+    return Agent(
         node=settings.node.name,
         peer=cluster.peer,
         cluster=cluster.name,
@@ -64,33 +120,32 @@ async def _main(settings: Settings, cluster: ClusterSettings) -> int:
         site=site,
         clock=boottime,
         new_id=lambda: str(uuid.uuid4()),
-        vips=cluster.vips,
+        gateway_starts=cluster.gateway_starts,
+        reached=_crash_points(settings),
         wake=wake,
     )
-    log.info("ha.started", node=settings.node.name, pid=os.getpid())
-    linked = asyncio.create_task(gateway.run())
-    running = [
-        asyncio.create_task(coroutine)
-        for coroutine in (agent.run(), _watch(etcd, agent), _keep_etcd_leader_elsewhere(cluster, site))
-    ]
-    fed = asyncio.create_task(keep_alive())
-    notify("READY=1")
-    for task in (linked, *running):
-        task.add_done_callback(lambda _: stop.set())
-    await stop.wait()
-    failed = [repr(task.exception()) for task in (linked, *running) if task.done() and not task.cancelled()]
-    notify("STOPPING=1")
-    for task in (fed, *running):
-        task.cancel()
-    await asyncio.gather(*running, return_exceptions=True)
-    await site.leave()
-    if failed:
-        log.error("ha.failed", error=failed[0])
-    else:
-        await agent.resign()
-    linked.cancel()
-    await etcd.close()
-    return 1 if failed else 0
+
+
+def _crash_points(settings: Settings) -> Callable[[str], None]:
+    """In a lab: die at the point that a file names, once."""
+    ordered = settings.node.run_dir / f"{settings.node.name}-ha.crash"
+
+    def reached(name: str) -> None:
+        if os.environ.get("TANDEM_FAULTS") and ordered.exists() and ordered.read_text() == name:
+            ordered.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return reached
+
+
+async def _alert(settings: Settings, agent: Agent) -> None:
+    """Whatever goes wrong with telling people must not touch the service."""
+    while settings.alerts.any:
+        try:
+            await Alerting(settings, agent).run()
+        except Exception:
+            log.exception("alerts.failed")
+        await asyncio.sleep(ALERTS_AGAIN_S)
 
 
 async def _watch(etcd: HttpEtcd, agent: Agent) -> None:
@@ -101,39 +156,9 @@ async def _watch(etcd: HttpEtcd, agent: Agent) -> None:
         await asyncio.sleep(WATCH_AGAIN_S)
 
 
-async def _keep_etcd_leader_elsewhere(cluster: ClusterSettings, site: NodeSite) -> None:
-    """While this node is the primary, etcd's own leader had better be another member.
-
-    If the node dies, the survivors then don't lose time on an election before the lease can run out.
-    """
-    own = next((endpoint for endpoint in cluster.etcd if cluster.address in endpoint), None)
-    if own is None:
-        return
-    timeout = aiohttp.ClientTimeout(total=2.0)
-    async with aiohttp.ClientSession(own, timeout=timeout) as session:
-        while True:
-            await asyncio.sleep(HOUSEKEEPING_S)
-            if not site.up:
-                continue
-            try:
-                await _move_leader(session, cluster)
-            except (aiohttp.ClientError, TimeoutError, OSError, KeyError, json.JSONDecodeError):
-                continue
-
-
-async def _move_leader(session: aiohttp.ClientSession, cluster: ClusterSettings) -> None:
-    async def post(path: str, body: dict[str, Any]) -> dict[str, Any]:
-        async with session.post(path, json=body) as response:
-            answer: dict[str, Any] = await response.json(content_type=None)
-            return answer
-
-    status = await post("/v3/maintenance/status", {})
-    own = status["header"]["member_id"]
-    if status.get("leader") != own:
-        return
-    members = (await post("/v3/cluster/member/list", {}))["members"]
-    others = [member for member in members if member["ID"] != own]
-    others.sort(key=lambda member: member.get("name") == cluster.peer)  # the witness first
-    if others:
-        await post("/v3/maintenance/transfer-leadership", {"targetID": others[0]["ID"]})
-        log.info("etcd.leader_moved", to=others[0].get("name"))
+async def _tell_clients(site: NodeSite, gateway: SocketGatewayLink) -> None:
+    """The other node is to know who is connected here, and to make them connect anew should it take over."""
+    while True:
+        if site.vips:
+            gateway.send(Clients(await asyncio.to_thread(site.clients)))
+        await asyncio.sleep(CLIENTS_S)

@@ -9,6 +9,7 @@ Invariants kept here (letters of the design):
         is whole or there is no better one, and every promise that it gave the old primary has run out.
  H2 (C) The gateway serves until `serve_until`, never later than the lease this node holds or the peer's grant.
  H3 (E) The address and the share are up only while this node leads and may serve.
+ H5 (E) The addresses for reading are up only where the key `reader` is held, and never longer than this node's lease.
  H4     A gateway that was restarted leads only in a new epoch: what it had sent and not kept must not share its name.
 """
 
@@ -18,6 +19,8 @@ import msgspec
 
 from storage.control import NEVER, Member, Report, Tell
 
+READS_PATIENCE_S = 1.0  # the primary leaves the addresses for reading to the standby, where there is one
+READS_HOLD_S = 2.0
 DRAIN_S = 5.0  # a switchover waits this long for requests that are under way
 
 
@@ -73,7 +76,15 @@ class View:
     gateway_lost_at: float | None
     switchover: Switchover | None = None
     paused: bool = False  # `pause` in etcd: nobody takes over by itself
-    peer_present: bool = True  # the other node's agent keeps its lease
+    peer_present: bool = True  # the other node's agent keeps its lease, and has no trouble
+    trouble: str = ""  # why this node can't serve well: share, addresses or gateway keep failing
+    maintained: bool = False  # this node is being worked on: it isn't to take over while the other one can
+    reads_wanted: bool = False  # there are addresses for reading
+    reads_able: bool = True  # they can be brought up here
+    reads_able_at: float = NEVER  # when the gateway was last able to answer readers
+    reads_given: bool = False  # this node has begun to give the key `reader` back: it may go at any moment
+    reader: Leader | None = None  # who has them
+    reader_absent_since: float | None = None
     gateway_dead: bool = False  # its process has ended, that is certain
     released: int = 0  # `released` in etcd: the gateway that led in this epoch is dead, by its own agent's word
 
@@ -121,13 +132,35 @@ class Serve:
     until: float = NEVER
 
 
-Action = CreateState | Acquire | Bump | Change | Release | Tell | Serve
+@dataclass(frozen=True)
+class TakeReads:
+    """Become the one that has the addresses for reading."""
+
+
+@dataclass(frozen=True)
+class GiveReads:
+    """Leave them to the other node."""
+
+
+@dataclass(frozen=True)
+class ServeReads:
+    """The addresses for reading, here or not; the fence lets them through until `until`."""
+
+    here: bool
+    until: float = NEVER
+
+
+Action = CreateState | Acquire | Bump | Change | Release | Tell | Serve | TakeReads | GiveReads | ServeReads
 
 
 def decide(view: View) -> list[Action]:
-    gateway = view.gateway
-    if (gateway is None or not view.looked) and view.now - view.started_at < view.ttl_s:
+    if (view.gateway is None or not view.looked) and view.now - view.started_at < view.ttl_s:
         return []  # a restarted agent looks first; what the one before left up ends by itself
+    return [*_who_leads(view), *_who_reads(view)]
+
+
+def _who_leads(view: View) -> list[Action]:
+    gateway = view.gateway
     if gateway is None:
         return _without_gateway(view)
     if not view.etcd_ok:
@@ -160,6 +193,10 @@ def check_invariants(view: View, actions: list[Action]) -> None:
             raise ValueError("H2: serving past the lease and the grant")
         if isinstance(action, Serve) and action.here and (action.until > _authority(view) or action.until <= view.now):
             raise ValueError("H3: address up without authority")
+        if isinstance(action, ServeReads) and action.here and (not _reads_here(view) or action.until <= view.now):
+            raise ValueError("H5: reading address up without its key")
+        if isinstance(action, ServeReads) and action.until > view.lease_deadline:
+            raise ValueError("H5: reading address up past the lease")
 
 
 def _authority(view: View) -> float:
@@ -209,7 +246,7 @@ def _as_leader(view: View, gateway: Report, state: State) -> list[Action]:
         if _hands_over(view, gateway, state):
             drained = not gateway.busy and gateway.last == gateway.peer_last
             if drained or view.switchover is None or view.now - view.switchover.since > DRAIN_S:
-                return [Serve(False), Tell("follow", resign=True), Release("switchover")]
+                return [Serve(False), Tell("follow", resign=True), Release(view.trouble or "switchover")]
             actions = [msgspec.structs.replace(one, drain=True) if isinstance(one, Tell) else one for one in actions]
         if gateway.asked and gateway.asked.nonce != state.nonce:
             members = _members(gateway.asked.members, me, gateway, state)
@@ -224,10 +261,13 @@ def _as_leader(view: View, gateway: Report, state: State) -> list[Action]:
 
 
 def _hands_over(view: View, gateway: Report, state: State) -> bool:
-    """The other node is wanted as primary, and it is as good."""
+    """The other node is wanted as primary, or this one can't serve well, and the other is as good."""
     wanted = view.switchover is not None and view.switchover.to == view.peer
-    ready = view.peer_present and gateway.linked and gateway.peer_whole
-    return wanted and ready and state.member(view.peer) is not None
+    return (wanted or (view.trouble != "" and not view.paused)) and _peer_ready(view, gateway, state)
+
+
+def _peer_ready(view: View, gateway: Report, state: State) -> bool:
+    return view.peer_present and gateway.linked and gateway.peer_whole and state.member(view.peer) is not None
 
 
 def _leaderless(view: View, gateway: Report, state: State) -> list[Action]:
@@ -285,12 +325,44 @@ def _patience_s(view: View, gateway: Report, state: State) -> float:
         return 0.0 if view.switchover.to == view.node else 2 * view.ttl_s
     if state.member(view.peer) is None:
         return 0.0 if gateway.whole else 2 * view.ttl_s  # a disk may still be on its way
+    if view.maintained or (view.trouble and view.peer_present):
+        return 4 * view.ttl_s
     if not gateway.linked or gateway.peer_last is None:
         booting = view.now - view.started_at < 2 * view.ttl_s
         return 2 * view.ttl_s if booting else 0.0
     if gateway.last != gateway.peer_last:
         return 0.0 if gateway.last > gateway.peer_last else 2 * view.ttl_s
     return 0.0 if state.primary == view.node else min(1.0, view.ttl_s / 3)
+
+
+# -- the addresses for reading -----------------------------------------------------------------------------------------
+
+
+def _who_reads(view: View) -> list[Action]:
+    """The standby has them while it is complete and follows, else the primary."""
+    if not view.reads_wanted:
+        return []
+    gateway, state = view.gateway, view.state
+    may = view.reads_able and not view.trouble
+    leads = gateway is not None and gateway.leading > 0 and _authority(view) > view.now
+    if gateway is not None and leads and state is not None:
+        may = may and not _peer_ready(view, gateway, state)
+    if _reads_here(view):
+        # What takes a moment, as a change of network does, isn't worth a change of place.
+        able = gateway is not None and view.now - view.reads_able_at <= READS_HOLD_S
+        if may and able and not view.reads_given and view.lease_deadline > view.now:
+            return [ServeReads(True, view.lease_deadline)]
+        return [ServeReads(False), GiveReads()] if view.etcd_ok else [ServeReads(False)]
+    free = view.reader is None and view.etcd_ok and view.lease != 0 and view.lease_deadline > view.now
+    since = view.reader_absent_since if view.reader_absent_since is not None else view.now
+    able = gateway is not None and gateway.reads
+    if may and able and free and (not leads or view.now - since > READS_PATIENCE_S):
+        return [ServeReads(False), TakeReads()]
+    return [ServeReads(False)]
+
+
+def _reads_here(view: View) -> bool:
+    return view.reader is not None and view.reader.node == view.node and view.reader.lease == view.lease
 
 
 def _with_me(me: Member, state: State) -> tuple[Member, ...]:

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import aiohttp
 
+from conf.tls import MutualTls
+
 
 class EtcdError(Exception):
     """etcd can't be reached or refused the request."""
@@ -83,15 +85,21 @@ def _range_end(prefix: str) -> str:
 class HttpEtcd:
     """Tries the endpoints in turn and stays with one that answers."""
 
-    def __init__(self, endpoints: Sequence[str], timeout_s: float) -> None:
+    def __init__(self, endpoints: Sequence[str], timeout_s: float, tls: MutualTls | None = None) -> None:
+        """`tls`: for endpoints whose URLs say https."""
+        self._tls = tls
         self._endpoints = [endpoint.rstrip("/") for endpoint in endpoints]
-        self._timeout = aiohttp.ClientTimeout(total=timeout_s, connect=min(0.5, timeout_s))
+        self._timeout = aiohttp.ClientTimeout(total=timeout_s, connect=min(0.7, timeout_s))
         self._current = 0
         self._session: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
         if self._session:
             await self._session.close()
+
+    @property
+    def _ssl(self) -> Any:
+        return self._tls.dialling() if self._tls else True
 
     def _http(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -101,7 +109,7 @@ class HttpEtcd:
     async def _post_once(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         url = self._endpoints[self._current] + path
         try:
-            async with self._http().post(url, json=body, timeout=self._timeout) as response:
+            async with self._http().post(url, json=body, timeout=self._timeout, ssl=self._ssl) as response:
                 answer: dict[str, Any] = await response.json(content_type=None)
                 if response.status != 200:
                     raise EtcdError(f"{url}: {answer.get('error') or response.status}")
@@ -119,6 +127,10 @@ class HttpEtcd:
                 if attempt == len(self._endpoints) - 1:
                     raise
         raise EtcdError("no endpoint")
+
+    async def call(self, path: str, **given: Any) -> dict[str, Any]:
+        """Any other request of the API. Raises EtcdError."""
+        return await self._post(path, given)
 
     async def get_prefix(self, prefix: str) -> list[KeyValue]:
         answer = await self._post("/v3/kv/range", {"key": _b64(prefix), "range_end": _range_end(prefix)})
@@ -171,7 +183,7 @@ class HttpEtcd:
         url = self._endpoints[self._current] + "/v3/watch"
         quiet = aiohttp.ClientTimeout(total=None, sock_connect=1.0, sock_read=60.0)
         try:
-            async with self._http().post(url, json=body, timeout=quiet) as response:
+            async with self._http().post(url, json=body, timeout=quiet, ssl=self._ssl) as response:
                 async for _line in response.content:
                     yield None
         except (aiohttp.ClientError, TimeoutError, OSError, asyncio.IncompleteReadError):

@@ -4,9 +4,10 @@ Packets for a virtual address, and ARP for it, pass only while the address is in
 stopped falls silent by itself when its lease has run out, while its kernel would otherwise go on answering.
 """
 
-import ipaddress
 import subprocess
 from collections.abc import Sequence
+
+from conf.settings import VirtualAddress
 
 TABLE = "tandem_fence"
 COMMAND_TIMEOUT_S = 10.0
@@ -17,10 +18,11 @@ class FenceFailed(Exception):
 
 
 class Fence:
-    def __init__(self, vips: Sequence[str]) -> None:
-        addresses = [ipaddress.ip_interface(vip).ip for vip in vips]
-        self._v4 = [str(address) for address in addresses if address.version == 4]
-        self._v6 = [str(address) for address in addresses if address.version == 6]
+    """The fence for these addresses; several may share the tables, `install` is called on one that has them all."""
+
+    def __init__(self, vips: Sequence[VirtualAddress]) -> None:
+        self._v4 = [str(vip.ip.ip) for vip in vips if vip.ip.version == 4]
+        self._v6 = [str(vip.ip.ip) for vip in vips if vip.ip.version == 6]
 
     def install(self) -> None:
         """Make the tables; what is let through at this moment stays (the agent may have been restarted)."""
@@ -52,24 +54,24 @@ class Fence:
     def light(self, seconds: float) -> None:
         """Let the addresses through for `seconds` from now."""
         timeout = f"{max(1, int(seconds * 1000))}ms"
-        lines = []
-        for family, name, addresses in (
-            ("inet", "lit4", self._v4),
-            ("arp", "lit4", self._v4),
-            ("inet", "lit6", self._v6),
-        ):
-            for address in addresses:
-                # In one transaction: an element's time is only set when it is added anew.
-                lines += [
-                    f"add element {family} {TABLE} {name} {{ {address} }}",
-                    f"delete element {family} {TABLE} {name} {{ {address} }}",
-                    f"add element {family} {TABLE} {name} {{ {address} timeout {timeout} }}",
-                ]
-        _nft(lines)
+        # In one transaction: an element's time is only set when it is added anew.
+        lit = [f"add element {place} {{ {address} timeout {timeout} }}" for place, address in self._elements()]
+        _nft([*self._out(), *lit])
 
     def darken(self) -> None:
-        lines = [f"flush set {family} {TABLE} lit4" for family in ("inet", "arp")]
-        _nft([*lines, f"flush set inet {TABLE} lit6"])
+        _nft(self._out())
+
+    def _elements(self) -> list[tuple[str, str]]:
+        v4 = [(f"{family} {TABLE} lit4", address) for family in ("inet", "arp") for address in self._v4]
+        return v4 + [(f"inet {TABLE} lit6", address) for address in self._v6]
+
+    def _out(self) -> list[str]:
+        """Take the addresses out of the sets, where only what is in can be deleted."""
+        return [
+            f"{verb} element {place} {{ {address} }}"
+            for place, address in self._elements()
+            for verb in ("add", "delete")
+        ]
 
     def remove(self) -> None:
         _nft([f"delete table {family} {TABLE}" for family in ("inet", "arp")])

@@ -1,13 +1,14 @@
 """The agent's end of the control socket to the gateway of this node."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 import msgspec
 import structlog
 
-from storage.control import LINE_BYTES_MAX, Report, Tell, boottime, decode_line, encode_line
+from storage.control import LINE_BYTES_MAX, Clients, Line, Report, Tell, boottime, decode_line, encode_line
 
 log = structlog.get_logger()
 
@@ -21,6 +22,7 @@ class SocketGatewayLink:
         self._last: Report | None = None
         self._last_at = 0.0
         self._writer: asyncio.StreamWriter | None = None
+        self.on_clients: Callable[[Clients], None] = lambda _: None  # those of the other node
         self._process = (0, "")  # (pid, when it was started) of the gateway that reported last
 
     @property
@@ -36,8 +38,12 @@ class SocketGatewayLink:
         return self._last
 
     async def tell(self, tell: Tell) -> None:
+        self.send(tell)
+
+    def send(self, line: Line) -> None:
+        """Lost while the gateway is away."""
         if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(encode_line(tell))
+            self._writer.write(encode_line(line))
 
     async def run(self) -> None:
         while True:
@@ -58,7 +64,9 @@ class SocketGatewayLink:
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         while line := await reader.readline():
             message = decode_line(line)
-            if isinstance(message, Report):
+            if isinstance(message, Clients):
+                self.on_clients(message)
+            elif isinstance(message, Report):
                 if message.pid != self._process[0]:
                     self._process = (message.pid, _start_of(message.pid))
                 changed = self._last is None or _important(self._last) != _important(message)

@@ -2,9 +2,9 @@
 
 import os
 import pwd
+import select
 import signal
 import subprocess
-import time
 from importlib.resources import files
 from pathlib import Path
 
@@ -52,11 +52,7 @@ class Samba:
         if pid is None:
             return
         for number, wait_s in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, STOP_S)):
-            _signal_group(pid, number)
-            deadline = time.monotonic() + wait_s
-            while self.pid is not None and time.monotonic() < deadline:
-                time.sleep(0.02)
-            if self.pid is None:
+            if _ended(pid, number, wait_s):
                 break
         log.info("smbd.stopped")
 
@@ -75,6 +71,19 @@ class Samba:
             guest="yes" if share.guest else "no",
         )
         self._config.write_text(text, encoding="utf-8")
+
+
+def _ended(pid: int, number: int, wait_s: float) -> bool:
+    """Signal smbd and wait for its end; False if it goes on."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        _signal_group(pid, number)
+        return bool(select.select([process], [], [], wait_s)[0])
+    finally:
+        os.close(process)
 
 
 def _signal_group(pid: int, number: int) -> None:

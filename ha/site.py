@@ -3,98 +3,205 @@
 import asyncio
 import subprocess
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 
 from conf.settings import Settings
+from ha.address_group import AddressGroup
 from ha.fence import Fence, FenceFailed
 from ha.samba import Samba
-from ha.vip import NoInterface, VirtualAddresses
+from ha.share import Share
+from ha.tickle import Connection, connections_to
+from ha.vip import LIFETIME_SLACK_S, NoInterface
+from ha.watchdog import Watchdog
 
 log = structlog.get_logger()
 
-ANNOUNCE_AGAIN_S = 30.0
-SAMBA_CHECK_S = 1.0
+FAILING_S = 5.0
+SHARE_PATIENCE_S = 1.0  # images don't wait longer for the share
+FAILURES = (FenceFailed, NoInterface, OSError, subprocess.SubprocessError)
+
+
+class Place:
+    """A group of addresses, and whether it is here."""
+
+    def __init__(self, group: AddressGroup, until: float) -> None:
+        self.group = group
+        self.until = until  # time.monotonic(); at the start: what an agent before this one may have brought up
+        self.up = self.left = False
+        self.failing_since: float | None = None
+        self._said = ""
+
+    @property
+    def dark(self) -> bool:
+        """It was given up, or the kernel has taken the addresses away by now."""
+        return self.left or (not self.up and time.monotonic() > self.until + LIFETIME_SLACK_S + 1)
+
+    @property
+    def failing(self) -> bool:
+        return self.failing_since is not None and time.monotonic() - self.failing_since > FAILING_S
+
+    def failed(self, what: str, error: BaseException) -> None:
+        self.up = False
+        self.failing_since = self.failing_since if self.failing_since is not None else time.monotonic()
+        if str(error) != self._said:
+            log.error(what, error=str(error))
+        self._said = str(error)
+
+    def good(self) -> None:
+        self.failing_since, self._said = None, ""
 
 
 class NodeSite:
     def __init__(self, settings: Settings) -> None:
-        vips = settings.cluster.vips if settings.cluster else ()
-        self._fence, self._addresses = Fence(vips), VirtualAddresses(vips)
-        self._samba = Samba(settings) if settings.share.enabled else None
-        self._has_vips = bool(vips)
-        self._refresh_s = min(1.0, (settings.cluster.lease_ttl_s if settings.cluster else 3.0) / 6)
-        self._until = 0.0
-        self._announced_at = 0.0
-        self._samba_checked_at = 0.0
-        self._left = False
-        self.up = False
+        cluster = settings.cluster
+        vips = cluster.vips if cluster else ()
+        ttl_s = cluster.lease_ttl_s if cluster else 3.0
+        self._fence = Fence(vips)
+        inherited = time.monotonic() + ttl_s + 1
+        groups = [
+            AddressGroup([vip for vip in vips if vip.prefer == kind], self._fence) for kind in ("primary", "standby")
+        ]
+        self._main, self._reads = (Place(group, inherited) for group in groups)
+        self.reads_wanted = any(vip.prefer == "standby" for vip in vips)
+        self._watchdog = Watchdog(cluster.watchdog if cluster else "", ttl_s)
+        self._share = Share(Samba(settings) if settings.share.enabled else None)
+        self._refresh_s = min(1.0, ttl_s / 6)
+        self._worker = ThreadPoolExecutor(1, "site")  # one after the other, also when this process is told to stop
+        self.parts: dict[str, float] = {}  # seconds that the last taking took, by part
+        self.on_left: Callable[[tuple[Connection, ...]], None] = lambda _: None  # with the clients left behind
 
     def prepare(self) -> None:
         """Before the first decision. Raises FenceFailed."""
         self._fence.install()
 
+    async def close(self) -> None:
+        """At the end of the process, after `leave`."""
+        await asyncio.to_thread(self._share.close)
+
+    # -- what the agent asks -----------------------------------------------------------------------------------
+
+    @property
+    def up(self) -> bool:
+        return self._main.up
+
+    @property
+    def reads_up(self) -> bool:
+        return self._reads.up
+
+    @property
+    def dark(self) -> bool:
+        return self._main.dark
+
+    @property
+    def reads_dark(self) -> bool:
+        return self._reads.dark
+
+    @property
+    def reads_able(self) -> bool:
+        """The addresses for reading can be brought up here, as far as is known."""
+        return not self._reads.failing
+
+    @property
+    def vips(self) -> tuple[str, ...]:
+        return self._main.group.here + self._reads.group.here
+
+    @property
+    def share(self) -> bool:
+        return self.up and self._share.up
+
+    @property
+    def alarms(self) -> tuple[str, ...]:
+        conflicts = self._main.group.conflicts | self._reads.group.conflicts
+        return tuple(f"{address} is also claimed by {mac}" for address, mac in conflicts.items())
+
+    @property
+    def trouble(self) -> str:
+        """Why this node can't serve well, "" if it can."""
+        return "addresses can't be brought up" if self._main.failing else self._share.trouble
+
+    def clients(self) -> tuple[Connection, ...]:
+        """Connections to the addresses that are here."""
+        ips = self._main.group.ips + self._reads.group.ips
+        return connections_to(ips) if ips else ()
+
+    def note_clients(self, clients: tuple[Connection, ...]) -> None:
+        """Those of the other node, to be tickled should this one take over."""
+        self._main.group.clients = self._reads.group.clients = clients
+
+    # -- the primary's addresses and the share -----------------------------------------------------------------
+
     async def serve(self, seconds: float) -> None:
-        now = time.monotonic()
-        try:
-            if not self.up:
-                await asyncio.to_thread(self._take, seconds)
-            elif now + seconds - self._until >= self._refresh_s:
-                await asyncio.to_thread(self._refresh, seconds)
-            else:
-                return
-            self._until = now + seconds
-            await self._look_after()
-        except (FenceFailed, NoInterface, OSError, subprocess.SubprocessError) as error:
-            log.error("site.failed", error=str(error))
-            self.up = False
+        if await self._have(self._main, seconds, self._take, "site.failed"):
+            self._watchdog.feed()
+            self._share.look_after()
 
     async def leave(self) -> None:
-        if self._left:
-            return
+        if await self._let_go(self._main):
+            self._watchdog.disarm()
+            self._share.stop()
+            log.info("site.down")
+
+    async def serve_reads(self, seconds: float) -> None:
+        await self._have(self._reads, seconds, self._take_reads, "reads.failed")
+
+    async def leave_reads(self) -> None:
+        await self._let_go(self._reads)
+
+    def _take(self, until: float) -> None:
+        started = time.monotonic()
+        self.parts = {}
+        self._main.group.take(until, self._start_share)
+        self._main.up = True
+        self.parts["address_s"] = round(time.monotonic() - started - self.parts["share_s"], 3)
+        log.info("site.up", **self.parts)
+
+    def _start_share(self) -> None:
+        """First, so that whoever reaches the address finds it."""
+        started = time.monotonic()
+        self._share.start(SHARE_PATIENCE_S)
+        self.parts["share_s"] = round(time.monotonic() - started, 3)
+
+    def _take_reads(self, until: float) -> None:
+        self._reads.group.take(until)
+        self._reads.up = True
+        log.info("reads.up", addresses=self._reads.group.here)
+
+    # -- both --------------------------------------------------------------------------------------------------
+
+    async def _have(self, place: Place, seconds: float, take: Callable[[float], None], what: str) -> bool:
+        """True if something was done, and well."""
+        until = time.monotonic() + seconds
+        if place.up and until - place.until < self._refresh_s:
+            return False
+        place.left = False
+        place.until = max(place.until, until)
         try:
-            await asyncio.to_thread(self._give_up)
-            self._left = True
-        except (FenceFailed, OSError) as error:
-            log.error("site.leave_failed", error=str(error))
+            await self._off_loop(place.group.refresh if place.up else take, until)
+            await self._off_loop(place.group.look_after, until)
+        except FAILURES as error:
+            place.failed(what, error)
+            return False
+        place.good()
+        return True
 
-    def _take(self, seconds: float) -> None:
-        started = time.monotonic()
-        if self._samba:
-            self._samba.start()
-        self._left = False
-        self._addresses.add(seconds)
-        left = seconds - (time.monotonic() - started)
-        if left <= 0:
-            raise OSError(0, "the lease ran out while the address was being taken")
-        self._fence.light(left)
-        self._addresses.announce()
-        self.up = True
-        self._announced_at = time.monotonic()
-        log.info("site.up")
+    async def _let_go(self, place: Place) -> bool:
+        """True if it has just gone."""
+        if place.left:
+            return False
+        place.up = False
+        try:
+            clients = await asyncio.get_running_loop().run_in_executor(self._worker, place.group.give_up)
+        except FAILURES as error:
+            place.failed("site.leave_failed", error)
+            return False
+        place.left = True
+        place.good()
+        if clients:
+            self.on_left(clients + self.clients())
+        return True
 
-    def _refresh(self, seconds: float) -> None:
-        started = time.monotonic()
-        self._addresses.add(seconds)
-        left = seconds - (time.monotonic() - started)
-        if left > 0:
-            self._fence.light(left)
-
-    async def _look_after(self) -> None:
-        now = time.monotonic()
-        if now - self._announced_at > ANNOUNCE_AGAIN_S:
-            self._announced_at = now
-            await asyncio.to_thread(self._addresses.announce)
-        if self._samba and now - self._samba_checked_at > SAMBA_CHECK_S:
-            self._samba_checked_at = now
-            if self._samba.pid is None:
-                await asyncio.to_thread(self._samba.start)
-
-    def _give_up(self) -> None:
-        self._fence.darken()
-        self.up = False
-        if self._samba:
-            self._samba.stop()
-        if self._has_vips:
-            self._addresses.remove()
-        log.info("site.down")
+    async def _off_loop(self, work: Callable[..., None], *given: object) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._worker, work, *given)

@@ -55,6 +55,8 @@ class Report(msgspec.Struct, frozen=True, tag="report"):
     peer_whole: bool = True  # the linked peer's copy is whole, as far as is known
     busy: int = 0  # requests of clients that are under way
     pid: int = 0
+    reads: bool = False  # it may answer queries: it serves, or is a complete standby that follows
+    answered_at: float = NEVER  # when the first change of the present epoch was acknowledged, to a fraction of a second
 
 
 class Tell(msgspec.Struct, frozen=True, tag="tell"):
@@ -75,6 +77,14 @@ class Tell(msgspec.Struct, frozen=True, tag="tell"):
     vips: tuple[str, ...] = ()
     share: bool = False
     etcd_ok: bool = False
+    trouble: str = ""
+    alarms: tuple[str, ...] = ()  # what somebody should look at
+
+
+class Clients(msgspec.Struct, frozen=True, tag="clients"):
+    """TCP connections to the virtual addresses, from the agent of the node that has them to that of the other one."""
+
+    connections: tuple[tuple[str, int, str, int], ...]  # client's address and port, our address and port
 
 
 class StatusRequest(msgspec.Struct, frozen=True, tag="status"):
@@ -106,7 +116,7 @@ class Answer(msgspec.Struct, frozen=True, tag="answer"):
     error: str = ""
 
 
-Line = Report | Tell | StatusRequest | StatusReply | Order | Progress | Answer
+Line = Report | Tell | Clients | StatusRequest | StatusReply | Order | Progress | Answer
 _decoder = msgspec.json.Decoder(Line)
 
 

@@ -11,6 +11,7 @@ import structlog
 from storage.control import (
     LINE_BYTES_MAX,
     Answer,
+    Clients,
     Order,
     Progress,
     StatusReply,
@@ -37,6 +38,7 @@ class ControlServer:
         self._server: asyncio.Server | None = None
         self._scheduled = False
         store.on_change = self._changed
+        store.peering.on_clients = self._pass_on
 
     async def start(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,6 +65,11 @@ class ControlServer:
         for writer in self._agents:
             writer.write(line)
 
+    def _pass_on(self, encoded: bytes) -> None:
+        """What the other node's agent has to say to ours."""
+        for writer in self._agents:
+            writer.write(encoded + b"\n")
+
     async def _carry_out(self, order: Order, writer: asyncio.StreamWriter) -> None:
         def progress(done: int, of: int) -> None:
             writer.write(encode_line(Progress(done, of)))
@@ -86,6 +93,8 @@ class ControlServer:
                     if message.role != "hello":
                         self._store.tell(message)
                     self._report()
+                elif isinstance(message, Clients):
+                    self._store.peering.send_clients(line.rstrip(b"\n"))
                 elif isinstance(message, StatusRequest):
                     await self._store.settled()
                     writer.write(encode_line(StatusReply(self._store.status())))

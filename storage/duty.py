@@ -25,14 +25,17 @@ class Duty:
         abandon: Callable[[], None],
         flush: Callable[[], None],
         fit: Callable[[], bool] = lambda: True,
+        standby_reads: bool = True,
     ) -> None:
-        """`fit`: this node has a disk to keep things on."""
+        """`fit`: this node has a disk to keep things on. `standby_reads`: readers are answered while it follows."""
         self._core, self._clock = core, clock
         self._persist_promise, self._abandon, self._flush = persist_promise, abandon, flush
-        self._fit = fit
+        self._fit, self._standby_reads = fit, standby_reads
         self._told = 0
         self._task: asyncio.Task[None] | None = None
         self.serve_until = NEVER
+        self._begun: tuple[int, int] | None = None  # epoch, and how far it was committed when serving began
+        self._answered_at = NEVER
         self.busy: Callable[[], int] = lambda: 0  # requests of clients that are under way
 
     @property
@@ -53,6 +56,11 @@ class Duty:
             return False
         heard = self._clock() - core.heard_at <= core.limits.peer_timeout_s  # not before this process was stopped
         return heard and core.commit >= core.whole_at
+
+    @property
+    def may_read(self) -> bool:
+        """Queries and retrieves may be answered, from this copy."""
+        return self.may_serve or (self._standby_reads and self.follows)
 
     def tell(self, tell: Tell) -> None:
         core = self._core
@@ -130,7 +138,19 @@ class Duty:
             peer_whole=hello.whole if hello else True,
             busy=self.busy(),
             pid=os.getpid(),
+            reads=self.may_read,
+            answered_at=self._first_answer(),
         )
+
+    def _first_answer(self) -> float:
+        core = self._core
+        if not self.serving:
+            self._begun = None
+        elif self._begun is None or self._begun[0] != core.epoch:
+            self._begun, self._answered_at = (core.epoch, core.commit), NEVER
+        elif self._answered_at == NEVER and core.commit > self._begun[1]:
+            self._answered_at = self._clock()
+        return self._answered_at
 
     def _nonce(self, ask: Ask) -> str:
         return f"{self._core.epoch}.{self._core.incarnation}.{ask.token}"

@@ -85,6 +85,7 @@ class Journal:
         self._appended_at = float("-inf")
         self._checkpointed = 0
         self.applied = int(catalogue.meta("applied", 0))
+        self.heard: dict[str, float] = {}  # AE title -> wall clock of its newest image, since this process started
 
     @property
     def idle(self) -> bool:
@@ -139,6 +140,8 @@ class Journal:
     def apply(self, entry: Entry, location: Location | None) -> None:
         """Publish a committed entry some time soon."""
         self._applies.append((entry, location))
+        if isinstance(entry.operation, Put):
+            self.heard[entry.operation.calling_ae] = entry.operation.received
         self._set_timer()
 
     def hurry(self) -> None:

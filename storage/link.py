@@ -33,6 +33,9 @@ class Kind(IntEnum):
     SUSPECT = 8  # the bytes that came for this entry weren't those of the record
     LIST = 9  # payload: msgpack (first seq, whether to read the copies, which only); LISTING with this number answers
     LISTING = 10
+    USE = 11  # payload: Greeting; this connection is the one in use from now on
+    PROBE = 12  # answered with the same number
+    CLIENTS = 13  # payload: msgpack, the primary's TCP connections to the virtual addresses
 
 
 OnFrame = Callable[["Link", Kind, int, bytearray], None]
@@ -55,6 +58,17 @@ class Link(asyncio.BufferedProtocol):
     # -- sending -----------------------------------------------------------------------------------------------
 
     @property
+    def closing(self) -> bool:
+        """Closed or about to be."""
+        return self._transport is None or self._transport.is_closing()
+
+    @property
+    def certified(self) -> frozenset[str]:
+        """The names in the certificate of the other end, none without TLS."""
+        shown = self._transport.get_extra_info("peercert") if self._transport else None
+        return frozenset(value for kind, value in (shown or {}).get("subjectAltName", ()) if kind == "DNS")
+
+    @property
     def backlogged(self) -> bool:
         return not self._room.is_set()
 
@@ -63,7 +77,7 @@ class Link(asyncio.BufferedProtocol):
         await self._room.wait()
 
     def send(self, kind: Kind, stream: int, payload: bytes | bytearray | memoryview = b"") -> None:
-        if self._transport is None or self._transport.is_closing():
+        if self.closing:
             return
         header = HEADER.pack(MAGIC, kind, len(payload), stream, xxhash.xxh3_64_intdigest(payload))
         if not self._out:

@@ -1,10 +1,6 @@
-"""The other node as this gateway sees it: one link, kept up; objects that stream in; objects asked for and given.
-
-The node whose name sorts first dials, so that there is one connection and not two.
-"""
+"""The other node as this gateway sees it: one link; objects that stream in; objects asked for and given."""
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -18,13 +14,13 @@ from storage.messages import AnyMessage, decode
 from storage.messages import encode as encode_message
 from storage.model import Put
 from storage.network import Network
+from storage.routes import Routes
 from storage.volume import NoRoom, Reader, Volume
 from storage.volumes import Volumes
 from storage.workers import Threads
 
 log = structlog.get_logger()
 
-DIAL_INTERVAL_S: Final = 0.2
 STREAMS_MAX: Final = 1024
 FETCH_STREAM_BIT: Final = 1 << 63
 READ_BYTES: Final = 256 << 10
@@ -48,7 +44,7 @@ class Peering:
         self,
         *,
         dial: bool,
-        network: Network,
+        networks: Sequence[Network],
         volumes: Volumes,
         workers: Threads,
         find: Callable[[int], tuple[Volume, str, Put] | None],
@@ -61,11 +57,12 @@ class Peering:
     ) -> None:
         """`find(seq)` gives this node's copy of an entry, `lacks(seq)` says that there is none and won't be one soon;
         `on_suspect(seq)`: the peer found that copy to be damaged, or it isn't where it should be."""
-        self._dial, self._network = dial, network
+        self.routes = Routes(dial=dial, networks=networks, on_up=self._up, on_frame=self._frame, on_down=self._down)
         self._volumes, self._workers, self._find = volumes, workers, find
         self._on_up, self._on_down = on_up, on_down
         self._on_message, self._on_suspect = on_message, on_suspect
         self._lacks, self._list = lacks, list_copies
+        self.on_clients: Callable[[bytes], None] = lambda _: None
         self._listings: dict[int, asyncio.Future[list[Row]]] = {}
         self.link: Link | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -79,15 +76,12 @@ class Peering:
         self._waiting_for_disk: set[int] = set()
 
     async def start(self) -> None:
-        if self._dial:
-            self._spawn(self._keep_dialling())
-        else:
-            await self._network.listen(self._new_link)
+        await self.routes.start()
 
     async def stop(self) -> None:
         for task in list(self._tasks):
             task.cancel()
-        self._network.close()
+        self.routes.stop()
         self.drop("shutting down")
 
     def drop(self, why: str) -> None:
@@ -99,16 +93,6 @@ class Peering:
         task: asyncio.Task[None] = asyncio.ensure_future(coroutine)  # type: ignore[arg-type]
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def _new_link(self) -> Link:
-        return Link(self._up, self._frame, self._down)
-
-    async def _keep_dialling(self) -> None:
-        while True:
-            if self.link is None:
-                with contextlib.suppress(OSError, TimeoutError):
-                    await self._network.connect(self._new_link)
-            await asyncio.sleep(DIAL_INTERVAL_S)
 
     def _up(self, link: Link) -> None:
         if self.link is not None:
@@ -143,6 +127,11 @@ class Peering:
     def send(self, message: AnyMessage) -> None:
         if self.link:
             self.link.send(Kind.MESSAGE, 0, encode_message(message))
+
+    def send_clients(self, encoded: bytes) -> None:
+        """Tell the peer's HA agent, through its gateway, who is connected here: `on_clients` there."""
+        if self.link:
+            self.link.send(Kind.CLIENTS, 0, encoded)
 
     def open_stream(self, header: bytes) -> int:
         """Start to stream an object to the peer; returns the stream's number, 0 without a link."""
@@ -254,6 +243,8 @@ class Peering:
                 waiting = self._listings.get(stream)
                 if waiting and not waiting.done():
                     waiting.set_result(msgspec.msgpack.decode(payload, type=list[Row]))
+            case Kind.CLIENTS:
+                self.on_clients(bytes(payload))
 
     def _open(self, link: Link, stream: int, header: bytes) -> None:
         if len(self._incoming) >= STREAMS_MAX:

@@ -111,7 +111,7 @@ class Store:
             on_failed=self._die,
         )
         self.copies = Copies(*kept, self.disk, self._pendings, lambda: self.core.commit)
-        self.peering = self._new_peering(around.network)
+        self.peering = self._new_peering(around.networks)
         self.follower = Follower(self.peering, self.journal, *kept, self.disk, self._stuck)
         self.healing = Healing(
             self.core,
@@ -136,6 +136,7 @@ class Store:
             abandon=self._abandon,
             flush=self.flush,
             fit=lambda: self.volumes.usable > 0,
+            standby_reads=self.settings.dicom.standby_reads,
         )
         self.ingest = Ingest(
             self.core,
@@ -180,11 +181,11 @@ class Store:
             core.granted_until = self.clock() + limits.grant_s  # a promise given before a restart still holds
         return core
 
-    def _new_peering(self, network: Network) -> Peering:
+    def _new_peering(self, networks: tuple[Network, ...]) -> Peering:
         cluster = self.settings.cluster
         return Peering(
             dial=cluster is not None and self.settings.node.name < cluster.peer,
-            network=network,
+            networks=networks,
             volumes=self.volumes,
             workers=self.disk,
             find=self.copies.find,
@@ -260,7 +261,7 @@ class Store:
     @property
     def may_read(self) -> bool:
         """Queries and retrieves may be answered here: as the primary, or as a standby that follows one."""
-        return self.duty.may_serve or (self.settings.dicom.standby_reads and self.duty.follows)
+        return self.duty.may_read
 
     def tell(self, tell: Tell) -> None:
         drain, self.told = tell.drain and not self.told.drain, tell

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import structlog
 
-from conf.settings import Settings
+from conf.settings import ClusterSettings, Settings
+from conf.tls import MutualTls
 from storage.catalogue import Batch, Catalogue
 from storage.control import boottime
 from storage.kv import CatalogueDamaged
@@ -23,7 +24,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Surroundings:
-    network: Network
+    networks: tuple[Network, ...]  # between the nodes, the preferred one first
     view: Callable[[list[Path]], Showing]  # given the readable trees of the volumes
     open_catalogue: Callable[[], Catalogue]
     clock: Callable[[], float] = boottime
@@ -41,9 +42,16 @@ def real(settings: Settings) -> Surroundings:
         return made
 
     return Surroundings(
-        network=Tcp(cluster.address, cluster.peer_address, cluster.replication_port) if cluster else Tcp("", "", 0),
+        networks=_networks(cluster) if cluster else (),
         view=view,
         open_catalogue=lambda: open_or_set_aside(settings),
+    )
+
+
+def _networks(cluster: ClusterSettings) -> tuple[Network, ...]:
+    tls = MutualTls(cluster.tls) if cluster.tls else None
+    return tuple(
+        Tcp(route.address, route.peer_address, cluster.replication_port, tls, cluster.peer) for route in cluster.routes
     )
 
 

@@ -21,7 +21,14 @@ for run, count in ((bench_upkeep.heal, 600), (bench_upkeep.scrub, 600), (bench_u
 
 runs_option = click.option("--runs", default=5, show_default=True, help="Of each kind of fault.")
 failover = click.command("failover", help=bench_failover.failover.__doc__)(bench_failover.failover)
-main.add_command(where(runs_option(failover)))
+who_option = click.option(
+    "--who",
+    type=click.Choice(["tandem", "ctdb", "both"]),
+    default="tandem",
+    show_default=True,
+    help="Whom to measure; CTDB needs Debian's packages ctdb and ethtool.",
+)
+main.add_command(where(who_option(runs_option(failover))))
 
 if __name__ == "__main__":
     main()

@@ -6,70 +6,69 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Final
 
 import click
 
+from tools.bench_ctdb import outages, smb_client
 from tools.bench_store import SAMPLES, renamed, sample
 from tools.dicom_client import AssociationFailed, DicomClient
-from tools.lab import AET, DICOM_PORT, VIP, Lab, inside, namespace, namespaces, wait_for
+from tools.lab import AET, DICOM_PORT, Lab, wait_for
+from tools.lab_network import VIP, inside, namespace, namespaces
+from tools.outage import Probe
 
 TTL_S: Final = 3.0
 ANSWER_S: Final = 1.0  # a sender that hears nothing for so long connects again
+CONNECT_S: Final = (
+    0.25  # and so long it waits for a connection: else it were measured how long a lost SYN is waited for
+)
 WAIT_S: Final = 180.0
 CALM: Final = 20  # Successes before and after a fault
 
 
-class Sender:
-    """Stores small images one after the other and notes when each was acknowledged."""
+def sender() -> Probe:
+    """Stores small images one after the other, and connects again at once when that fails."""
+    item, numbers = sample(*SAMPLES[1][1:]), count(1)
+    context = [(item.sop_class, item.transfer_syntax)]
 
-    def __init__(self) -> None:
-        self.successes: list[float] = []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+    def attempt(answered: Callable[[], None], stopped: Callable[[], bool]) -> None:
+        with (
+            contextlib.suppress(OSError, AssociationFailed),
+            DicomClient(VIP, DICOM_PORT, AET, context, ANSWER_S, CONNECT_S) as client,
+        ):
+            while not stopped():
+                if client.store(renamed(item, next(numbers))) == 0:
+                    answered()
 
-    def __enter__(self) -> "Sender":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        item, number = sample(*SAMPLES[1][1:]), 0
-        context = [(item.sop_class, item.transfer_syntax)]
-        with inside("client"):
-            while not self._stop.is_set():
-                with (
-                    contextlib.suppress(OSError, AssociationFailed),
-                    DicomClient(VIP, DICOM_PORT, AET, context, ANSWER_S) as client,
-                ):
-                    while not self._stop.is_set():
-                        number += 1
-                        if client.store(renamed(item, number)) == 0:
-                            self.successes.append(time.monotonic())
-
-    def wait_for_more(self, count: int) -> None:
-        target = len(self.successes) + count
-        wait_for("Successes", lambda: len(self.successes) >= target, WAIT_S, 0.02)
-
-    def longest_gap(self, since: float) -> float:
-        """Seconds between two Successes, the longest that ended after `since`."""
-        times = list(self.successes)
-        return max(after - before for before, after in pairwise(times) if after > since)
+    return Probe(attempt, place=lambda: inside("client"))
 
 
-def failover(runs: int, folder: Path | None) -> None:
-    """Median and worst of `runs` for each kind of fault."""
+def failover(runs: int, who: str, folder: Path | None) -> None:
+    """Median and worst outage in `runs` of each kind of fault, of a C-STORE sender and of an SMB client that connect
+    again at once; of CTDB and smbd an SMB client, with their defaults and with tuned keepalives.
+    """
     base = Path(tempfile.mkdtemp(prefix="tandem-bench-", dir=folder or "/dev/shm"))
-    lab = Lab(base / "lab")
+    try:
+        click.echo(f"Tandem: lease TTL {TTL_S:.0f} s. Seconds without an answer.")
+        click.echo(f"{'who and fault':44}{'median':>8}{'worst':>8}{'runs':>6}")
+        for name, gaps in _tandem(Lab(base / "lab"), runs) if who != "ctdb" else ():
+            _show(name, gaps)
+        for tuned in (False, True) if who != "tandem" else ():
+            for name, gaps in outages(base / "ctdb", tuned, runs):
+                _show(f"CTDB {'tuned' if tuned else 'defaults'}, SMB: {name}", gaps)
+    finally:
+        shutil.rmtree(base, ignore_errors=True)
 
+
+def _show(name: str, gaps: list[float]) -> None:
+    click.echo(f"{name:44}{statistics.median(gaps):>8.2f}{max(gaps):>8.2f}{len(gaps):>6}")
+
+
+def _tandem(lab: Lab, runs: int) -> Iterator[tuple[str, list[float]]]:
     def planned(node: str) -> None:
         argv, environment = lab.command(node, [sys.executable, "-m", "tools", "switchover"])
         subprocess.run(argv, env=environment, check=True, capture_output=True)
@@ -82,27 +81,31 @@ def failover(runs: int, folder: Path | None) -> None:
     }
     try:
         lab.up(TTL_S, 1)
-        click.echo(f"lease TTL {TTL_S:.0f} s, a sender waits {ANSWER_S:.0f} s for an answer; seconds without Success")
-        click.echo(f"{'fault':22}{'median':>8}{'worst':>8}{'runs':>6}")
         for name, fault in faults.items():
-            gaps = [_one(lab, fault) for _ in range(runs)]
-            click.echo(f"{name:22}{statistics.median(gaps):>8.1f}{max(gaps):>8.1f}{runs:>6}")
+            pairs = [_one(lab, fault) for _ in range(runs)]
+            yield f"Tandem, C-STORE: {name}", [pair[0] for pair in pairs]
+            yield f"Tandem, SMB: {name}", [pair[1] for pair in pairs]
     finally:
         lab.down(keep_data=False)
-        shutil.rmtree(base, ignore_errors=True)
 
 
-def _one(lab: Lab, fault: Callable[[str], None]) -> float:
-    with Sender() as sender:
-        sender.wait_for_more(CALM)
+def _one(lab: Lab, fault: Callable[[str], None]) -> tuple[float, float]:
+    """Outage of C-STORE and of SMB."""
+    with sender() as images, smb_client() as files:
+        for probe in (images, files):
+            probe.wait_for_more(CALM, WAIT_S)
         while (node := lab.primary()) is None:  # while it changes neither node says so
             time.sleep(0.1)
         started = time.monotonic()
         fault(node)
-        sender.wait_for_more(CALM)
-        gap = sender.longest_gap(started)
+        for probe in (images, files):
+            probe.wait_for_more(CALM, WAIT_S)
+        time.sleep(1.0)
+        for probe in (images, files):
+            probe.wait_for_more(1, WAIT_S)
+        gaps = images.longest_gap_s(started), files.longest_gap_s(started)
     if namespace(node) not in namespaces():
         lab.power_on(node)
     wait_for("the pair to be in sync", lab.in_sync, WAIT_S)
-    time.sleep(1.0)
-    return gap
+    time.sleep(2.0)
+    return gaps

@@ -20,7 +20,8 @@ from pydicom.filewriter import write_dataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from tools.dicom_client import DicomClient, Object
-from tools.lab import ADDRESSES, AET, DICOM_PORT, VIP, Lab, inside, wait_for
+from tools.lab import AET, DICOM_PORT, Lab, wait_for
+from tools.lab_network import ADDRESSES, VIP, inside
 
 ORTHANC_PORT: Final = 4242
 WARM_UP: Final = 10

@@ -15,7 +15,8 @@ import click
 
 from tools.bench_store import SAMPLES, renamed, sample
 from tools.dicom_client import DicomClient, Object
-from tools.lab import AET, DICOM_PORT, NODES, VIP, Lab, inside, wait_for
+from tools.lab import AET, DICOM_PORT, Lab, wait_for
+from tools.lab_network import NODES, VIP, inside
 from tools.rebuild import from_files, set_aside
 
 WAIT_S: Final = 300.0

@@ -14,10 +14,12 @@ from conf import VERSION
 from conf.settings import ENV_PREFIX, Settings, SettingsError, build, overridden
 from storage.volume import MARKER, create_marker
 from tools.cluster import COMMANDS as CLUSTER_COMMANDS
+from tools.drill import COMMANDS as DRILL_COMMANDS
+from tools.init import COMMANDS as INIT_COMMANDS
 from tools.operate import COMMANDS as OPERATOR_COMMANDS
 from tools.rebuild_command import rebuild_index
 from tools.settings_option import EXIT_CONFIG, Failure, config_option, settings_of
-from tools.status import ask, render
+from tools.status import ask, render, watch_status
 from tools.transfer import COMMANDS as TRANSFER_COMMANDS
 
 EXIT_AWAY = 3
@@ -119,10 +121,14 @@ def check_config(file: Path) -> None:
 
 @main.command()
 @config_option
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def status(config: Path | None, as_json: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="One JSON object; with --watch one a line.")
+@click.option("--watch", is_flag=True, help="Look again every second, until Ctrl-C.")
+def status(config: Path | None, as_json: bool, watch: bool) -> None:
     """Show role, in-sync set, volumes and counts of this node. Exit 3 if its gateway is not running."""
     settings = settings_of(config)
+    if watch:
+        watch_status(settings, as_json)
+        return
     try:
         found = ask(settings.control_socket)
     except OSError as error:
@@ -143,5 +149,12 @@ def _add_lab_commands() -> None:
 
 
 _add_lab_commands()
-for operator_command in (*OPERATOR_COMMANDS, *TRANSFER_COMMANDS, *CLUSTER_COMMANDS, rebuild_index):
+for operator_command in (
+    *OPERATOR_COMMANDS,
+    *TRANSFER_COMMANDS,
+    *CLUSTER_COMMANDS,
+    *DRILL_COMMANDS,
+    *INIT_COMMANDS,
+    rebuild_index,
+):
     main.add_command(operator_command)

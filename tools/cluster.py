@@ -13,8 +13,9 @@ import click
 import msgspec
 
 from conf.settings import ClusterSettings, Settings
-from ha.agent import StateValue
+from conf.tls import MutualTls
 from ha.etcd import Compare, DeleteKey, EtcdError, HttpEtcd, PutKey
+from ha.records import StateValue
 from storage.control import Member
 from tools.operate import json_option
 from tools.settings_option import EXIT_CONFIG, Failure, config_option, settings_of
@@ -38,6 +39,7 @@ class Cluster:
         self.revision = keys["state"].mod_revision if "state" in keys else 0
         self.paused = "pause" in keys
         self.switchover = keys["switchover"].value if "switchover" in keys else ""
+        self.maintained = {key.removeprefix("maintenance/") for key in keys if key.startswith("maintenance/")}
         self.present = {key.removeprefix("members/") for key in keys if key.startswith("members/")}
         self.history = [json.loads(kv.value) for key, kv in sorted(keys.items()) if key.startswith("history/")]
 
@@ -46,12 +48,12 @@ class Cluster:
         return [member.node for member in self.state.in_sync] if self.state else []
 
 
-async def _look(etcd: HttpEtcd, name: str) -> Cluster:
+async def look(etcd: HttpEtcd, name: str) -> Cluster:
     prefix = f"/tandem/{name}/"
     return Cluster(etcd, prefix, {kv.key.removeprefix(prefix): kv for kv in await etcd.get_prefix(prefix)})
 
 
-def _with_etcd(config: Path | None, work: Callable[[Settings, ClusterSettings, HttpEtcd], Awaitable[T]]) -> T:
+def with_etcd(config: Path | None, work: Callable[[Settings, ClusterSettings, HttpEtcd], Awaitable[T]]) -> T:
     """Run `work` with a connection to the cluster's etcd."""
     settings = settings_of(config)
     cluster = settings.cluster
@@ -59,7 +61,7 @@ def _with_etcd(config: Path | None, work: Callable[[Settings, ClusterSettings, H
         raise Failure("this node runs alone: the settings have no [cluster] section", EXIT_CONFIG)
 
     async def main() -> T:
-        etcd = HttpEtcd(cluster.etcd, ETCD_TIMEOUT_S)
+        etcd = HttpEtcd(cluster.etcd, ETCD_TIMEOUT_S, MutualTls(cluster.tls) if cluster.tls else None)
         try:
             return await work(settings, cluster, etcd)
         finally:
@@ -71,7 +73,7 @@ def _with_etcd(config: Path | None, work: Callable[[Settings, ClusterSettings, H
         raise Failure(f"etcd doesn't answer: {error}", EXIT_AWAY) from None
 
 
-def _echo(result: dict[str, Any], as_json: bool, text: str) -> None:
+def echo(result: dict[str, Any], as_json: bool, text: str) -> None:
     click.echo(json.dumps(result) if as_json else text)
 
 
@@ -87,8 +89,8 @@ def switchover(config: Path | None, to: str | None, at: datetime | None, as_json
     """Let the other node serve. Requests under way are ended first. Exit 4 if it can't be done now."""
     if at is not None:
         time.sleep(_seconds_until(at))
-    result = _with_etcd(config, lambda settings, cluster, etcd: switch(cluster, settings.node.name, etcd, to))
-    _echo(result, as_json, f"node {result['to']} is primary after {result['seconds']:.1f} s")
+    result = with_etcd(config, lambda settings, cluster, etcd: switch(cluster, settings.node.name, etcd, to))
+    echo(result, as_json, f"node {result['to']} is primary after {result['seconds']:.1f} s")
 
 
 def _seconds_until(at: datetime) -> float:
@@ -102,7 +104,7 @@ def _seconds_until(at: datetime) -> float:
 
 async def switch(cluster: ClusterSettings, node: str, etcd: HttpEtcd, to: str | None) -> dict[str, Any]:
     """Ask for a switchover and wait until it has happened. Raises Failure."""
-    found = await _look(etcd, cluster.name)
+    found = await look(etcd, cluster.name)
     if not found.leader:
         raise Failure("there is no primary now; `tandem why` says why", EXIT_BLOCKED)
     other = cluster.peer if found.leader == node else node
@@ -120,7 +122,7 @@ async def switch(cluster: ClusterSettings, node: str, etcd: HttpEtcd, to: str | 
     started, before = time.monotonic(), found.leader
     while time.monotonic() - started < SWITCHOVER_S:
         await asyncio.sleep(POLL_S)
-        found = await _look(etcd, cluster.name)
+        found = await look(etcd, cluster.name)
         if found.leader == target:
             return {"to": target, "from": before, "seconds": round(time.monotonic() - started, 2)}
     raise Failure(f"node {target} didn't take over within {SWITCHOVER_S} s; `tandem why` on it says why", EXIT_BLOCKED)
@@ -135,7 +137,7 @@ def failover(config: Path | None, force: bool, yes: bool, as_json: bool) -> None
     """Make this node primary although it isn't in sync. Only when the other node is gone for good."""
 
     async def check(settings: Settings, cluster: ClusterSettings, etcd: HttpEtcd) -> tuple[Cluster, dict[str, Any]]:
-        return await _look(etcd, cluster.name), _own_status(settings)
+        return await look(etcd, cluster.name), own_status(settings)
 
     async def force_in(settings: Settings, cluster: ClusterSettings, etcd: HttpEtcd) -> bool:
         now, own = await check(settings, cluster, etcd)
@@ -149,7 +151,7 @@ def failover(config: Path | None, force: bool, yes: bool, as_json: bool) -> None
         put = PutKey(key, msgspec.json.encode(value).decode())
         return await etcd.txn((free, Compare(key, "mod", now.revision)), (put,))
 
-    found, own = _with_etcd(config, check)
+    found, own = with_etcd(config, check)
     node = own["node"]
     if found.leader:
         raise Failure(f"node {found.leader} is primary; `tandem switchover` is what you want", EXIT_BLOCKED)
@@ -167,13 +169,13 @@ def failover(config: Path | None, force: bool, yes: bool, as_json: bool) -> None
     )
     if not yes and not click.confirm("Lose that and serve from this node?", err=True):
         raise Failure("nothing was changed", 1)
-    if not _with_etcd(config, force_in):
+    if not with_etcd(config, force_in):
         raise Failure("the state changed meanwhile; look again", EXIT_BLOCKED)
     later = "before the other node starts again: `tandem rebuild-index --from peer` on it"
-    _echo({"forced": node, "later": later}, as_json, f"node {node} takes over now; {later}")
+    echo({"forced": node, "later": later}, as_json, f"node {node} takes over now; {later}")
 
 
-def _own_status(settings: Settings) -> dict[str, Any]:
+def own_status(settings: Settings) -> dict[str, Any]:
     try:
         return ask(settings.control_socket)
     except OSError as error:
@@ -185,26 +187,28 @@ def _own_status(settings: Settings) -> dict[str, Any]:
 
 @click.command()
 @config_option
-def pause(config: Path | None) -> None:
+@json_option
+def pause(config: Path | None, as_json: bool) -> None:
     """No takeover by itself until `tandem resume`: for work on network or etcd. The primary goes on."""
 
     async def work(_: Settings, cluster: ClusterSettings, etcd: HttpEtcd) -> None:
         await etcd.txn((), (PutKey(f"/tandem/{cluster.name}/pause", datetime.now().isoformat(timespec="seconds")),))
 
-    _with_etcd(config, work)
-    click.echo("paused: if the primary fails now, nobody takes over")
+    with_etcd(config, work)
+    echo({"paused": True}, as_json, "paused: if the primary fails now, nobody takes over")
 
 
 @click.command()
 @config_option
-def resume(config: Path | None) -> None:
+@json_option
+def resume(config: Path | None, as_json: bool) -> None:
     """Take over by itself again."""
 
     async def work(_: Settings, cluster: ClusterSettings, etcd: HttpEtcd) -> None:
         await etcd.txn((), (DeleteKey(f"/tandem/{cluster.name}/pause"),))
 
-    _with_etcd(config, work)
-    click.echo("resumed")
+    with_etcd(config, work)
+    echo({"paused": False}, as_json, "resumed")
 
 
 # -- looking -----------------------------------------------------------------------------------------------------------
@@ -217,15 +221,22 @@ def history(config: Path | None, as_json: bool) -> None:
     """Each change of the primary: when, why, and how long nobody held the lease."""
 
     async def work(_: Settings, cluster: ClusterSettings, etcd: HttpEtcd) -> list[dict[str, Any]]:
-        return (await _look(etcd, cluster.name)).history
+        return (await look(etcd, cluster.name)).history
 
-    rows = _with_etcd(config, work)
+    rows = with_etcd(config, work)
     lines = [
         f"epoch {row['epoch']}  {_when(row.get('at'))}  {row.get('before') or '-'} -> {row['primary']}  {row['by']}"
-        f"  without a leader {row.get('leaderless_s', 0)} s"
+        f"  without a leader {row.get('leaderless_s', 0)} s{_parts(row)}"
         for row in rows
     ]
-    _echo({"history": rows}, as_json, "\n".join(lines) or "no primary yet")
+    echo({"history": rows}, as_json, "\n".join(lines) or "no primary yet")
+
+
+def _parts(row: dict[str, Any]) -> str:
+    """How long each part of a takeover took: the other node's silence noticed, its lease and promise waited out, rolled
+    forward, share and address brought up, and from then to the first image acknowledged."""
+    parts = [f"{name.removesuffix('_s').replace('_', ' ')} {value} s" for name, value in row.get("parts", {}).items()]
+    return f"  ({', '.join(parts)})" if parts else ""
 
 
 def _when(at: float | None) -> str:
@@ -236,30 +247,44 @@ def _when(at: float | None) -> str:
 @config_option
 @json_option
 def why(config: Path | None, as_json: bool) -> None:
-    """Could this node take over now? Each condition; exit 4 if one blocks."""
+    """Could this node take over now, and why did the last takeover happen? Each condition; exit 4 if one blocks."""
 
-    async def work(settings: Settings, cluster: ClusterSettings, etcd: HttpEtcd) -> list[tuple[str, bool, str]]:
-        found, own = await _look(etcd, cluster.name), _own_status(settings)
-        return _conditions(found, own, settings.node.name)
+    async def work(
+        settings: Settings, cluster: ClusterSettings, etcd: HttpEtcd
+    ) -> tuple[list[tuple[str, bool, str]], dict[str, Any]]:
+        found, own = await look(etcd, cluster.name), own_status(settings)
+        return _conditions(found, own, settings.node.name), found.history[-1] if found.history else {}
 
-    conditions = _with_etcd(config, work)
+    conditions, last = with_etcd(config, work)
     blocked = [name for name, good, _ in conditions if not good]
     text = "\n".join(f"{'ok     ' if good else 'BLOCKS '} {name}: {says}" for name, good, says in conditions)
     rows = [{"condition": name, "ok": good, "says": says} for name, good, says in conditions]
-    _echo({"may_take_over": not blocked, "conditions": rows}, as_json, text)
+    if last:
+        text += f"\nlast change {_when(last.get('at'))}: {REASONS.get(last['by'], last['by']).format(**last)}"
+    echo({"may_take_over": not blocked, "conditions": rows, "last": last}, as_json, text)
     sys.exit(EXIT_BLOCKED if blocked else 0)
+
+
+REASONS: Final = {
+    "switchover": "node {before} handed over to {primary} because somebody asked for it",
+    "takeover": "node {primary} took over: {before} had given its lease back, or let it run out",
+    "again": "node {primary} lost its lease for a moment and leads again",
+    "restart": "the gateway of node {primary} was restarted and leads again",
+}
 
 
 def _conditions(found: Cluster, own: dict[str, Any], node: str) -> list[tuple[str, bool, str]]:
     member = next((one for one in found.state.in_sync if one.node == node), None) if found.state else None
     usable = [row for row in own["nodes"][node]["volumes"] if row["state"] in ("online", "slow", "full", "draining")]
-    leader = found.leader
+    leader, maintained = found.leader, node in found.maintained
     return [
         ("lease", leader in ("", node), f"held by {leader}" if leader else "free"),
         ("in sync", member is not None, ", ".join(found.in_sync) or "nobody"),
         ("same store", member is None or member.store_id == own["store_id"], own["store_id"]),
         ("complete copy", bool(own["whole"]), "yes" if own["whole"] else "still catching up"),
         ("a disk", bool(usable), f"{len(usable)} in service"),
+        ("no trouble", not own["trouble"], own["trouble"] or "none"),
+        ("no maintenance", not maintained, "`tandem maintenance off` ends it" if maintained else "none"),
         ("not paused", not found.paused or leader == node, "`tandem resume` ends it" if found.paused else "no pause"),
     ]
 
@@ -269,7 +294,7 @@ def _conditions(found: Cluster, own: dict[str, Any], node: str) -> list[tuple[st
 @json_option
 def risk(config: Path | None, as_json: bool) -> None:
     """What would be lost if this node died now. Exit 4 if anything would."""
-    own = _own_status(settings_of(config))
+    own = own_status(settings_of(config))
     since = own.get("single_copy_since")
     result = {
         "single_copy": own["single_copy"],
@@ -286,7 +311,7 @@ def risk(config: Path | None, as_json: bool) -> None:
         lines.append(f"{own['healing']['missing']} copies of this node are being made again")
     if own["healing"]["unreadable"]:
         lines.append(f"{own['healing']['unreadable']} objects have no good copy on either node")
-    _echo(result, as_json, "\n".join(lines))
+    echo(result, as_json, "\n".join(lines))
     sys.exit(EXIT_BLOCKED if own["single_copy"] or own["healing"]["unreadable"] else 0)
 
 

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from tools.lab import AET, DICOM_PORT, VIP, Lab, LabError, wait_for
+from tools.lab import AET, DICOM_PORT, Lab, wait_for
+from tools.lab_network import VIP, LabError
 from tools.samples import archived, content_digest, copies, distinct_files, file_digest, sop_instance
 
 BATCH: Final = 8

@@ -48,10 +48,13 @@ class DicomClient:
         called: str,
         contexts: Sequence[tuple[str, str]],
         timeout_s: float,
+        connect_s: float | None = None,
         *,
         calling: str = "BENCH",
     ) -> None:
-        self._socket = socket.create_connection((host, port), timeout=timeout_s)
+        """`timeout_s` for each answer, `connect_s` for the connection if that is to be shorter."""
+        self._socket = socket.create_connection((host, port), timeout=connect_s or timeout_s)
+        self._socket.settimeout(timeout_s)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._message_id = 0
         self.contexts: dict[tuple[str, str], int] = {}

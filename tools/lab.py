@@ -4,8 +4,6 @@ Everything is real: etcd, gateway, HA agent, smbd; only the cables are virtual. 
 cable out, killing everything in its namespace, and removing the namespace.
 """
 
-import ctypes
-import ipaddress
 import json
 import os
 import shutil
@@ -13,52 +11,40 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from tools import lab_network
+from tools.certificates import Authority
 from tools.lab_disks import Disks, mounted, run
+from tools.lab_network import (
+    ADDRESSES,
+    HUB,
+    MEMBERS,
+    NODES,
+    PRIVATE,
+    READ_VIP,
+    SUBNET,
+    SUBNET6,
+    VIP,
+    VIP6,
+    LabError,
+    ip,
+    namespace,
+    namespaces,
+    pids_in,
+)
 from tools.status import ask, order
 
-SUBNET: Final = ipaddress.ip_network("10.99.0.0/24")
-ADDRESSES: Final = {"a": "10.99.0.1", "b": "10.99.0.2", "w": "10.99.0.3", "client": "10.99.0.10"}
-VIP: Final = "10.99.0.100"
 DICOM_PORT: Final = 11112
 VIEWER_PORT: Final = 11113  # of the destination VIEWER, on the client
 HTTP_PORT: Final = 8080
 AET: Final = "TANDEM"
-NODES: Final = ("a", "b")
-MEMBERS: Final = ("a", "b", "w")
-HUB: Final = "tandem-net"
 LAST: Final = Path("/run/tandem-lab.json")
+CERTIFICATES: Final = {"ca_file": "ca.crt", "certificate": "node.crt", "key": "node.key"}
 UP_TIMEOUT_S: Final = 90.0
-CLONE_NEWNET: Final = 0x40000000
-
-
-class LabError(Exception):
-    """One line for the person at the terminal."""
-
-
-def namespace(name: str) -> str:
-    return f"tandem-{name}"
-
-
-def ip(*words: str) -> None:
-    done = subprocess.run(["ip", *words], capture_output=True, text=True)
-    if done.returncode:
-        raise LabError(f"ip {' '.join(words)}: {done.stderr.strip()}")
-
-
-def namespaces() -> set[str]:
-    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
-    return {line.split()[0] for line in listed.splitlines() if line.strip()}
-
-
-def pids_in(name: str) -> list[int]:
-    done = subprocess.run(["ip", "netns", "pids", namespace(name)], capture_output=True, text=True)
-    return [int(pid) for pid in done.stdout.split()]
 
 
 def wait_for(what: str, condition: Callable[[], bool], timeout_s: float, interval_s: float = 0.1) -> None:
@@ -98,7 +84,7 @@ class Lab:
     def disks(self, node: str) -> Disks:
         return Disks(self.node_dir(node), int(self.settings().get("disk_mb", 0)))
 
-    def up(self, ttl_s: float, volumes: int, disk_mb: int = 0) -> dict[str, Any]:
+    def up(self, ttl_s: float, volumes: int, disk_mb: int = 0, *, tls: bool = True) -> dict[str, Any]:
         """With `disk_mb` each volume is a file system of its own, of that size."""
         if os.geteuid() != 0:
             raise LabError("needs root, for network namespaces; `sudo` or `unshare -Urnm` may help")
@@ -108,18 +94,22 @@ class Lab:
         if HUB in namespaces():
             raise LabError("a lab is up already; `tandem lab down` ends it")
         self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / "lab.json").write_text(json.dumps({"ttl_s": ttl_s, "volumes": volumes, "disk_mb": disk_mb}))
+        (self.dir / "lab.json").write_text(
+            json.dumps({"ttl_s": ttl_s, "volumes": volumes, "disk_mb": disk_mb, "tls": tls})
+        )
         LAST.write_text(json.dumps({"dir": str(self.dir)}))
         if disk_mb and not mounted(self.dir):
             # Disks that are replaced while the nodes run must appear in their mount namespaces too.
             run("mount", "--bind", str(self.dir), str(self.dir))
             run("mount", "--make-shared", str(self.dir))
-        self._make_hub()
+        lab_network.make_hub()
         for member in (*MEMBERS, "client"):
-            self._make_namespace(member)
+            lab_network.make_namespace(member)
+        if tls:
+            self.issue_certificates()
         for node in NODES:
-            self._write_node(node, ttl_s, volumes)
-        self._write_processes()
+            self._write_node(node, ttl_s, volumes, tls)
+        self._write_processes(tls)
         for member in MEMBERS:
             self._start(member)
         self.wait_in_sync(UP_TIMEOUT_S)
@@ -140,6 +130,7 @@ class Lab:
         if not keep_data:
             for member in MEMBERS:
                 shutil.rmtree(self.node_dir(member), ignore_errors=True)
+            shutil.rmtree(self.authority.folder, ignore_errors=True)
             (self.dir / "lab.json").unlink(missing_ok=True)
             if self.dir.is_dir() and not any(self.dir.iterdir()):
                 self.dir.rmdir()
@@ -148,6 +139,7 @@ class Lab:
         return {
             "dir": str(self.dir),
             "vip": VIP,
+            "read_vip": READ_VIP,
             "dicom_port": DICOM_PORT,
             "http_port": HTTP_PORT,
             "aet": AET,
@@ -164,39 +156,43 @@ class Lab:
             "primary": self.primary(),
         }
 
-    def _make_hub(self) -> None:
-        ip("netns", "add", HUB)
-        ip("-n", HUB, "link", "add", "hub", "type", "bridge")
-        ip("-n", HUB, "link", "set", "hub", "up")
+    @property
+    def authority(self) -> Authority:
+        return Authority(self.dir / "authority")
 
-    def _make_namespace(self, member: str) -> None:
-        name = namespace(member)
-        ip("netns", "add", name)
-        ip("link", "add", "eth0", "netns", name, "type", "veth", "peer", "name", f"to-{member}", "netns", HUB)
-        ip("-n", HUB, "link", "set", f"to-{member}", "master", "hub", "up")
-        ip("-n", name, "addr", "add", f"{ADDRESSES[member]}/{SUBNET.prefixlen}", "dev", "eth0")
-        ip("-n", name, "link", "set", "lo", "up")
-        ip("-n", name, "link", "set", "eth0", "up")
+    def issue_certificates(self) -> None:
+        if not self.authority.certificate.exists():
+            self.authority.make("lab")
+        for member in MEMBERS:
+            self.authority.issue(self.node_dir(member) / "tls", member, lab_network.addresses_of(member))
 
-    def _write_node(self, node: str, ttl_s: float, volumes: int) -> None:
+    def _write_node(self, node: str, ttl_s: float, volumes: int, tls: bool) -> None:
         folder = self.node_dir(node)
         peer = "b" if node == "a" else "a"
         self.disks(node).create(volumes)
         paths = ", ".join(f'"{folder / "volumes" / f"disk{number}"}"' for number in range(1, volumes + 1))
-        etcd = ", ".join(f'"http://{ADDRESSES[member]}:2379"' for member in _own_first(node))
+        scheme = "https" if tls else "http"
+        etcd = ", ".join(f'"{scheme}://{ADDRESSES[member]}:2379"' for member in _own_first(node))
+        files = ", ".join(f'{key} = "{folder / "tls" / name}"' for key, name in CERTIFICATES.items())
         self.config(node).write_text(
             f'[node]\nname = "{node}"\nrun_dir = "{folder / "run"}"\n\n'
             f'[dicom]\naet = "{AET}"\nport = {DICOM_PORT}\n'
             f'destinations = {{ VIEWER = {{ host = "{ADDRESSES["client"]}", port = {VIEWER_PORT} }} }}\n\n'
             f'[storage]\nstate = "{folder / "state"}"\nvolumes = [{paths}]\nreserve_bytes = {64 << 20}\n\n'
-            f'[cluster]\nname = "lab"\naddress = "{ADDRESSES[node]}"\npeer = "{peer}"\n'
-            f'peer_address = "{ADDRESSES[peer]}"\netcd = [{etcd}]\nlease_ttl_s = {float(ttl_s)}\n'
-            f'vips = ["{VIP}/{SUBNET.prefixlen}"]\n\n'
-            f"[share]\nenabled = true\n\n[http]\nport = {HTTP_PORT}\n"
+            f'[cluster]\nname = "lab"\naddress = "{PRIVATE[node]}"\npeer = "{peer}"\n'
+            f'peer_address = "{PRIVATE[peer]}"\netcd = [{etcd}]\nlease_ttl_s = {float(ttl_s)}\n'
+            f'links = [{{ address = "{ADDRESSES[node]}", peer_address = "{ADDRESSES[peer]}" }}]\n'
+            f'vips = ["{VIP}/{SUBNET.prefixlen}", "{VIP6}/{SUBNET6.prefixlen}", '
+            f'{{ address = "{READ_VIP}/{SUBNET.prefixlen}", prefer = "standby" }}]\n'
+            + (f"tls = {{ {files} }}\n\n" if tls else "\n")
+            + f"[share]\nenabled = true\n\n[http]\nport = {HTTP_PORT}\n\n"
+            f'[alerts]\ncommand = ["sh", "-c", "cat >> {folder}/alerts.jsonl; echo >> {folder}/alerts.jsonl"]\n'
+            f"settle_s = 2.0\n"
         )
 
-    def _write_processes(self) -> None:
-        cluster = ",".join(f"{member}=http://{ADDRESSES[member]}:2380" for member in MEMBERS)
+    def _write_processes(self, tls: bool) -> None:
+        scheme = "https" if tls else "http"
+        cluster = ",".join(f"{member}={scheme}://{ADDRESSES[member]}:2380" for member in MEMBERS)
         tandem = [sys.executable, "-m", "tools"]
         for member in MEMBERS:
             folder = self.node_dir(member)
@@ -207,9 +203,10 @@ class Lab:
             commands: dict[str, list[str]] = {
                 "etcd": [
                     *("etcd", "--name", member, "--data-dir", str(folder / "etcd"), "--log-level", "warn"),
-                    *("--listen-client-urls", f"http://{address}:2379", "--advertise-client-urls"),
-                    *(f"http://{address}:2379", "--listen-peer-urls", f"http://{address}:2380"),
-                    *("--initial-advertise-peer-urls", f"http://{address}:2380", "--initial-cluster", cluster),
+                    *("--listen-client-urls", f"{scheme}://{address}:2379", "--advertise-client-urls"),
+                    *(f"{scheme}://{address}:2379", "--listen-peer-urls", f"{scheme}://{address}:2380"),
+                    *("--initial-advertise-peer-urls", f"{scheme}://{address}:2380", "--initial-cluster", cluster),
+                    *("--auto-compaction-retention", "1h", *(_etcd_tls(folder / "tls") if tls else ())),
                     *("--heartbeat-interval", "150", "--election-timeout", "1500", "--logger", "zap"),
                 ]
             }
@@ -244,19 +241,19 @@ class Lab:
     # -- faults ------------------------------------------------------------------------------------------------
 
     def power_off(self, node: str) -> None:
-        ip("-n", HUB, "link", "set", f"to-{node}", "down")
+        lab_network.pull(node)
         if node in NODES:
             self.disks(node).cut_power()
         self._kill_all(node)
         if node in NODES:
             self.disks(node).unmount()
-        ip("-n", HUB, "link", "del", f"to-{node}")  # at once; the kernel takes its time to end a namespace
+        lab_network.unplug_for_good(node)  # at once; the kernel takes its time to end a namespace
         ip("netns", "del", namespace(node))
 
     def power_on(self, node: str) -> None:
         if namespace(node) in namespaces():
             raise LabError(f"{node} is on")
-        self._make_namespace(node)
+        lab_network.make_namespace(node)
         if node in NODES:
             self.disks(node).mount()
         self._start(node)
@@ -293,62 +290,36 @@ class Lab:
         for pid in pids_in(node):
             _signal(pid, signal.SIGCONT)
 
-    def cut(self, node: str, other: str) -> None:
+    def cut(self, node: str, other: str, *, inward: bool = True, outward: bool = True) -> None:
+        """Cut a node off another member, or from all; only what comes in, or what goes out, if so asked."""
         if other == "all":
-            ip("-n", HUB, "link", "set", f"to-{node}", "down")
-            return
-        address = ADDRESSES[other]
-        table = f"lab_cut_{other}"
-        self._nft(
-            node,
-            f"add table inet {table}\n"
-            f"add chain inet {table} inward {{ type filter hook input priority -10; }}\n"
-            f"add chain inet {table} outward {{ type filter hook output priority -10; }}\n"
-            f"add rule inet {table} inward ip saddr {address} drop\n"
-            f"add rule inet {table} outward ip daddr {address} drop\n",
-        )
+            lab_network.pull(node)
+        elif other in ("service", "private"):
+            lab_network.pull(node, which=[("to-" if other == "service" else "private-") + node])
+        else:
+            lab_network.cut(node, other, inward=inward, outward=outward)
+
+    def join(self, node: str, other: str) -> None:
+        """Mend what `cut` cut."""
+        if other in ("all", "service", "private"):
+            lab_network.plug(node)
+        else:
+            lab_network.mend(node, other)
+
+    def cut_etcd(self, node: str, other: str) -> None:
+        """Cut only what a node and another member say over etcd's ports; `join(node, "etcd_" + other)` mends it."""
+        lab_network.cut_etcd(node, other)
 
     def cut_port(self, node: str, port: int) -> None:
         """Cut only one TCP port, both ways: the replication link, or etcd."""
-        table = f"lab_cut_{port}"
-        rules = "".join(
-            f"add rule inet {table} {chain} tcp {side} {port} drop\n"
-            for chain in ("inward", "outward")
-            for side in ("sport", "dport")
-        )
-        self._nft(
-            node,
-            f"add table inet {table}\n"
-            f"add chain inet {table} inward {{ type filter hook input priority -10; }}\n"
-            f"add chain inet {table} outward {{ type filter hook output priority -10; }}\n{rules}",
-        )
+        lab_network.cut_port(node, port)
 
     def cut_one_way(self, node: str, port: int) -> None:
         """Drop what the node sends on one TCP port; what comes in passes. `join_port` mends it."""
-        table = f"lab_cut_{port}"
-        self._nft(
-            node,
-            f"add table inet {table}\n"
-            f"add chain inet {table} outward {{ type filter hook output priority -10; }}\n"
-            f"add rule inet {table} outward tcp sport {port} drop\n"
-            f"add rule inet {table} outward tcp dport {port} drop\n",
-        )
+        lab_network.cut_port(node, port, inward=False)
 
     def join_port(self, node: str, port: int) -> None:
-        self._nft(node, f"delete table inet lab_cut_{port}\n")
-
-    def join(self, node: str, other: str) -> None:
-        if other == "all":
-            ip("-n", HUB, "link", "set", f"to-{node}", "up")
-            return
-        table = f"lab_cut_{other}"
-        self._nft(node, f"add table inet {table}\ndelete table inet {table}\n")
-
-    def _nft(self, node: str, script: str) -> None:
-        command = ["ip", "netns", "exec", namespace(node), "nft", "-f", "-"]
-        done = subprocess.run(command, input=script, capture_output=True, text=True)
-        if done.returncode:
-            raise LabError(f"nft: {done.stderr.strip()}")
+        lab_network.mend(node, port)
 
     # -- looking -----------------------------------------------------------------------------------------------
 
@@ -364,6 +335,14 @@ class Lab:
             return ask(self.node_dir(node) / "run" / f"{node}.sock")
         except OSError:
             return None
+
+    def alerts(self, node: str) -> list[dict[str, Any]]:
+        """All that a node has told, oldest first."""
+        try:
+            lines = (self.node_dir(node) / "alerts.jsonl").read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in lines if line.strip()]
 
     def status(self) -> dict[str, Any]:
         up = namespaces()
@@ -393,6 +372,16 @@ class Lab:
         wait_for(f"the pair to be in sync (logs in {self.dir}/NODE/log)", self.in_sync, timeout_s)
 
 
+def _etcd_tls(folder: Path) -> list[str]:
+    """Only who has a certificate of the cluster is listened to, by members and for clients."""
+    files = [str(folder / name) for name in CERTIFICATES.values()]
+    flags = []
+    for prefix in ("", "peer-"):
+        for flag, file in zip(("trusted-ca-file", "cert-file", "key-file"), files, strict=True):
+            flags += [f"--{prefix}{flag}", file]
+    return [*flags, "--client-cert-auth", "--peer-client-cert-auth"]
+
+
 def _own_first(node: str) -> list[str]:
     return [node, *(member for member in MEMBERS if member != node)]
 
@@ -412,20 +401,3 @@ def find_lab(folder: Path | None) -> Lab:
         except (OSError, ValueError, KeyError):
             raise LabError("no lab is up; `tandem lab up --dir DIR` brings one up") from None
     return Lab(folder.resolve())
-
-
-@contextmanager
-def inside(member: str) -> Iterator[None]:
-    """This process's network is that of a lab member meanwhile; children and new threads have it too. Needs root."""
-    with open("/proc/self/ns/net", "rb") as before, open(f"/run/netns/{namespace(member)}", "rb") as there:
-        _set_network(there.fileno())
-        try:
-            yield
-        finally:
-            _set_network(before.fileno())
-
-
-def _set_network(descriptor: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.setns(descriptor, CLONE_NEWNET) != 0:
-        raise LabError(f"setns: {os.strerror(ctypes.get_errno())}")

@@ -11,8 +11,9 @@ from typing import Concatenate, ParamSpec
 import click
 
 from storage.crash import POINTS
-from tools.lab import MEMBERS, Lab, LabError, find_lab
+from tools.lab import Lab, find_lab
 from tools.lab_disks import DiskError
+from tools.lab_network import MEMBERS, LabError
 from tools.status import OrderFailed, render
 
 P = ParamSpec("P")
@@ -24,7 +25,9 @@ dir_option = click.option(
 )
 volume_argument = click.argument("number", metavar="VOLUME", type=click.IntRange(1, 16))
 node_argument = click.argument("node", type=click.Choice(MEMBERS))
-from_argument = click.argument("other", metavar="FROM", type=click.Choice(["a", "b", "w", "client", "all"]))
+from_argument = click.argument(
+    "other", metavar="FROM", type=click.Choice(["a", "b", "w", "client", "all", "service", "private"])
+)
 
 
 def _command(name: str) -> Callable[[Callable[Concatenate[Lab, P], None]], click.Command]:
@@ -49,13 +52,14 @@ def _command(name: str) -> Callable[[Callable[Concatenate[Lab, P], None]], click
 @click.option("--dir", "folder", type=click.Path(path_type=Path), required=True, help="Folder for everything.")
 @click.option("--ttl", default=3.0, show_default=True, help="Seconds until a lost node is noticed.")
 @click.option("--volumes", default=1, show_default=True, type=click.IntRange(1, 16), help="Volumes of each node.")
+@click.option("--tls/--no-tls", default=True, show_default=True, help="Between the nodes and to etcd.")
 @click.option("--disk-size", default=0, help="MB of each volume: a file system of its own, that can fail; 0: folders.")
-def up(folder: Path, ttl: float, volumes: int, disk_size: int) -> None:
+def up(folder: Path, ttl: float, volumes: int, tls: bool, disk_size: int) -> None:
     """Bring the pair up and wait until it is in sync. The last line is a JSON object that describes it."""
     lab = Lab(folder.resolve())
     try:
         click.echo("starting two nodes and a witness ...", err=True)
-        described = lab.up(ttl, volumes, disk_size)
+        described = lab.up(ttl, volumes, disk_size, tls=tls)
     except (LabError, DiskError) as error:
         raise click.ClickException(str(error)) from None
     click.echo(json.dumps(described))
@@ -195,9 +199,10 @@ def thaw(lab: Lab, node: str) -> None:
 @_command("cut")
 @node_argument
 @from_argument
-def cut(lab: Lab, node: str, other: str) -> None:
-    """Cut NODE off FROM another member, or from all."""
-    lab.cut(node, other)
+@click.option("--one-way", type=click.Choice(["in", "out"]), help="Only what comes in, or only what goes out.")
+def cut(lab: Lab, node: str, other: str, one_way: str | None) -> None:
+    """Cut NODE off FROM another member or from all, or take its cable out of the service or the private network."""
+    lab.cut(node, other, inward=one_way != "out", outward=one_way != "in")
 
 
 @_command("join")

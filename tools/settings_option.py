@@ -44,4 +44,4 @@ def settings_of(config: Path | None) -> Settings:
 
 def dicom_host(settings: Settings) -> str:
     """Where DICOM is served: the virtual address, or this machine for a node by itself."""
-    return settings.cluster.vips[0].split("/")[0] if settings.cluster and settings.cluster.vips else "127.0.0.1"
+    return str(settings.cluster.vips[0].ip.ip) if settings.cluster and settings.cluster.vips else "127.0.0.1"

@@ -1,14 +1,23 @@
 """Asks a gateway over the control socket: for its status, or to carry out an order."""
 
 import contextlib
+import json
 import socket
+import sys
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+import click
+from rich.live import Live
+from rich.text import Text
+
+from conf.settings import Settings
 from storage.control import Answer, Line, Order, Progress, StatusReply, StatusRequest, decode_line, encode_line
 
 TIMEOUT_S = 5.0
+WATCH_S = 1.0
 
 
 class OrderFailed(Exception):
@@ -57,6 +66,10 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def _state_of(link: dict[str, Any]) -> str:
+    return "in use" if link["used"] else "up" if link["up"] else "DOWN"
+
+
 def render(status: dict[str, Any]) -> str:
     lines = [
         f"node {status['node']}, {status['role']} ({status['mode']}), cluster {status['cluster'] or '-'}",
@@ -65,6 +78,11 @@ def render(status: dict[str, Any]) -> str:
         f"{status['instances']} instances in {status['studies']} studies, {size(status['bytes'])}; "
         f"{status['single_copy']} with one copy only",
     ]
+    if len(status["links"]) > 1:
+        lines.append("links: " + "; ".join(f"{link['route']} {_state_of(link)}" for link in status["links"]))
+    if status["trouble"]:
+        lines.append(f"TROUBLE: {status['trouble']}")
+    lines += [f"ALARM: {alarm}" for alarm in status["alarms"]]
     behind = status["catch_up"]["behind"]
     if behind:
         lines.append(f"the other node is {behind} entries behind")
@@ -80,3 +98,33 @@ def render(status: dict[str, Any]) -> str:
             free = f", {size(volume['free'])} free of {size(volume['total'])}" if "free" in volume else ""
             lines.append(f"   {volume['path']}: {volume['state']}{free}")
     return "\n".join(lines)
+
+
+def watch_status(settings: Settings, as_json: bool) -> None:
+    """A live view until Ctrl-C, also while the gateway is away."""
+    before: tuple[float, int] | None = None
+
+    def looked() -> str:
+        nonlocal before
+        try:
+            found = ask(settings.control_socket)
+        except OSError as error:
+            before = None
+            away = {"node": settings.node.name, "error": error.strerror}
+            return json.dumps(away) if as_json else f"node {settings.node.name}: its gateway isn't running"
+        if as_json:
+            return json.dumps(found)
+        now, count = time.monotonic(), int(found["instances"])
+        pace = (count - before[1]) / (now - before[0]) if before else 0.0
+        before = (now, count)
+        return f"{render(found)}\n{time.strftime('%H:%M:%S')}  {pace:.0f} instances/s"
+
+    with contextlib.suppress(KeyboardInterrupt):
+        if as_json:
+            while True:
+                click.echo(looked())
+                time.sleep(WATCH_S)
+        with Live(Text(looked()), auto_refresh=False, screen=sys.stdout.isatty()) as live:
+            while True:
+                time.sleep(WATCH_S)
+                live.update(Text(looked()), refresh=True)

@@ -33,6 +33,7 @@ PURE: Final = {
     "storage/epochs.py",
     "storage/messages.py",
     "ha/decide.py",
+    "ha/alerts.py",
 }
 IMPURE_MODULES: Final = {"asyncio", "socket", "threading", "time", "random", "os", "pathlib", "subprocess", "datetime"}
 # Only entry points read settings from a file.

@@ -10,11 +10,14 @@ from ha.decide import (
     Acquire,
     Bump,
     Change,
+    GiveReads,
     Leader,
     Release,
     Serve,
+    ServeReads,
     State,
     Switchover,
+    TakeReads,
     View,
     check_invariants,
     decide,
@@ -285,3 +288,104 @@ def test_promise_to_the_dead_does_not_bind() -> None:
     bound = report(withhold=True, granted_until=NOW + 2)
     assert Tell("follow", withhold=True, released=5) in decide(view(bound, released=5))
     assert Tell("follow", withhold=True) in decide(view(bound, released=4))  # that was an earlier one
+
+
+# -- a node in trouble, a node under maintenance -----------------------------------------------------------------------
+
+
+def leads(**changes: object) -> View:
+    """This node leads a whole pair."""
+    gateway = report(leading=5, serving=True, linked=True, peer=PEER, peer_last=(5, 10), peer_whole=True, reads=True)
+    base: dict[str, object] = {"leader": Leader("a", 9, 1), "lease": 9, "lease_deadline": NOW + 2, "reads_able_at": NOW}
+    return view(gateway, **{"state": state(ME, PEER), **base, **changes})
+
+
+def test_a_node_in_trouble_hands_over_to_one_that_has_none() -> None:
+    trouble = {"trouble": "smbd doesn't stay up"}
+    assert decide(leads(**trouble))[:3] == [
+        Serve(False),
+        Tell("follow", resign=True),
+        Release("smbd doesn't stay up"),
+    ]
+    assert Release("smbd doesn't stay up") not in decide(leads(**trouble, peer_present=False))
+    assert Release("smbd doesn't stay up") not in decide(leads(**trouble, paused=True))
+    assert Release("smbd doesn't stay up") not in decide(leads(**trouble, state=state(ME)))
+
+
+@pytest.mark.parametrize("why", [{"trouble": "x"}, {"maintained": True}])
+def test_it_leaves_a_free_lease_to_the_other_for_a_while(why: dict[str, object]) -> None:
+    free = view(
+        report(linked=True, peer=PEER, peer_last=(5, 10), withhold=True),
+        state=state(ME, PEER),
+        lease=9,
+        lease_deadline=NOW + 2,
+        leader_absent_since=NOW - 6.0,
+    )
+    assert any(isinstance(action, Acquire) for action in decide(free))
+    assert not any(isinstance(action, Acquire) for action in decide(replace(free, **why)))
+    late = replace(free, leader_absent_since=NOW - 13.0, **why)
+    assert any(isinstance(action, Acquire) for action in decide(late)), "nobody would serve"
+
+
+# -- the addresses for reading -----------------------------------------------------------------------------------------
+
+
+def reads(seen: View) -> list[object]:
+    wanted = replace(seen, reads_wanted=True)
+    actions = decide(wanted)
+    check_invariants(wanted, actions)
+    return [action for action in actions if isinstance(action, TakeReads | GiveReads | ServeReads)]
+
+
+def follows(**changes: object) -> View:
+    gateway = report(linked=True, peer=PEER, peer_last=(5, 10), reads=True)
+    base: dict[str, object] = {"leader": Leader("b", 4, 1), "lease": 9, "lease_deadline": NOW + 2, "reads_able_at": NOW}
+    return view(gateway, **{"state": state(ME, PEER), **base, **changes})
+
+
+OURS, THEIRS = Leader("a", 9, 3), Leader("b", 4, 3)
+
+
+def test_the_standby_takes_the_reading_addresses() -> None:
+    assert reads(follows()) == [ServeReads(False), TakeReads()]
+    assert reads(follows(reader=THEIRS)) == [ServeReads(False)]
+    assert reads(follows(reader=OURS)) == [ServeReads(True, NOW + 2)]
+
+
+def test_the_primary_has_them_only_without_a_standby() -> None:
+    assert reads(leads(reader=OURS)) == [ServeReads(False), GiveReads()]
+    assert reads(leads(reader_absent_since=NOW - 60)) == [ServeReads(False)]
+    alone = {"state": state(ME), "peer_present": False}
+    assert reads(leads(**alone, reader_absent_since=NOW - 0.5)) == [ServeReads(False)]
+    assert reads(leads(**alone, reader_absent_since=NOW - 1.5)) == [ServeReads(False), TakeReads()]
+    assert reads(leads(**alone, reader=OURS)) == [ServeReads(True, NOW + 2)]
+
+
+def test_reading_addresses_end_with_the_lease_and_with_the_ability() -> None:
+    assert reads(follows(reader=OURS, lease_deadline=NOW - 0.1)) == [ServeReads(False), GiveReads()]
+    assert reads(follows(reader=OURS, lease_deadline=NOW - 0.1, etcd_ok=False)) == [ServeReads(False)]
+    assert reads(follows(reader=Leader("a", 8, 3))) == [ServeReads(False)]  # of the lease before
+    assert reads(replace(follows(reader=OURS), gateway=None, gateway_dead=True)) == [ServeReads(False), GiveReads()]
+    unable = follows(reader=OURS)
+    assert unable.gateway
+    unable = replace(unable, gateway=replaced(unable.gateway, reads=False))
+    assert reads(replace(unable, reads_able_at=NOW - 1)) == [ServeReads(True, NOW + 2)]  # for a moment only, perhaps
+    assert reads(replace(unable, reads_able_at=NOW - 3)) == [ServeReads(False), GiveReads()]
+    assert reads(follows(reader=OURS, reads_able=False)) == [ServeReads(False), GiveReads()]
+    assert reads(follows(reads_able=False)) == [ServeReads(False)]
+
+
+def test_a_key_that_is_being_given_back_is_not_used_again() -> None:
+    assert reads(follows(reader=OURS, reads_given=True)) == [ServeReads(False), GiveReads()]
+
+
+def test_no_reading_addresses_no_actions() -> None:
+    assert not [action for action in decide(follows()) if isinstance(action, TakeReads | GiveReads | ServeReads)]
+
+
+def test_invariants_of_reading_are_checked() -> None:
+    for actions in ([ServeReads(True, NOW + 1)], [ServeReads(True, NOW + 9)]):
+        with pytest.raises(ValueError, match="H5"):
+            check_invariants(follows(), actions)
+    with pytest.raises(ValueError, match="H5"):
+        check_invariants(follows(reader=OURS), [ServeReads(True, NOW + 9)])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from ha import decide
 from storage.control import Tell
 from storage.duty import Duty
 from storage.effects import Publish
@@ -78,4 +79,19 @@ class GrantForgotten(SimGateway):
     core_class = _AlwaysGrant
 
 
-MUTANTS = (AckBeforePeer, ShrinkWithoutCompare, RollForwardSkipped, ServePastLease, GrantForgotten)
+class ReadingWithoutKey(SimGateway):
+    """A node brings the addresses for reading up without holding their key in etcd."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)  # type: ignore[arg-type]
+        decide._reads_here = lambda _: True  # for good: this process runs nothing else
+
+
+MUTANTS = (
+    AckBeforePeer,
+    ShrinkWithoutCompare,
+    RollForwardSkipped,
+    ServePastLease,
+    GrantForgotten,
+    ReadingWithoutKey,
+)

@@ -78,7 +78,7 @@ class StoreGateway:
             return VirtualThreads(world.loop, world.rng, self.process, count)
 
         around = Surroundings(
-            network=self.wire,
+            networks=(self.wire,),
             view=lambda archives: NoView(),
             open_catalogue=lambda: Catalogue(machine.kv),
             clock=self.node.clock,

@@ -93,6 +93,8 @@ class Wire:
         self.accepted: Callable[[], asyncio.BaseProtocol] | None = None
         self.ends: list[End] = []
 
+    name, expects = "wire", ""
+
     async def listen(self, accepted: Callable[[], asyncio.BaseProtocol]) -> None:
         self.accepted = accepted
 

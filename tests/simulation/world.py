@@ -94,6 +94,11 @@ class SimSite:
 
     def __init__(self, world: "World", node: "Node") -> None:
         self.world, self.node = world, node
+        self.reads_wanted, self.reads_able, self.share = True, True, True
+        self.vips: tuple[str, ...] = ()
+        self.parts: dict[str, float] = {}
+        self.alarms: tuple[str, ...] = ()
+        self._trouble_until = 0.0
 
     @property
     def up(self) -> bool:
@@ -104,6 +109,29 @@ class SimSite:
         if other.vip_until > self.world.loop.now:
             raise Violation(f"E: {self.node.name} takes the address that {other.name} still answers for")
         self.node.vip_until = self.world.loop.now + seconds
+        if self.world.rng.random() < 0.0005:
+            self._trouble_until = self.world.loop.now + 20
+
+    @property
+    def dark(self) -> bool:
+        return not self.up
+
+    @property
+    def reads_dark(self) -> bool:
+        return self.node.reads_until <= self.world.loop.now
+
+    @property
+    def trouble(self) -> str:
+        return "smbd doesn't stay up" if self._trouble_until > self.world.loop.now else ""
+
+    async def serve_reads(self, seconds: float) -> None:
+        other = self.world.nodes[self.node.peer]
+        if other.reads_until > self.world.loop.now:
+            raise Violation(f"E: {self.node.name} takes the reading address that {other.name} still answers for")
+        self.node.reads_until = self.world.loop.now + seconds
+
+    async def leave_reads(self) -> None:
+        self.node.reads_until = 0.0
 
     async def leave(self) -> None:
         if self.up and self.world.rng.random() < 0.2:  # smbd takes its time
@@ -138,6 +166,7 @@ class Node:
         self.kernel = Process(f"kernel-{name}")
         self.etcd_path = Path()
         self.vip_until = 0.0
+        self.reads_until = 0.0
         self.gateway: SimGateway | None = None
         self.agent: Process | None = None
         self.link: Link | None = None
@@ -198,6 +227,7 @@ class Node:
         self.kill_agent()
         self.kernel.dead = True
         self.vip_until = 0.0
+        self.reads_until = 0.0
 
     def power_on(self) -> None:
         if self.powered:

@@ -1,6 +1,5 @@
 """A lab for the system tests: real processes in network namespaces, ended whatever happens."""
 
-import contextlib
 import os
 import shutil
 import tempfile
@@ -10,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import wait_for
-from tools.lab import HUB, NODES, Lab, LabError, namespace, namespaces
+from tools import lab_network
+from tools.lab import Lab
+from tools.lab_network import HUB, MEMBERS, NODES, LabError, namespace, namespaces
 
 TTL_S = 5.0
 SYNC_S = 120.0
@@ -53,16 +54,14 @@ def lab(running_lab: Lab) -> Lab:
 
 
 def heal(lab: Lab) -> None:
-    for node in NODES:
+    for node in MEMBERS:
         if namespace(node) not in namespaces():
             lab.power_on(node)
             continue
         lab.thaw(node)
         lab.join(node, "all")
-        for other in ("a", "b", "w", "client"):
-            lab.join(node, other)
-        with contextlib.suppress(LabError):
-            lab.join_port(node, REPLICATION_PORT)
+        for other in (*MEMBERS, "client", REPLICATION_PORT, *(f"etcd_{member}" for member in MEMBERS)):
+            lab_network.mend(node, other)
     for node in NODES:
         for number in range(1, VOLUMES + 1):
             lab.disks(node).empty(number)

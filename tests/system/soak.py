@@ -16,7 +16,8 @@ from storage.crash import POINTS
 from tests.conftest import wait_for
 from tests.system.conftest import DISK_MB, NODES, REPLICATION_PORT, TTL_S, VOLUMES, heal, other_than, primary_of
 from tests.system.writer import Writer
-from tools.lab import Lab, LabError
+from tools.lab import Lab
+from tools.lab_network import LabError
 from tools.status import OrderFailed
 
 

@@ -10,7 +10,8 @@ from tests.builders import dataset, encoded, pdu, pdv
 from tests.conftest import wait_for
 from tests.system.conftest import other_than, primary_of
 from tools.dicom_client import DicomClient, store_command
-from tools.lab import AET, DICOM_PORT, VIP, Lab, inside
+from tools.lab import AET, DICOM_PORT, Lab
+from tools.lab_network import VIP, inside
 from tools.samples import archived
 
 FRAMES, SIDE = 1024, 1024

@@ -22,7 +22,8 @@ from tests.conftest import wait_for
 from tests.interop.clients import Scp
 from tests.system.conftest import heal, other_than, primary_of
 from tools.dicom_client import DicomClient, Object, store_command
-from tools.lab import ADDRESSES, AET, DICOM_PORT, VIEWER_PORT, VIP, Lab, inside
+from tools.lab import AET, DICOM_PORT, VIEWER_PORT, Lab
+from tools.lab_network import ADDRESSES, VIP, inside
 
 FIND = StudyRootQueryRetrieveInformationModelFind
 GET = StudyRootQueryRetrieveInformationModelGet

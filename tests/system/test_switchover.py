@@ -11,7 +11,8 @@ from typing import Any
 from tests.conftest import wait_for
 from tests.system.conftest import heal, other_than, primary_of
 from tests.system.writer import Writer
-from tools.lab import ADDRESSES, HTTP_PORT, Lab, inside
+from tools.lab import HTTP_PORT, Lab
+from tools.lab_network import ADDRESSES, inside
 from tools.samples import archived, sop_instance
 
 
@@ -34,20 +35,6 @@ def health(address: str, path: str) -> int:
                 return int(answer.status)
         except urllib.error.HTTPError as error:
             return error.code
-
-
-def test_switchovers_under_load(lab: Lab) -> None:
-    with Writer(lab) as writer:
-        for _ in range(6):
-            before = primary_of(lab)
-            code, output = tandem(lab, before, "switchover")
-            assert code == 0, output
-            assert primary_of(lab) == other_than(before)
-            writer.wait_for_more(10)
-    heal(lab)
-    writer.check()
-    code, result = asked(lab, "a", "history")
-    assert [row["by"] for row in result["history"]][-6:] == ["switchover"] * 6
 
 
 def test_switchover_that_cannot_be(lab: Lab) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from tests.builders import item
 from tests.conftest import wait_for
 from tools.dicom_client import AssociationFailed, DicomClient, Object
-from tools.lab import AET, DICOM_PORT, NODES, VIP, Lab, inside
+from tools.lab import AET, DICOM_PORT, Lab
+from tools.lab_network import NODES, VIP, inside
 from tools.samples import archived
 
 PIXELS = 40_000
@@ -22,8 +23,9 @@ ANSWER_S = 4.0
 class Writer:
     """Sends small CT images, connects again on any failure, and sends again what was not answered."""
 
-    def __init__(self, lab: Lab) -> None:
-        self._lab = lab
+    def __init__(self, lab: Lab, pause_s: float = 0.0) -> None:
+        """`pause_s` between two images, for long tests: readers ask for all of them."""
+        self._lab, self._pause_s = lab, pause_s
         template = item(PixelData=bytes(PIXELS), Rows=100, Columns=200)
         self._template = template
         self.acknowledged: dict[str, str] = {}  # SOP Instance UID -> SHA-256 of the data set
@@ -73,6 +75,7 @@ class Writer:
                             fresh = None
                         else:
                             time.sleep(0.1)
+                        time.sleep(self._pause_s)
             except (OSError, AssociationFailed):
                 time.sleep(0.1)
 
@@ -84,6 +87,11 @@ class Writer:
     def study(self) -> str:
         """Study Instance UID of all that it sends."""
         return _uid_after(self._template.data, b"\x20\x00\x0d\x00UI")
+
+    @property
+    def series(self) -> str:
+        """Series Instance UID of all that it sends."""
+        return _uid_after(self._template.data, b"\x20\x00\x0e\x00UI")
 
     def send_again(self) -> None:
         """All that was acknowledged, once more; each must be acknowledged once more."""

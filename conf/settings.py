@@ -179,6 +179,8 @@ class ShareSettings(Section):
     port: Port = Field(445, description="TCP port of SMB")
     netbios_name: str = Field("TANDEM", pattern=r"^[A-Z0-9-]{1,15}$", description="Server name shown to clients")
     guest: bool = Field(True, description="Let everybody read; false: only users known to Samba")
+    hosts_allow: tuple[str, ...] = Field((), strict=False, description="Networks let in, 10.0.0.0/24; empty: all")
+    folder: FolderPath = Field(Path("/var/lib/tandem-share"), description="smbd's own files: users, locks, logs")
 
 
 class LogSettings(Section):

@@ -80,7 +80,7 @@ def _of_status(
     for alarm in status["alarms"]:
         found[f"alarm {alarm}"] = ("address", f"node {node}: {alarm}")
     for link in status["links"]:
-        if not link["up"] and len(status["links"]) > 1:
+        if not link["up"] and len(status["links"]) > 1 and seen.peer not in seen.maintained:
             found[f"link {link['route']}"] = ("link down", f"no answer between the nodes over {link['route']}")
     if status["healing"]["unreadable"]:
         count = status["healing"]["unreadable"]
@@ -163,7 +163,8 @@ class Watch:
         alerts = []
         primary = str(status["primary"])
         if primary and primary != self._primary:
-            if self._primary and primary == seen.node:  # the new primary tells, so that it is told once
+            wanted = self._primary in seen.maintained
+            if self._primary and primary == seen.node and not wanted:  # the new primary tells: once
                 text = f"node {primary} serves instead of {self._primary}"
                 alerts.append(Alert("failover", text, "event", wall))
             self._primary = primary

@@ -21,7 +21,7 @@ START_TIMEOUT_S = 15.0
 class Samba:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._folder = settings.node.run_dir / f"{settings.node.name}-samba"
+        self._folder = settings.share.folder
         self._config = self._folder / "smb.conf"
 
     @property
@@ -58,17 +58,19 @@ class Samba:
 
     def _write_config(self) -> None:
         share = self._settings.share
-        (self._folder / "ncalrpc").mkdir(parents=True, exist_ok=True)
-        view = self._settings.storage.state / "share" / "archive"
+        for name, mode in (("ncalrpc", 0o755), ("log", 0o750), ("private", 0o700)):
+            (self._folder / name).mkdir(parents=True, exist_ok=True, mode=mode)
+        state = self._settings.storage.state
         template = files("conf").joinpath("smb.conf").read_text(encoding="utf-8")
         text = template.format(
             netbios_name=share.netbios_name,
-            user=pwd.getpwuid(os.geteuid()).pw_name,
+            user=pwd.getpwuid(state.stat().st_uid).pw_name,  # the gateway's, not ours
             port=share.port,
             folder=self._folder,
             name=share.name,
-            path=view,
+            path=state / "share" / "archive",
             guest="yes" if share.guest else "no",
+            hosts=" ".join(share.hosts_allow) or "ALL",
         )
         self._config.write_text(text, encoding="utf-8")
 

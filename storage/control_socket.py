@@ -1,6 +1,7 @@
 """The gateway's end of the control socket: takes `Tell`, gives `Report`, answers `status`, carries out orders."""
 
 import asyncio
+import contextlib
 import os
 from pathlib import Path
 from typing import Final
@@ -51,7 +52,8 @@ class ControlServer:
             self._server.close()
         for writer in list(self._agents):
             writer.close()
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._path.unlink()
 
     def _changed(self) -> None:
         """Report soon; many changes make one report."""

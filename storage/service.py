@@ -221,8 +221,9 @@ class Service:
 
         return {"instances": await store.disk.run(found)}
 
-    async def _get(self, _: Progress, sop_instance: str, output: str) -> dict[str, Any]:
-        """Write an object's file to `output`, from this node's copy or the peer's, checked against its digest."""
+    async def _get(self, _: Progress, sop_instance: str) -> dict[str, Any]:
+        """Where a checked copy lies on this node, made again from the peer if need be; `digest`: XXH3-128 of all after
+        `offset`. Who asks reads it himself: this process may not write where that one may."""
         store = self._store
         await store.settled()
         instance = store.catalogue.instance(sop_instance)
@@ -233,8 +234,13 @@ class Service:
             source = await store.reading.open(instance)
         except Unavailable as error:
             raise Refused(str(error)) from error
-        await store.disk.run(_copy_out, source.volume, source.name, output)
-        return {"sop_instance": sop_instance, "from": "this node" if had else "the other node", "output": output}
+        return {
+            "sop_instance": sop_instance,
+            "from": "this node" if had else "the other node",
+            "file": str(source.volume.path / source.name),
+            "offset": source.put.offset,
+            "digest": source.put.digest.hex(),
+        }
 
     # -- quarantine --------------------------------------------------------------------------------------------
 
@@ -268,13 +274,3 @@ class Service:
         except ValueError as error:
             raise Refused(str(error)) from error
         return {"armed": point}
-
-
-def _copy_out(volume: Volume, name: str, output: str) -> None:
-    file = volume.open(name)
-    try:
-        with open(output, "wb") as target:
-            while block := file.read(READ_BYTES):
-                target.write(block)
-    finally:
-        file.close()

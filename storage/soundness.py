@@ -18,13 +18,24 @@ MAP_BYTES: Final = 1 << 40
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
+class CheckEnded(OSError):
+    """Something ended the check before it was done: nothing is known of the catalogue."""
+
+
 def is_unclean(catalogue: Path) -> bool:
-    """It was open when the machine went down; the end of a process alone tears no pages. Marks it as open."""
-    mark, boot = catalogue / OPEN_MARK, BOOT_ID.read_text().strip() if BOOT_ID.exists() else ""
-    unclean = mark.exists() and mark.read_text() != boot
+    """It was open when the machine went down; the end of a process alone tears no pages."""
+    mark = catalogue / OPEN_MARK
+    return mark.exists() and mark.read_text() != _boot()
+
+
+def opened(catalogue: Path) -> None:
+    """To be said once it is known to be sound: an end of the check must not make it look so."""
     catalogue.mkdir(parents=True, exist_ok=True)
-    mark.write_text(boot)
-    return unclean
+    (catalogue / OPEN_MARK).write_text(_boot())
+
+
+def _boot() -> str:
+    return BOOT_ID.read_text().strip() if BOOT_ID.exists() else ""
 
 
 def closed(catalogue: Path) -> None:
@@ -32,9 +43,11 @@ def closed(catalogue: Path) -> None:
 
 
 def is_sound(catalogue: Path) -> bool:
-    """False for what can't be decoded and for pages that end the reading process; a kill says nothing of the pages."""
+    """False for what can't be decoded and for pages that end the reading process. Raises CheckEnded."""
     done = subprocess.run([sys.executable, "-m", "storage.soundness", str(catalogue)], stdin=subprocess.DEVNULL)
-    return done.returncode in (0, -signal.SIGKILL, -signal.SIGTERM)
+    if done.returncode in (-signal.SIGKILL, -signal.SIGTERM):
+        raise CheckEnded(0, "the check of the catalogue was ended from outside; start again")
+    return done.returncode == 0
 
 
 def _read_all(catalogue: Path) -> None:

@@ -13,7 +13,7 @@ from storage.catalogue import Batch, Catalogue
 from storage.control import boottime
 from storage.kv import CatalogueDamaged
 from storage.network import Network, Tcp
-from storage.soundness import is_sound, is_unclean
+from storage.soundness import is_sound, is_unclean, opened
 from storage.view import Showing, View
 from storage.volume import LocalVolume
 from storage.volumes import OpenVolume
@@ -57,12 +57,14 @@ def _networks(cluster: ClusterSettings) -> tuple[Network, ...]:
 
 def open_or_set_aside(settings: Settings) -> Catalogue:
     """This node's catalogue. A damaged one is never guessed at: in a pair it is set aside and this node begins anew, as
-    a stranger to the in-sync set, with the other node's log and the files that lie here. Raises CatalogueDamaged alone.
+    a stranger to the in-sync set, with the other node's log and the files that lie here. Raises CatalogueDamaged alone,
+    and OSError.
     """
     path, size = settings.storage.state / "catalogue", settings.storage.map_size_bytes
     try:
         if is_unclean(path) and not is_sound(path):
             raise CatalogueDamaged(f"{path}: pages of it can't be read")
+        opened(path)
         return Catalogue.open(path, size)
     except CatalogueDamaged as error:
         if settings.cluster is None:
@@ -70,6 +72,7 @@ def open_or_set_aside(settings: Settings) -> Catalogue:
         aside = path.with_name(f"catalogue.damaged-{time.strftime('%Y%m%dT%H%M%S')}")
         log.critical("catalogue.damaged", error=str(error), set_aside=str(aside))
         path.rename(aside)
+    opened(path)
     fresh = Catalogue.open(path, size)
     fresh.write(Batch(meta={"whole": False}))
     return fresh

@@ -13,7 +13,7 @@ import click
 import msgspec
 
 from conf.settings import ClusterSettings, Settings
-from conf.tls import MutualTls
+from conf.tls import CertificatesBad, MutualTls
 from ha.etcd import Compare, DeleteKey, EtcdError, HttpEtcd, PutKey
 from ha.records import StateValue
 from storage.control import Member
@@ -61,7 +61,10 @@ def with_etcd(config: Path | None, work: Callable[[Settings, ClusterSettings, Ht
         raise Failure("this node runs alone: the settings have no [cluster] section", EXIT_CONFIG)
 
     async def main() -> T:
-        etcd = HttpEtcd(cluster.etcd, ETCD_TIMEOUT_S, MutualTls(cluster.tls) if cluster.tls else None)
+        try:
+            etcd = HttpEtcd(cluster.etcd, ETCD_TIMEOUT_S, MutualTls(cluster.tls) if cluster.tls else None)
+        except CertificatesBad as error:
+            raise Failure(f"{error}; may you read them?", EXIT_CONFIG) from None
         try:
             return await work(settings, cluster, etcd)
         finally:
@@ -247,7 +250,7 @@ def _when(at: float | None) -> str:
 @config_option
 @json_option
 def why(config: Path | None, as_json: bool) -> None:
-    """Could this node take over now, and why did the last takeover happen? Each condition; exit 4 if one blocks."""
+    """Could this node take over if the primary ended now, and why did the last takeover happen? Exit 4 if not."""
 
     async def work(
         settings: Settings, cluster: ClusterSettings, etcd: HttpEtcd
@@ -278,7 +281,11 @@ def _conditions(found: Cluster, own: dict[str, Any], node: str) -> list[tuple[st
     usable = [row for row in own["nodes"][node]["volumes"] if row["state"] in ("online", "slow", "full", "draining")]
     leader, maintained = found.leader, node in found.maintained
     return [
-        ("lease", leader in ("", node), f"held by {leader}" if leader else "free"),
+        (
+            "lease",
+            True,
+            f"held by {leader}" + ("" if leader == node else ", free when that ends") if leader else "free",
+        ),
         ("in sync", member is not None, ", ".join(found.in_sync) or "nobody"),
         ("same store", member is None or member.store_id == own["store_id"], own["store_id"]),
         ("complete copy", bool(own["whole"]), "yes" if own["whole"] else "still catching up"),

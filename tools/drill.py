@@ -17,6 +17,7 @@ from conf.settings import ClusterSettings, Settings
 from ha.etcd import DeleteKey, HttpEtcd, PutKey
 from tools.cluster import EXIT_BLOCKED, echo, look, own_status, switch, with_etcd
 from tools.dicom_client import AssociationFailed, DicomClient
+from tools.importing import CALLING
 from tools.operate import json_option
 from tools.outage import Probe
 from tools.settings_option import Failure, config_option, dicom_host, settings_of
@@ -36,7 +37,7 @@ def viewer(host: str, port: int, aet: str) -> Probe:
     def attempt(answered: Callable[[], None], _stopped: Callable[[], bool]) -> None:
         with (
             contextlib.suppress(OSError, AssociationFailed),
-            DicomClient(host, port, aet, context, ANSWER_S, calling="TANDEM_DRILL"),
+            DicomClient(host, port, aet, context, ANSWER_S, calling=CALLING),
         ):
             answered()
 
@@ -121,10 +122,14 @@ def maintenance(config: Path | None, state: str, as_json: bool) -> None:
             return {"node": node, "maintenance": False, "primary": found.leader}
         if cluster.peer in found.maintained:
             raise Failure(f"node {cluster.peer} is under maintenance; one at a time", EXIT_BLOCKED)
+        await etcd.txn((), (PutKey(key, str(time.time())),))  # first, so that nobody is alerted of the switchover
         primary = found.leader
         if primary == node:
-            primary = (await switch(cluster, node, etcd, cluster.peer))["to"]
-        await etcd.txn((), (PutKey(key, str(time.time())),))
+            try:
+                primary = (await switch(cluster, node, etcd, cluster.peer))["to"]
+            except BaseException:
+                await etcd.txn((), (DeleteKey(key),))
+                raise
         return {"node": node, "maintenance": True, "primary": primary}
 
     result = with_etcd(config, work)

@@ -17,7 +17,7 @@ from typing import Final
 from tools.dicom_client import AssociationFailed, DicomClient, Object
 from tools.dicom_files import NotAnInstance, read_object
 
-CALLING: Final = "IMPORT"
+CALLING: Final = "TANDEM_TOOLS"
 TIMEOUT_S: Final = 60.0
 BATCH: Final = 100  # files over one association
 PATIENCE_S: Final = 120.0  # for a primary to answer

@@ -74,7 +74,7 @@ def _machine(_: click.Context, __: click.Parameter, value: Any) -> Any:
 @click.option("--volume", "volumes", multiple=True, type=click.Path(path_type=Path), help="One for each disk.")
 @click.option("--name", default="tandem", show_default=True, help="Of the cluster.")
 @click.option("--aet", default="TANDEM", show_default=True, help="AE title.")
-@click.option("--share/--no-share", default=True, show_default=True, help="Show the archive over SMB.")
+@click.option("--share", is_flag=True, help="Show the archive over SMB, to everybody; see [share] in the settings.")
 @json_option
 def init(
     folder: Path,

@@ -185,7 +185,8 @@ class Lab:
             f'vips = ["{VIP}/{SUBNET.prefixlen}", "{VIP6}/{SUBNET6.prefixlen}", '
             f'{{ address = "{READ_VIP}/{SUBNET.prefixlen}", prefer = "standby" }}]\n'
             + (f"tls = {{ {files} }}\n\n" if tls else "\n")
-            + f"[share]\nenabled = true\n\n[http]\nport = {HTTP_PORT}\n\n"
+            + f'[share]\nenabled = true\nfolder = "{folder / "share"}"\n\n'
+            f"[http]\nport = {HTTP_PORT}\n\n"
             f'[alerts]\ncommand = ["sh", "-c", "cat >> {folder}/alerts.jsonl; echo >> {folder}/alerts.jsonl"]\n'
             f"settle_s = 2.0\n"
         )
@@ -261,7 +262,7 @@ class Lab:
     def pid(self, node: str, process: str) -> int:
         try:
             if process == "smbd":
-                return int((self.node_dir(node) / "run" / f"{node}-samba" / "smbd.pid").read_text())
+                return int((self.node_dir(node) / "share" / "smbd.pid").read_text())
             return int(json.loads((self.node_dir(node) / "pids.json").read_text())[process])
         except (OSError, KeyError, ValueError):
             raise LabError(f"{process} isn't running on {node}") from None

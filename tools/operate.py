@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+import xxhash
 
-from storage.volume import create_marker
+from storage.volume import MARKER, READ_BYTES, create_marker
 from tools.quarantine import RestoreFailed, restore
-from tools.settings_option import CONFIG_VARIABLE, Failure, config_option, settings_of
+from tools.settings_option import CONFIG_VARIABLE, Failure, config_option, give_to_gateway, settings_of
 from tools.status import OrderFailed, order, size
 
 EXIT_DIFFERENT = 4
@@ -55,9 +56,11 @@ def volume() -> None:
 def volume_add(config: Path | None, path: Path) -> None:
     """Make PATH a volume, and take it into service if the node runs. Also for a new disk in the place of a dead one."""
     path = path.resolve()
-    if config or CONFIG_VARIABLE in os.environ:
-        settings = settings_of(config)
+    settings = settings_of(config) if config or CONFIG_VARIABLE in os.environ else None
+    if settings:
         try:
+            if path.is_dir() and path.stat().st_uid == 0:  # a file system that was just made
+                give_to_gateway(settings, path)
             made = order(settings.control_socket, "volume-add", {"path": str(path)})
             click.echo(f"{path}: volume {made['id']}, in service")
             return
@@ -66,7 +69,11 @@ def volume_add(config: Path | None, path: Path) -> None:
         except OSError:
             pass  # not running: it finds the volume at its start
     try:
-        click.echo(f"{path}: volume {create_marker(path)}; list it under [storage] volumes")
+        volume_id = create_marker(path)
+        if settings:
+            give_to_gateway(settings, path, path / MARKER)
+        listed = settings is not None and path in settings.storage.volumes
+        click.echo(f"{path}: volume {volume_id}" + ("" if listed else "; list it under [storage] volumes"))
     except OSError as error:
         raise Failure(f"{path}: {error.strerror or error}", 1) from error
 
@@ -164,8 +171,27 @@ def delete(config: Path | None, study: str, series: str, instance: str, reason: 
 def get(config: Path | None, sop_instance: str, output: Path | None, as_json: bool) -> None:
     """Write an object's file, from this node's copy or the other's, checked against its digest."""
     target = (output or Path(f"{sop_instance}.dcm")).resolve()
-    result = ordered(config, "get", sop_instance=sop_instance, output=str(target))
-    _say(result, as_json, lambda: f"{target} (from {result['from']})")
+    source = fetch(config, sop_instance, target)
+    result = {"sop_instance": sop_instance, "from": source, "output": str(target)}
+    _say(result, as_json, lambda: f"{target} (from {source})")
+
+
+def fetch(config: Path | None, sop_instance: str, target: Path) -> str:
+    """Write an object's file; says whose copy it is."""
+    result = ordered(config, "get", sop_instance=sop_instance)
+    digest = xxhash.xxh3_128()
+    try:
+        with open(result["file"], "rb") as file, open(target, "wb") as output:
+            output.write(file.read(result["offset"]))
+            while block := file.read(READ_BYTES):
+                digest.update(block)
+                output.write(block)
+    except OSError as error:
+        raise Failure(f"{error.filename or target}: {error.strerror}", 1) from error
+    if digest.hexdigest() != result["digest"]:
+        target.unlink()
+        raise Failure(f"{sop_instance} was changed while it was read; try again", 1)
+    return str(result["from"])
 
 
 @click.group()

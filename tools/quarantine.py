@@ -2,12 +2,17 @@
 
 from pathlib import Path
 
+from pydicom.errors import InvalidDicomError
+from pydicom.filereader import read_file_meta_info
+
 from conf.settings import Settings
 from tools.dicom_client import AssociationFailed, DicomClient
 from tools.dicom_files import NotAnInstance, read_object
+from tools.importing import CALLING
 from tools.settings_option import dicom_host
 
 TIMEOUT_S = 60.0
+DUPLICATE = 0x0111
 
 
 class RestoreFailed(Exception):
@@ -23,9 +28,20 @@ def restore(file: Path, settings: Settings) -> None:
     host = dicom_host(settings)
     context = [(item.sop_class, item.transfer_syntax)]
     try:
-        with DicomClient(host, settings.dicom.port, settings.dicom.aet, context, TIMEOUT_S) as client:
+        dicom = settings.dicom
+        with DicomClient(host, dicom.port, dicom.aet, context, TIMEOUT_S, calling=_sender(file)) as client:
             status = client.store(item)
     except (OSError, AssociationFailed) as error:
         raise RestoreFailed(f"{host} doesn't take it: {error}") from error
+    if status == DUPLICATE:
+        raise RestoreFailed("another version is stored, from another sender or study; `tandem delete` that one first")
     if status:
         raise RestoreFailed(f"refused with status 0x{status:04X}")
+
+
+def _sender(file: Path) -> str:
+    """AE title that sent it, as which it may replace what the same sender has sent since."""
+    try:
+        return str(read_file_meta_info(str(file)).get("SourceApplicationEntityTitle", "")) or CALLING
+    except (InvalidDicomError, OSError, ValueError):
+        return CALLING

@@ -18,6 +18,7 @@ from gateway.identify import Unreadable, identify
 from storage.catalogue import Batch, Catalogue
 from storage.model import Entry, Location, Put
 from storage.volume import LocalVolume
+from tools.settings_option import give_to_gateway
 
 HEAD_BYTES: Final = 64 << 10
 CHUNK_FILES: Final = 64
@@ -124,4 +125,6 @@ def from_files(settings: Settings, progress: Callable[[int, int], None], jobs: i
     )
     instances = catalogue.counts()["instances"]
     catalogue.close()
+    made = catalogue_path(settings)
+    give_to_gateway(settings, made, *made.iterdir())
     return Rebuilt(instances, unreadable, time.monotonic() - start)

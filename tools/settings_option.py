@@ -42,6 +42,16 @@ def settings_of(config: Path | None) -> Settings:
         raise Failure(str(error), EXIT_CONFIG) from None
 
 
+def give_to_gateway(settings: Settings, *paths: Path) -> None:
+    """What root makes here belongs to the user that the gateway runs as, who owns the state folder. Raises OSError."""
+    state = settings.storage.state
+    if os.geteuid() != 0 or not state.exists():
+        return
+    owner = state.stat()
+    for path in paths:
+        os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+
+
 def dicom_host(settings: Settings) -> str:
     """Where DICOM is served: the virtual address, or this machine for a node by itself."""
     return str(settings.cluster.vips[0].ip.ip) if settings.cluster and settings.cluster.vips else "127.0.0.1"

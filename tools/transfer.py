@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from tools.importing import Fate, Journal, Target, Unreachable, bring_in, files_below
-from tools.operate import json_option, ordered
+from tools.operate import fetch, json_option, ordered
 from tools.settings_option import EXIT_CONFIG, Failure, config_option, dicom_host, settings_of
 
 EXIT_REFUSED = 4
@@ -98,7 +98,7 @@ def export(config: Path | None, studies: tuple[str, ...], folder: Path, as_json:
     try:
         with click.progressbar(uids, label="export", file=sys.stderr) as bar:
             for number, uid in enumerate(bar):
-                ordered(config, "get", sop_instance=uid, output=str(staged / f"{number:08d}"))
+                fetch(config, uid, staged / f"{number:08d}")
         apart = file_set(staged, folder)
     finally:
         shutil.rmtree(staged, ignore_errors=True)

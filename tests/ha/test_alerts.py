@@ -115,11 +115,18 @@ def test_a_modality_that_falls_silent() -> None:
 def test_a_node_under_maintenance_tells_nothing_and_nobody_tells_of_it() -> None:
     broken = {"trouble": "smbd doesn't stay up", "mode": "RECOVERING", "role": "standby"}
     alone = {"mode": "SOLO", "in_sync": ["a"]}
-    for maintained, what in (("a", broken), ("b", alone)):
+    cut = {"links": [{"route": "one", "up": False}, {"route": "two", "up": True}]}
+    for maintained, what in (("a", broken), ("b", alone), ("b", cut)):
         watch = Watch(AlertSettings(settle_s=1.0))
         working = seen(status=status(**what), maintained={maintained: WALL})
         watch.look(working, 0, WALL)
         assert told(watch, working, 10) == []
+
+
+def test_the_switchover_to_maintenance_is_no_failover() -> None:
+    watch = Watch(AlertSettings())
+    watch.look(seen(status=status(primary="b", role="standby")), 0, WALL)
+    assert told(watch, seen(maintained={"b": WALL}), 1) == []
 
 
 def test_maintenance_hides_nothing_of_the_node_that_serves_and_isnt_forgotten() -> None:

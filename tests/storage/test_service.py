@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 
+from conf.settings import DicomSettings, Settings
 from tests.builders import item
 from tests.conftest import ROOT, Gateway, wait_for
-from tools.dicom_client import Object
+from tools.dicom_client import DicomClient, Object
+from tools.operate import fetch
+from tools.quarantine import RestoreFailed, restore
 from tools.samples import archived
+from tools.settings_option import Failure
 from tools.status import OrderFailed, order
 
 
@@ -98,14 +102,37 @@ def test_get_checks_what_it_gives(new_gateway: Callable[..., Gateway], tmp_path:
     gateway = new_gateway()
     [one] = stored(gateway, 1)
     target = tmp_path / "got.dcm"
-    ordered(gateway, "get", sop_instance=one.sop_instance, output=str(target))
+    config = tmp_path / "node.toml"
+    config.write_text(f'[node]\nrun_dir = "{gateway.folder}"\n')
+    assert fetch(config, one.sop_instance, target) == "this node"
+    assert target.read_bytes()[128:132] == b"DICM"
     assert target.read_bytes().endswith(one.data)
+    with pytest.raises(Failure, match="No such file"):
+        fetch(config, one.sop_instance, tmp_path / "nowhere" / "got.dcm")
     path = archived([gateway.volume])[one.sop_instance]
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     with pytest.raises(OrderFailed, match="temporarily unavailable"):
-        ordered(gateway, "get", sop_instance=one.sop_instance, output=str(target))
+        ordered(gateway, "get", sop_instance=one.sop_instance)
     with pytest.raises(OrderFailed, match="isn't stored here"):
-        ordered(gateway, "get", sop_instance="1.2.3", output=str(target))
+        ordered(gateway, "get", sop_instance="1.2.3")
+
+
+def test_what_was_replaced_by_mistake_is_restored(new_gateway: Callable[..., Gateway]) -> None:
+    gateway, one = new_gateway(), item()
+    mistake = Object(one.sop_class, one.sop_instance, one.transfer_syntax, one.data[:-1] + b"!")
+    context = [(one.sop_class, one.transfer_syntax)]
+    with DicomClient("127.0.0.1", gateway.port, "TANDEM", context, 30, calling="CT1") as client:
+        assert [client.store(one), client.store(mistake)] == [0, 0]
+    settings = Settings(dicom=DicomSettings(port=gateway.port))
+    kept = wait_for(lambda: ordered(gateway, "quarantine-list")["objects"], "the first version to be set aside")[0]
+    restore(Path(kept["file"]), settings)
+    wait_for(lambda: archived([gateway.volume])[one.sop_instance].read_bytes().endswith(one.data), "the first version")
+    with DicomClient("127.0.0.1", gateway.port, "TANDEM", context, 30, calling="CT2") as client:
+        assert client.store(mistake) == 0x0111
+    rows = ordered(gateway, "quarantine-list")["objects"]
+    refused = next(row for row in rows if "is taken" in row["reason"])
+    with pytest.raises(RestoreFailed, match="`tandem delete` that one first"):
+        restore(Path(refused["file"]), settings)
 
 
 def test_unknown_orders_are_refused(new_gateway: Callable[..., Gateway]) -> None:

@@ -20,6 +20,14 @@ ROOT = Path(__file__).parent.parent
 WAIT_S = 60.0
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """What failed is told at once: a run may be ended before its summary."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    if report.failed and crash:
+        print(f"\n{report.when} of {report.nodeid}: {crash.message}", file=sys.__stderr__, flush=True)
+
+
 def wait_for(condition: Callable[[], Any], what: str = "", timeout_s: float = WAIT_S) -> Any:
     """The first true value of `condition`; generous, since the machine pauses now and then."""
     deadline = time.monotonic() + timeout_s

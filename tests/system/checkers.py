@@ -17,7 +17,6 @@ from tests.system.writer import Writer
 from tools.lab import AET, DICOM_PORT, Lab
 from tools.lab_network import READ_VIP, VIP, inside
 
-PAUSE_S = 0.02
 ASK_INTERVAL_S = 0.1
 
 
@@ -135,7 +134,7 @@ class Watched:
     """A writer, a reader and a sniffer around a fault."""
 
     def __init__(self, lab: Lab) -> None:
-        self.writer = Writer(lab, PAUSE_S)
+        self.writer = Writer(lab)
         self.reader, self.sniffer = Reader(self.writer), Sniffer()
         self._stack = ExitStack()
 

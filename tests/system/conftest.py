@@ -1,5 +1,6 @@
 """A lab for the system tests: real processes in network namespaces, ended whatever happens."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -48,8 +49,14 @@ def running_lab() -> Iterator[Lab]:
 
 @pytest.fixture
 def lab(running_lab: Lab) -> Lab:
-    """The lab, healed and in sync."""
-    heal(running_lab)
+    """The lab, healed and in sync. One that can't be healed fails this test, with what its nodes say of themselves, and
+    is made anew for the next."""
+    try:
+        heal(running_lab)
+    except Exception as error:
+        said = "\n".join(f"{node}: {json.dumps(running_lab.node_status(node))}" for node in NODES)
+        renew(running_lab)
+        raise AssertionError(f"{error}\n{said}") from error
     return running_lab
 
 

@@ -18,13 +18,14 @@ from tools.samples import archived
 
 PIXELS = 40_000
 ANSWER_S = 4.0
+PAUSE_S = 0.02
 
 
 class Writer:
     """Sends small CT images, connects again on any failure, and sends again what was not answered."""
 
-    def __init__(self, lab: Lab, pause_s: float = 0.0) -> None:
-        """`pause_s` between two images, for long tests: readers ask for all of them."""
+    def __init__(self, lab: Lab, pause_s: float = PAUSE_S) -> None:
+        """`pause_s` between two images: without one a quick machine fills the lab's small disks."""
         self._lab, self._pause_s = lab, pause_s
         template = item(PixelData=bytes(PIXELS), Rows=100, Columns=200)
         self._template = template

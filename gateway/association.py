@@ -217,6 +217,7 @@ class Association(Connection):
                 self._since = self._loop.time()
                 if self._server.draining:
                     self.drain()
+                    self._server.note_drained()
 
     @property
     def quiet(self) -> bool:

@@ -72,6 +72,11 @@ class DicomServer:
         for association in list(self._connections):
             association.drain()
 
+    def note_drained(self) -> None:
+        """The agent waits for the last request."""
+        if not self._store.duty.busy():
+            self._store.on_change()
+
     def admit(self, association: Association) -> bool:
         if len(self._connections) >= self.settings.max_connections:
             log.warning("dicom.connections", limit=self.settings.max_connections)

@@ -12,6 +12,7 @@ import structlog
 from conf.settings import VirtualAddress
 from ha import neighbours, vip
 from ha.fence import Fence, FenceFailed
+from ha.neighbours import Address
 from ha.tickle import Connection, connections_to, tickle
 
 log = structlog.get_logger()
@@ -24,6 +25,7 @@ ASK_AGAIN_S: Final = 10.0
 CONFLICT_AGAIN_S: Final = 5.0
 CONFLICT_OVER_S: Final = 30.0
 DEFEND_AGAIN_S: Final = 10.0
+AHEAD_S: Final = 1.0  # so old may be what was found out ahead
 SETTLED_S: Final = 1.0  # what the node before said of the address may still be on its way
 
 
@@ -39,6 +41,7 @@ class AddressGroup:
         self._checked_at = 0.0
         self._announced_at = self._asked_at = 0.0
         self._defended_at = float("-inf")
+        self._ahead_at, self._ahead = float("-inf"), dict[Address, bytes]()  # what was found out ahead
         self._claimed_at: dict[VirtualAddress, float] = {}
         self.conflicts: dict[str, str] = {}  # address -> MAC that claims it too
         self.clients: tuple[Connection, ...] = ()  # those of the node that had the addresses before
@@ -50,6 +53,14 @@ class AddressGroup:
     @property
     def ips(self) -> tuple[str, ...]:
         return tuple(str(one.ip.ip) for one in self._here)
+
+    def look_ahead(self) -> None:
+        """Ask who has the addresses, so that `take` needn't wait for answers. To be done when neither node has them."""
+        try:
+            self._ahead = self._asked(self._all)
+            self._ahead_at = time.monotonic()
+        except (vip.NoInterface, OSError) as error:
+            log.info("vip.not_asked", why=str(error))  # `take` tries again, and says so
 
     def take(self, until: float, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Have the addresses, but for those that somebody else has; `meanwhile` is done before.
@@ -118,7 +129,21 @@ class AddressGroup:
         if not vips:
             meanwhile()
             return ()
-        self._checked_at = time.monotonic()
+        now = self._checked_at = time.monotonic()
+        if now - self._ahead_at < AHEAD_S:
+            meanwhile()
+            foreign = self._ahead | self._listening().foreign(vip.own_macs(), now)
+        else:
+            foreign = self._asked(vips, meanwhile)
+        self._ahead_at = float("-inf")
+        for one in vips:
+            self._note(one, foreign.get(one.ip.ip))
+        return tuple(one for one in vips if one.ip.ip not in foreign)
+
+    def _asked(
+        self, vips: Sequence[VirtualAddress], meanwhile: Callable[[], None] = lambda: None
+    ) -> dict[Address, bytes]:
+        """Who else answers for which address; `meanwhile` is done while that is waited for."""
         listener = self._listening()
         for _ in listener.claims():
             pass  # of the past
@@ -126,10 +151,7 @@ class AddressGroup:
             neighbours.ask(vip.interface_of(one), one.ip.ip)
         deadline = time.monotonic() + PROBE_S
         meanwhile()
-        foreign = listener.foreign(vip.own_macs(), deadline)
-        for one in vips:
-            self._note(one, foreign.get(one.ip.ip))
-        return tuple(one for one in vips if one.ip.ip not in foreign)
+        return listener.foreign(vip.own_macs(), deadline)
 
     def _note(self, one: VirtualAddress, mac: bytes | None) -> None:
         address = str(one.ip.ip)

@@ -94,6 +94,10 @@ class Site(Protocol):
         """Seconds that the last taking of the addresses took, by part."""
         ...
 
+    def look_ahead(self) -> None:
+        """The primary's addresses may soon be taken here; doesn't wait."""
+        ...
+
     async def serve(self, seconds: float) -> None:
         """Be here, let through by the kernel for `seconds` from now unless refreshed."""
         ...
@@ -293,6 +297,7 @@ class Agent:
             reads_given=records.reader is not None and records.reader.revision == self._reads_given,
             reader=records.reader,
             reader_absent_since=self._reader_absent_since,
+            up=self._site.up,
             gateway_dead=report is None and self._gateway.dead,
             released=records.released,
         )
@@ -359,6 +364,8 @@ class Agent:
                 await self._site.leave_reads()
             case _:
                 if self._idle:
+                    if isinstance(action, Acquire) and not self._site.up:
+                        self._site.look_ahead()
                     self._mutation = asyncio.create_task(self._mutate(action, view))
 
     def _informed(self, tell: Tell, view: View) -> Tell:

@@ -85,6 +85,7 @@ class View:
     reads_given: bool = False  # this node has begun to give the key `reader` back: it may go at any moment
     reader: Leader | None = None  # who has them
     reader_absent_since: float | None = None
+    up: bool = True  # the primary's addresses are here
     gateway_dead: bool = False  # its process has ended, that is certain
     released: int = 0  # `released` in etcd: the gateway that led in this epoch is dead, by its own agent's word
 
@@ -345,7 +346,7 @@ def _who_reads(view: View) -> list[Action]:
     gateway, state = view.gateway, view.state
     may = view.reads_able and not view.trouble
     leads = gateway is not None and gateway.leading > 0 and _authority(view) > view.now
-    if gateway is not None and leads and state is not None:
+    if gateway is not None and leads and view.up and state is not None:  # its own come first
         may = may and not _peer_ready(view, gateway, state)
     if _reads_here(view):
         # What takes a moment, as a change of network does, isn't worth a change of place.

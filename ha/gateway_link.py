@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 import structlog
 
-from storage.control import LINE_BYTES_MAX, Clients, Line, Report, Tell, boottime, decode_line, encode_line
+from storage.control import LINE_BYTES_MAX, NEVER, Clients, Line, Report, Tell, boottime, decode_line, encode_line
 
 log = structlog.get_logger()
 
@@ -23,6 +23,7 @@ class SocketGatewayLink:
         self._last_at = 0.0
         self._writer: asyncio.StreamWriter | None = None
         self.on_clients: Callable[[Clients], None] = lambda _: None  # those of the other node
+        self._draining = False
         self._process = (0, "")  # (pid, when it was started) of the gateway that reported last
 
     @property
@@ -38,6 +39,7 @@ class SocketGatewayLink:
         return self._last
 
     async def tell(self, tell: Tell) -> None:
+        self._draining = tell.drain
         self.send(tell)
 
     def send(self, line: Line) -> None:
@@ -70,14 +72,16 @@ class SocketGatewayLink:
                 if message.pid != self._process[0]:
                     self._process = (message.pid, _start_of(message.pid))
                 changed = self._last is None or _important(self._last) != _important(message)
+                drained = self._draining and not message.busy
                 self._last, self._last_at = message, boottime()
-                if changed:
+                if changed or drained:
                     self._wake.set()
 
 
 def _important(report: Report) -> tuple[object, ...]:
     """What calls for a decision at once; the rest waits for the next round."""
-    return (report.incarnation, report.promised, report.leading, report.serving, report.linked, report.asked)
+    lease = (report.withhold, report.granted_until > NEVER)
+    return (report.incarnation, report.promised, report.leading, report.serving, report.linked, report.asked, lease)
 
 
 def _start_of(pid: int) -> str:

@@ -133,6 +133,10 @@ class NodeSite:
 
     # -- the primary's addresses and the share -----------------------------------------------------------------
 
+    def look_ahead(self) -> None:
+        """Find out who else has the addresses while etcd and the gateway are still at work."""
+        self._worker.submit(self._main.group.look_ahead)
+
     async def serve(self, seconds: float) -> None:
         if await self._have(self._main, seconds, self._take, "site.failed"):
             self._watchdog.feed()

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-ESTABLISHED: Final = "01"
+# Linux's states in which a client may wait for us: established, its last ACK of the opening not seen, our end not seen.
+WAITED_FOR: Final = {"01", "03", "04", "08", "09", "0B"}
 ACK: Final = 0x10
 CONNECTIONS_MAX: Final = 4096
 
@@ -21,7 +22,7 @@ Connection = tuple[str, int, str, int]  # client's address and port, our address
 
 
 def connections_to(addresses: Iterable[str], proc: Path = Path("/proc/self/net")) -> tuple[Connection, ...]:
-    """Established TCP connections to these addresses of this node."""
+    """TCP connections to these addresses of this node whose clients may still expect something."""
     wanted = set(addresses)
     found: list[Connection] = []
     for table in ("tcp", "tcp6"):
@@ -31,7 +32,7 @@ def connections_to(addresses: Iterable[str], proc: Path = Path("/proc/self/net")
             continue
         for line in lines:
             fields = line.split()
-            if fields[3] != ESTABLISHED:
+            if fields[3] not in WAITED_FOR:
                 continue
             (ours, our_port), (theirs, their_port) = _endpoint(fields[1]), _endpoint(fields[2])
             if ours in wanted:

@@ -111,7 +111,18 @@ class Duty:
     def standing(self) -> tuple[object, ...]:
         """What the HA agent should hear of at once when it changes; the rest it hears a few times a second."""
         core = self._core
-        return (core.role, core.promised, core.whole, core.linked, core.withhold, core.ask, self.serving, self._fit())
+        bound = core.granted_until > NEVER
+        return (
+            core.role,
+            core.promised,
+            core.whole,
+            core.linked,
+            core.withhold,
+            bound,
+            core.ask,
+            self.serving,
+            self._fit(),
+        )
 
     def report(self, cluster_id: str) -> Report:
         core = self._core

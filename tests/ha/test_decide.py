@@ -354,6 +354,7 @@ def test_the_standby_takes_the_reading_addresses() -> None:
 
 def test_the_primary_has_them_only_without_a_standby() -> None:
     assert reads(leads(reader=OURS)) == [ServeReads(False), GiveReads()]
+    assert reads(leads(reader=OURS, up=False)) == [ServeReads(True, NOW + 2)]  # clients that write come first
     assert reads(leads(reader_absent_since=NOW - 60)) == [ServeReads(False)]
     alone = {"state": state(ME), "peer_present": False}
     assert reads(leads(**alone, reader_absent_since=NOW - 0.5)) == [ServeReads(False)]

@@ -50,6 +50,9 @@ def test_connections_are_read_from_the_kernel(tmp_path: Path) -> None:
         for client, server in pairs:
             assert (*client.getsockname()[:2], *server.getsockname()[:2]) in found
         assert connections_to(["192.0.2.1"]) == ()
+        client, server = pairs[0]
+        client.shutdown(socket.SHUT_WR)  # and waits for an answer
+        assert (*client.getsockname()[:2], *server.getsockname()[:2]) in connections_to(["127.0.0.1"])
     finally:
         for pair in pairs:
             for one in pair:

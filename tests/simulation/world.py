@@ -112,6 +112,9 @@ class SimSite:
         if self.world.rng.random() < 0.0005:
             self._trouble_until = self.world.loop.now + 20
 
+    def look_ahead(self) -> None:
+        pass
+
     @property
     def dark(self) -> bool:
         return not self.up

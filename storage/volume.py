@@ -24,6 +24,7 @@ import xxhash
 from storage.model import Location, Put
 
 MARKER: Final = "tandem-volume.json"
+FOLDERS: Final = ("spool", "archive", "quarantine")
 WRITEBACK_BYTES: Final = 32 << 20  # a long object is flushed every so often, so that its last fsync isn't long
 READ_BYTES: Final = 1 << 20
 
@@ -202,7 +203,7 @@ class LocalVolume:
         marker = read_marker(path)
         self.id = str(marker["id"])
         self.draining = bool(marker.get("draining", False))
-        for folder in ("spool", "archive", "quarantine"):
+        for folder in FOLDERS:
             (path / folder).mkdir(exist_ok=True)
         fsync_directory(path)
         self._start = f"{time.time_ns():x}"

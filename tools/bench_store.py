@@ -113,14 +113,15 @@ def measure(clients: dict[str, DicomClient], item: Object, count: int) -> dict[s
 @click.command()
 @click.option("--count", default=300, show_default=True, help="Objects of each kind.")
 @click.option("--dir", "folder", type=click.Path(path_type=Path), help="Where all data lie; default: a tmpfs.")
+@click.option("--tls/--no-tls", default=True, show_default=True, help="Between the nodes and to etcd.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def store(count: int, folder: Path | None, as_json: bool) -> None:
+def store(count: int, folder: Path | None, tls: bool, as_json: bool) -> None:
     """C-STORE latency: the pair (two copies, index, commit) and Orthanc (one copy, index), alternately."""
     base = Path(tempfile.mkdtemp(prefix="tandem-bench-", dir=folder or "/dev/shm"))
     lab = Lab(base / "lab")
     results: dict[str, dict[str, float]] = {}
     try:
-        lab.up(5.0, 1)
+        lab.up(5.0, 1, tls=tls)
         with orthanc(base / "orthanc"), inside("client"):
             for label, pattern, size in SAMPLES:
                 item = sample(pattern, size)

@@ -17,7 +17,7 @@ from conf.settings import Settings
 from gateway.identify import Unreadable, identify
 from storage.catalogue import Batch, Catalogue
 from storage.model import Entry, Location, Put
-from storage.volume import LocalVolume
+from storage.volume import FOLDERS, LocalVolume
 from tools.settings_option import give_to_gateway
 
 HEAD_BYTES: Final = 64 << 10
@@ -126,5 +126,6 @@ def from_files(settings: Settings, progress: Callable[[int, int], None], jobs: i
     instances = catalogue.counts()["instances"]
     catalogue.close()
     made = catalogue_path(settings)
-    give_to_gateway(settings, made, *made.iterdir())
+    folders = (volume / name for volume in settings.storage.volumes for name in FOLDERS)
+    give_to_gateway(settings, made, *made.iterdir(), *folders)
     return Rebuilt(instances, unreadable, time.monotonic() - start)

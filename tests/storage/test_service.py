@@ -1,6 +1,7 @@
 """Orders of an operator on a real gateway that runs alone: volumes, scrub, delete, quarantine, get, rebuild."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -178,6 +179,23 @@ def test_rebuilt_index_is_the_same(new_gateway: Callable[..., Gateway]) -> None:
     with gateway.client(*items) as client:
         assert all(client.store(one) == 0 for one in items)
     assert gateway.status()["commit"] == 20
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to others")
+def test_what_root_makes_belongs_to_the_gateways_user(tmp_path: Path) -> None:
+    state, disk, config = tmp_path / "state", tmp_path / "disk", tmp_path / "node.toml"
+    state.mkdir()
+    disk.mkdir()
+    os.chown(state, 12345, 12346)
+    config.write_text(f'[node]\nrun_dir = "{tmp_path}"\n[storage]\nstate = "{state}"\nvolumes = ["{disk}"]\n')
+    for words in (("volume", "add", str(disk)), ("rebuild-index",)):
+        command = [sys.executable, "-m", "tools", *words, "--config", str(config)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert "list it under" not in done.stdout
+    made = [disk, *disk.iterdir(), *state.rglob("*")]
+    assert state / "catalogue" / "data.mdb" in made
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in made} == {(12345, 12346)}
 
 
 def test_damaged_catalogue_is_not_guessed_at(new_gateway: Callable[..., Gateway]) -> None:

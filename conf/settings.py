@@ -98,6 +98,8 @@ class VirtualAddress(Section):
     @classmethod
     def _is_address_with_prefix(cls, value: str) -> str:
         ipaddress.ip_interface(value)
+        if "/" not in value:
+            raise ValueError("expected an address with its prefix, 10.0.0.5/24")
         return value
 
     @property

@@ -56,11 +56,12 @@ class AddressGroup:
 
     def look_ahead(self) -> None:
         """Ask who has the addresses, so that `take` needn't wait for answers. To be done when neither node has them."""
+        listener = neighbours.Listener()
         try:
-            self._ahead = self._asked(self._all)
+            self._ahead = self._asked(listener, self._all)
             self._ahead_at = time.monotonic()
-        except (vip.NoInterface, OSError) as error:
-            log.info("vip.not_asked", why=str(error))  # `take` tries again, and says so
+        finally:
+            listener.close()
 
     def take(self, until: float, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Have the addresses, but for those that somebody else has; `meanwhile` is done before.
@@ -134,17 +135,19 @@ class AddressGroup:
             meanwhile()
             foreign = self._ahead | self._listening().foreign(vip.own_macs(), now)
         else:
-            foreign = self._asked(vips, meanwhile)
+            foreign = self._asked(self._listening(), vips, meanwhile)
         self._ahead_at = float("-inf")
         for one in vips:
             self._note(one, foreign.get(one.ip.ip))
         return tuple(one for one in vips if one.ip.ip not in foreign)
 
     def _asked(
-        self, vips: Sequence[VirtualAddress], meanwhile: Callable[[], None] = lambda: None
+        self,
+        listener: neighbours.Listener,
+        vips: Sequence[VirtualAddress],
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> dict[Address, bytes]:
         """Who else answers for which address; `meanwhile` is done while that is waited for."""
-        listener = self._listening()
         for _ in listener.claims():
             pass  # of the past
         for one in vips:

@@ -334,6 +334,11 @@ class Agent:
             self._mutation = asyncio.create_task(self._write_history(view))
 
     @property
+    def took_over(self) -> float | None:
+        """When this agent last took over from the other node without having been asked to, wall clock."""
+        return self._takeover.at if self._takeover.row.get("by") == "takeover" else None
+
+    @property
     def _idle(self) -> bool:
         return self._mutation is None or self._mutation.done()
 

@@ -4,7 +4,7 @@ A condition holds or it doesn't; it is told when it has held for a while, again 
 An event is told once. Texts name nodes, paths, addresses and AE titles, never patients.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -38,6 +38,13 @@ class Seen:
     quarantined: int  # files in quarantine on this node
     expires: float | None  # when this node's certificate ends
     started: float  # since when this agent watches
+    took_over: float | None = None  # when this node last took over without having been asked to
+
+    @property
+    def peer_expected_away(self) -> bool:
+        """The other node is being worked on; unless it served meanwhile, and this node had to take over from it."""
+        since = self.maintained.get(self.peer)
+        return since is not None and not (self.took_over is not None and self.took_over > since)
 
     @property
     def silenced(self) -> bool:
@@ -72,7 +79,7 @@ def _of_status(
 ) -> dict[str, tuple[str, str]]:
     found: dict[str, tuple[str, str]] = {}
     node = seen.node
-    if status["mode"] == "SOLO" and seen.peer not in seen.maintained:
+    if status["mode"] == "SOLO" and not seen.peer_expected_away:
         count = status["single_copy"]
         found["solo"] = ("solo", f"node {node} works alone; {count} objects have one copy only")
     if status["trouble"]:
@@ -80,7 +87,7 @@ def _of_status(
     for alarm in status["alarms"]:
         found[f"alarm {alarm}"] = ("address", f"node {node}: {alarm}")
     for link in status["links"]:
-        if not link["up"] and len(status["links"]) > 1 and seen.peer not in seen.maintained:
+        if not link["up"] and len(status["links"]) > 1 and not seen.peer_expected_away:
             found[f"link {link['route']}"] = ("link down", f"no answer between the nodes over {link['route']}")
     if status["healing"]["unreadable"]:
         count = status["healing"]["unreadable"]
@@ -120,7 +127,9 @@ class Watch:
         """What to tell now. `now`: seconds that only grow."""
         found = conditions(seen, self.settings, wall)
         if seen.silenced:
-            self._forget(found)
+            self._forget(key for key in self._since if key not in found)
+        elif seen.peer_expected_away:
+            self._forget(key for key in self._since if key.startswith("link ") and key not in found)
         found = self._unknown(seen) | found
         alerts = self._events(seen, wall)
         for key, (kind, text) in found.items():
@@ -141,11 +150,11 @@ class Watch:
                 del self._since[key], self._gone[key]
         return alerts
 
-    def _forget(self, found: Mapping[str, object]) -> None:
+    def _forget(self, keys: Iterable[str]) -> None:
         """What was told before the work began isn't over with it; afterwards it begins anew."""
-        for known in (self._since, self._told, self._gone):
-            for key in [key for key in known if key not in found]:
-                del known[key]
+        for key in list(keys):
+            for known in (self._since, self._told, self._gone):
+                known.pop(key, None)
 
     def _unknown(self, seen: Seen) -> dict[str, tuple[str, str]]:
         """What was told and can't be seen now: that isn't its end."""
@@ -158,13 +167,13 @@ class Watch:
 
     def _events(self, seen: Seen, wall: float) -> list[Alert]:
         status = seen.status
-        if status is None or seen.silenced:
+        if status is None:
             return []
-        alerts = []
+        alerts: list[Alert] = []
         primary = str(status["primary"])
         if primary and primary != self._primary:
-            wanted = self._primary in seen.maintained
-            if self._primary and primary == seen.node and not wanted:  # the new primary tells: once
+            # The new primary tells, so that it is told once.
+            if self._primary and primary == seen.node and not seen.peer_expected_away:
                 text = f"node {primary} serves instead of {self._primary}"
                 alerts.append(Alert("failover", text, "event", wall))
             self._primary = primary
@@ -173,4 +182,4 @@ class Watch:
             text = f"scrubbing found {bad - self._bad} bad copies on node {seen.node}; they are made again"
             alerts.append(Alert("scrub repair", text, "event", wall))
         self._bad = bad
-        return alerts
+        return [] if seen.silenced else alerts

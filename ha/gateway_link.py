@@ -72,7 +72,7 @@ class SocketGatewayLink:
                 if message.pid != self._process[0]:
                     self._process = (message.pid, _start_of(message.pid))
                 changed = self._last is None or _important(self._last) != _important(message)
-                drained = self._draining and not message.busy
+                drained = self._draining and not message.busy and message.last == message.peer_last
                 self._last, self._last_at = message, boottime()
                 if changed or drained:
                     self._wake.set()

@@ -135,6 +135,11 @@ class Takeover:
             parts["fence_s"] = round(max(0.0, now - absent_since), 2)
         self.row["parts"] = parts
 
+    @property
+    def at(self) -> float:
+        """Wall clock."""
+        return float(self.row["at"])
+
     def look(self, view: View, site_up: bool, site_parts: dict[str, float]) -> None:
         """Take note of what has happened since; `unwritten` says whether there is something to write down."""
         gateway = view.gateway

@@ -14,6 +14,7 @@ from conf.settings import Settings
 
 log = structlog.get_logger()
 
+INCLUDED = "/etc/tandem/smb.local.conf"  # need not be there
 STOP_S = 3.0
 START_TIMEOUT_S = 15.0
 
@@ -61,15 +62,20 @@ class Samba:
         for name, mode in (("ncalrpc", 0o755), ("log", 0o750), ("private", 0o700)):
             (self._folder / name).mkdir(parents=True, exist_ok=True, mode=mode)
         state = self._settings.storage.state
+        try:
+            user = pwd.getpwuid(state.stat().st_uid).pw_name  # the gateway's, not ours
+        except KeyError:
+            raise OSError(0, f"the owner of {state} has no name on this machine") from None
         template = files("conf").joinpath("smb.conf").read_text(encoding="utf-8")
         text = template.format(
             netbios_name=share.netbios_name,
-            user=pwd.getpwuid(state.stat().st_uid).pw_name,  # the gateway's, not ours
+            user=user,
             port=share.port,
             folder=self._folder,
             name=share.name,
             path=state / "share" / "archive",
             guest="yes" if share.guest else "no",
+            include=INCLUDED,
             hosts=" ".join(share.hosts_allow) or "ALL",
         )
         self._config.write_text(text, encoding="utf-8")

@@ -1,6 +1,5 @@
 """smbd kept running beside the addresses, on a thread of its own: one that hangs holds up neither lease nor images."""
 
-import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -84,12 +83,12 @@ class Share:
         try:
             if self._samba:
                 self._samba.start()
-        except (OSError, subprocess.SubprocessError) as error:
+        except Exception as error:  # the share never takes the agent with it
             log.error("smbd.not_started", error=str(error))
 
     def _stop(self) -> None:
         try:
             if self._samba:
                 self._samba.stop()
-        except OSError as error:
+        except Exception as error:
             log.error("smbd.not_stopped", error=str(error))

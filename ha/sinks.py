@@ -72,6 +72,7 @@ class Alerting:
             quarantined=self._quarantined,
             expires=self._expires,
             started=self._started,
+            took_over=agent.took_over,
         )
 
     def _look_slowly(self) -> None:

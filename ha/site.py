@@ -4,7 +4,7 @@ import asyncio
 import subprocess
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import structlog
 
@@ -70,6 +70,7 @@ class NodeSite:
         self._share = Share(Samba(settings) if settings.share.enabled else None)
         self._refresh_s = min(1.0, ttl_s / 6)
         self._worker = ThreadPoolExecutor(1, "site")  # one after the other, also when this process is told to stop
+        self._ahead: Future[None] | None = None
         self.parts: dict[str, float] = {}  # seconds that the last taking took, by part
         self.on_left: Callable[[tuple[Connection, ...]], None] = lambda _: None  # with the clients left behind
 
@@ -135,7 +136,14 @@ class NodeSite:
 
     def look_ahead(self) -> None:
         """Find out who else has the addresses while etcd and the gateway are still at work."""
-        self._worker.submit(self._main.group.look_ahead)
+        if self._ahead is None or self._ahead.done():
+            self._ahead = self._worker.submit(self._look_ahead)
+
+    def _look_ahead(self) -> None:
+        try:
+            self._main.group.look_ahead()
+        except Exception as error:  # it is only to save time: taking the addresses asks again, and says what is wrong
+            log.info("site.not_asked_ahead", error=str(error))
 
     async def serve(self, seconds: float) -> None:
         if await self._have(self._main, seconds, self._take, "site.failed"):

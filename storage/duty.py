@@ -128,6 +128,7 @@ class Duty:
         core = self._core
         hello = core.peer_hello
         peer = Member(hello.node, hello.store_id, hello.incarnation) if hello else None
+        has_all = core.leading and core.joined and core.peer_acked == core.last[1]
         asked = Asked(tuple(sorted(core.ask.members)), self._nonce(core.ask)) if core.ask else None
         return Report(
             store_id=core.store_id,
@@ -140,7 +141,7 @@ class Duty:
             last=core.last,
             linked=core.linked,
             peer=peer,
-            peer_last=core.peer_last,
+            peer_last=core.last if has_all else core.peer_last,
             grant_until=max(core.grant_until, NEVER),
             granted_until=max(core.granted_until, NEVER),
             withhold=core.withhold,

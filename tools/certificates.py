@@ -68,6 +68,7 @@ class Authority:
         `addresses`: IP addresses by which others reach it. Raises OSError or ValueError.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o755)  # whatever the umask: it is copied, and read by the gateway's user
         signer = x509.load_pem_x509_certificate(self.certificate.read_bytes())
         signing = serialization.load_pem_private_key(self.key.read_bytes(), None)
         if not isinstance(signing, ec.EllipticCurvePrivateKey):

@@ -21,6 +21,17 @@ class AssociationFailed(Exception):
     """Rejected, aborted or closed."""
 
 
+class NotLetIn(AssociationFailed):
+    """Rejected for good (PS3.8 9.3.4, result 1): by who serves, because of who asked."""
+
+
+REASONS: Final = {
+    1: "nobody may without logging in",
+    3: "our AE title isn't let in",
+    7: "the AE title called isn't theirs",
+}
+
+
 @dataclass(frozen=True)
 class Object:
     """A data set ready to be sent."""
@@ -59,7 +70,11 @@ class DicomClient:
         self._message_id = 0
         self.contexts: dict[tuple[str, str], int] = {}
         self._peer_max = 16384
-        self._associate(calling, called, list(dict.fromkeys(contexts)))
+        try:
+            self._associate(calling, called, list(dict.fromkeys(contexts)))
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> "DicomClient":
         return self
@@ -88,6 +103,8 @@ class DicomClient:
         pdu.from_primitive(request)
         self.send_raw(pdu.encode())
         kind, body = self.read_pdu()
+        if kind == 3 and body[1:3] == b"\1\1":
+            raise NotLetIn(f"rejected: {REASONS.get(body[3], f'reason {body[3]}')}; we call as {calling}")
         if kind != 2:
             raise AssociationFailed(f"no association: PDU {kind}, {body[:8].hex()}")
         answer = A_ASSOCIATE_AC()

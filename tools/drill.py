@@ -14,9 +14,9 @@ from pydicom.uid import ImplicitVRLittleEndian
 from pynetdicom.sop_class import Verification
 
 from conf.settings import ClusterSettings, Settings
-from ha.etcd import DeleteKey, HttpEtcd, PutKey
+from ha.etcd import DeleteKey, EtcdError, HttpEtcd, PutKey
 from tools.cluster import EXIT_BLOCKED, echo, look, own_status, switch, with_etcd
-from tools.dicom_client import AssociationFailed, DicomClient
+from tools.dicom_client import AssociationFailed, DicomClient, NotLetIn
 from tools.importing import CALLING
 from tools.operate import json_option
 from tools.outage import Probe
@@ -31,14 +31,13 @@ GOAL_S: Final = 5.0
 
 
 def viewer(host: str, port: int, aet: str) -> Probe:
-    """Asks for an association again and again; only a node that serves accepts one."""
+    """Asks for an association again and again; only a node that serves accepts one, or says who may have one."""
     context = [(str(Verification), str(ImplicitVRLittleEndian))]
 
     def attempt(answered: Callable[[], None], _stopped: Callable[[], bool]) -> None:
-        with (
-            contextlib.suppress(OSError, AssociationFailed),
-            DicomClient(host, port, aet, context, ANSWER_S, calling=CALLING),
-        ):
+        with contextlib.suppress(OSError, AssociationFailed):
+            with contextlib.suppress(NotLetIn):
+                DicomClient(host, port, aet, context, ANSWER_S, calling=CALLING).close()
             answered()
 
     return Probe(attempt, pause_s=PAUSE_S)
@@ -128,7 +127,9 @@ def maintenance(config: Path | None, state: str, as_json: bool) -> None:
             try:
                 primary = (await switch(cluster, node, etcd, cluster.peer))["to"]
             except BaseException:
-                await etcd.txn((), (DeleteKey(key),))
+                if node not in found.maintained:
+                    with contextlib.suppress(EtcdError):
+                        await etcd.txn((), (DeleteKey(key),))
                 raise
         return {"node": node, "maintenance": True, "primary": primary}
 

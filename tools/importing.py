@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tools.dicom_client import AssociationFailed, DicomClient, Object
+from tools.dicom_client import AssociationFailed, DicomClient, NotLetIn, Object
 from tools.dicom_files import NotAnInstance, read_object
 
 CALLING: Final = "TANDEM_TOOLS"
@@ -176,6 +176,6 @@ def _store(item: Object, target: Target, client: DicomClient | None) -> tuple[Di
             if client:
                 client.close()
             client = None
-            if time.monotonic() > deadline:
+            if isinstance(error, NotLetIn) or time.monotonic() > deadline:
                 raise Unreachable(f"{target.host}:{target.port} doesn't take files: {error}") from error
         time.sleep(RETRY_S)

@@ -103,20 +103,22 @@ def init(
         raise Failure("a private address for both nodes, or for none", EXIT_CONFIG)
     volumes = volumes or (DATA / "disk1",)
     texts = {
-        own.name: _settings(own, peer, machines, vips, read_vips, volumes, name, aet, share)
+        (own.name, "node.toml"): _settings(own, peer, machines, vips, read_vips, volumes, name, aet, share)
         for own, peer in (nodes, nodes[::-1])
     }
     authority = Authority(folder / "authority")
     try:
-        for node, text in texts.items():
+        for (node, _), text in texts.items():
             build(tomllib.loads(text), f"node {node}")
         authority.make(name)
         for machine in machines:
             home = folder / machine.name
             authority.issue(home / "tls", machine.name, machine.addresses)
-            (home / "etcd.env").write_text(_etcd_environment(machine, machines, name))
-        for node, text in texts.items():
-            (folder / node / "node.toml").write_text(text)
+            texts[machine.name, "etcd.env"] = _etcd_environment(machine, machines, name)
+            home.chmod(0o755)
+        for (machine_name, file), text in texts.items():
+            (folder / machine_name / file).write_text(text)
+            (folder / machine_name / file).chmod(0o644)  # whatever the umask; no secret is in it
     except FileExistsError:
         raise Failure(f"{folder} holds a cluster already; `tandem renew` makes new certificates", EXIT_CONFIG) from None
     except (OSError, SettingsError) as error:
@@ -194,7 +196,7 @@ def renew(folder: Path, as_json: bool) -> None:
         raise Failure(f"{folder}: {error}", EXIT_CONFIG) from None
     if not made:
         raise Failure(f"{folder}: no cluster of `tandem init` in it", EXIT_CONFIG)
-    text = "\n".join(f"{folder / name}/tls  ->  {ETC}/tls; good until {until}" for name, until in made.items())
+    text = "\n".join(f"{folder / name}/tls/*  ->  {ETC}/tls/; good until {until}" for name, until in made.items())
     click.echo(json.dumps({"until": made}) if as_json else text)
 
 

@@ -6,17 +6,19 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 import xxhash
 
+from conf.settings import Settings
 from storage.volume import MARKER, READ_BYTES, create_marker
 from tools.quarantine import RestoreFailed, restore
-from tools.settings_option import CONFIG_VARIABLE, Failure, config_option, give_to_gateway, settings_of
+from tools.settings_option import CONFIG_VARIABLE, Failure, config_option, give_to_gateway, owner_differs, settings_of
 from tools.status import OrderFailed, order, size
 
 EXIT_DIFFERENT = 4
+FETCH_ATTEMPTS = 3
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 path_argument = click.argument("path", type=click.Path(path_type=Path))
@@ -59,23 +61,40 @@ def volume_add(config: Path | None, path: Path) -> None:
     settings = settings_of(config) if config or CONFIG_VARIABLE in os.environ else None
     if settings:
         try:
-            if path.is_dir() and path.stat().st_uid == 0:  # a file system that was just made
-                give_to_gateway(settings, path)
+            _prepare(settings, path)
             made = order(settings.control_socket, "volume-add", {"path": str(path)})
-            click.echo(f"{path}: volume {made['id']}, in service")
+            click.echo(f"{path}: volume {made['id']}, in service{_unlisted(settings, path)}")
             return
         except OrderFailed as error:
             raise Failure(str(error), 1) from None
         except OSError:
             pass  # not running: it finds the volume at its start
     try:
+        if settings:
+            _prepare(settings, path)
         volume_id = create_marker(path)
         if settings:
-            give_to_gateway(settings, path, path / MARKER)
-        listed = settings is not None and path in settings.storage.volumes
-        click.echo(f"{path}: volume {volume_id}" + ("" if listed else "; list it under [storage] volumes"))
+            give_to_gateway(settings, path / MARKER)
+        click.echo(f"{path}: volume {volume_id}{_unlisted(settings, path)}")
     except OSError as error:
         raise Failure(f"{path}: {error.strerror or error}", 1) from error
+
+
+def _prepare(settings: Settings, path: Path) -> None:
+    """Leave a file system that was just made to the gateway's user. Raises Failure for one on the system's disk."""
+    if os.geteuid() != 0 or not path.is_dir() or not owner_differs(settings, path):
+        return
+    if not path.is_mount():
+        hint = "mount the disk first, or give the folder to the gateway's user"
+        raise Failure(f"{path} isn't a mount point and isn't the gateway's; {hint}", 1)
+    if any(entry.name not in ("lost+found", MARKER) for entry in path.iterdir()):
+        raise Failure(f"{path} isn't empty and isn't the gateway's; chown it if it is meant to be a volume", 1)
+    give_to_gateway(settings, path)
+
+
+def _unlisted(settings: Settings | None, path: Path) -> str:
+    listed = settings is not None and path in settings.storage.volumes
+    return "" if listed else "; list it under [storage] volumes"
 
 
 @volume.command("list")
@@ -178,20 +197,34 @@ def get(config: Path | None, sop_instance: str, output: Path | None, as_json: bo
 
 def fetch(config: Path | None, sop_instance: str, target: Path) -> str:
     """Write an object's file; says whose copy it is."""
-    result = ordered(config, "get", sop_instance=sop_instance)
+    for _attempt in range(FETCH_ATTEMPTS):
+        result = ordered(config, "get", sop_instance=sop_instance)
+        try:
+            with open(result["file"], "rb") as file:
+                good = _copied(file, target, result["offset"]) == result["digest"]
+        except FileNotFoundError:
+            continue  # moved to another disk, or replaced, since we were told where it is
+        except OSError as error:
+            raise Failure(f"{error.filename or target}: {error.strerror}", 1) from error
+        if good:
+            return str(result["from"])
+        target.unlink()
+    raise Failure(f"{sop_instance} changes all the time; try again later", 1)
+
+
+def _copied(file: BinaryIO, target: Path, offset: int) -> str:
+    """Digest of what was copied from `offset` on. Raises OSError."""
     digest = xxhash.xxh3_128()
     try:
-        with open(result["file"], "rb") as file, open(target, "wb") as output:
-            output.write(file.read(result["offset"]))
-            while block := file.read(READ_BYTES):
-                digest.update(block)
-                output.write(block)
-    except OSError as error:
-        raise Failure(f"{error.filename or target}: {error.strerror}", 1) from error
-    if digest.hexdigest() != result["digest"]:
-        target.unlink()
-        raise Failure(f"{sop_instance} was changed while it was read; try again", 1)
-    return str(result["from"])
+        output = target.open("wb")
+    except FileNotFoundError as error:
+        raise Failure(f"{target}: {error.strerror}", 1) from error
+    with output:
+        output.write(file.read(offset))
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+            output.write(block)
+    return digest.hexdigest()
 
 
 @click.group()
@@ -210,7 +243,7 @@ def quarantine_list(config: Path | None, as_json: bool) -> None:
         as_json,
         lambda: (
             "\n".join(
-                f"{one['id']}  {size(one['bytes'])}  {one.get('sop_instance', '')}  {one['reason']}"
+                f"{one['id']}  {size(one['bytes'])}  {one.get('sop_instance', '')}  {one['reason']}\n    {one['file']}"
                 for one in result["objects"]
             )
             or "the quarantine is empty"

@@ -17,7 +17,7 @@ from conf.settings import Settings
 from gateway.identify import Unreadable, identify
 from storage.catalogue import Batch, Catalogue
 from storage.model import Entry, Location, Put
-from storage.volume import FOLDERS, LocalVolume
+from storage.volume import FOLDERS, LocalVolume, read_marker
 from tools.settings_option import give_to_gateway
 
 HEAD_BYTES: Final = 64 << 10
@@ -46,6 +46,12 @@ def set_aside(settings: Settings) -> Path | None:
     aside = path.with_name(f"catalogue.before-{time.strftime('%Y%m%dT%H%M%S')}-{os.urandom(2).hex()}")
     path.rename(aside)
     return aside
+
+
+def check_volumes(settings: Settings) -> None:
+    """Raises VolumeOffline if one isn't there: its objects would be missing in the index."""
+    for folder in settings.storage.volumes:
+        read_marker(folder)
 
 
 def files(settings: Settings) -> Iterator[tuple[str, str, str]]:

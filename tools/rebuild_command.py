@@ -1,13 +1,15 @@
 """`tandem rebuild-index`: its command line."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import click
 
 from storage.kv import CatalogueDamaged
-from tools.rebuild import from_files, set_aside
+from storage.volume import VolumeOffline
+from tools.rebuild import catalogue_path, check_volumes, from_files, set_aside
 from tools.settings_option import Failure, config_option, settings_of
 from tools.status import ask
 
@@ -32,6 +34,11 @@ def rebuild_index(config: Path | None, source: str, jobs: int, as_json: bool) ->
         raise Failure(f"the gateway of node {settings.node.name} runs; stop it first", 1)
     if source == "peer" and settings.cluster is None:
         raise Failure("this node has no peer", 2)
+    if source == "files":
+        try:
+            check_volumes(settings)
+        except VolumeOffline as error:
+            raise Failure(f"{error}; mount it first, or take it out of [storage] volumes", 1) from error
     aside = set_aside(settings)
     if aside:
         click.echo(f"the old catalogue is in {aside}", err=True)
@@ -46,8 +53,11 @@ def rebuild_index(config: Path | None, source: str, jobs: int, as_json: bool) ->
                 bar.update(done - bar.pos)
 
             rebuilt = from_files(settings, progress, jobs)
-    except (OSError, CatalogueDamaged) as error:
-        raise Failure(f"can't rebuild: {error}", 1) from error
+    except (OSError, CatalogueDamaged, VolumeOffline) as error:
+        shutil.rmtree(catalogue_path(settings), ignore_errors=True)
+        if aside:
+            aside.rename(catalogue_path(settings))
+        raise Failure(f"can't rebuild: {error}; the old catalogue is where it was", 1) from error
     rate = rebuilt.instances / rebuilt.seconds if rebuilt.seconds else 0
     if as_json:
         found = {"instances": rebuilt.instances, "unreadable": len(rebuilt.unreadable), "files_per_s": round(rate)}

@@ -44,12 +44,18 @@ def settings_of(config: Path | None) -> Settings:
 
 def give_to_gateway(settings: Settings, *paths: Path) -> None:
     """What root makes here belongs to the user that the gateway runs as, who owns the state folder. Raises OSError."""
-    state = settings.storage.state
-    if os.geteuid() != 0 or not state.exists():
+    if os.geteuid() != 0:
         return
-    owner = state.stat()
     for path in paths:
-        os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+        if owner_differs(settings, path):
+            owner = settings.storage.state.stat()
+            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+
+
+def owner_differs(settings: Settings, path: Path) -> bool:
+    """Whether a path belongs to another user than the state folder."""
+    state = settings.storage.state
+    return state.exists() and path.lstat().st_uid != state.stat().st_uid
 
 
 def dicom_host(settings: Settings) -> str:

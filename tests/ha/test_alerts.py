@@ -129,6 +129,33 @@ def test_the_switchover_to_maintenance_is_no_failover() -> None:
     assert told(watch, seen(maintained={"b": WALL}), 1) == []
 
 
+def test_a_real_failover_under_maintenance_is_told() -> None:
+    """The node that was worked on had to take over meanwhile; then it died, and this one takes over from it."""
+    watch = Watch(AlertSettings(settle_s=1.0))
+    watch.look(seen(status=status(primary="b", role="standby"), maintained={"b": WALL}), 10, WALL + 10)
+    alone = status(mode="SOLO", in_sync=["a"])
+    after = seen(status=alone, maintained={"b": WALL}, took_over=WALL + 11)
+    assert told(watch, after, 11) == [("failover", "event")]
+    assert told(watch, after, 13) == [("solo", "begins")]
+
+
+def test_a_node_under_maintenance_that_has_to_serve_says_so() -> None:
+    watch = Watch(AlertSettings(settle_s=1.0))
+    watch.look(seen(), 0, WALL)
+    working = {"a": WALL + 1}
+    assert told(watch, seen(status=status(primary="b", role="standby"), maintained=working), 2) == []
+    assert told(watch, seen(maintained=working, took_over=WALL + 3), 3) == [("failover", "event")]
+
+
+def test_maintenance_is_not_the_end_of_a_lost_link() -> None:
+    watch = Watch(AlertSettings(settle_s=1.0))
+    cut = status(links=[{"route": "one", "up": False}, {"route": "two", "up": True}])
+    watch.look(seen(status=cut), 0, WALL)
+    assert told(watch, seen(status=cut), 2) == [("link down", "begins")]
+    for now in (3, 5, 7):
+        assert told(watch, seen(status=cut, maintained={"b": WALL}), now) == []
+
+
 def test_maintenance_hides_nothing_of_the_node_that_serves_and_isnt_forgotten() -> None:
     watch = Watch(AlertSettings(settle_s=1.0))
     serving = seen(status=status(mode="SOLO", in_sync=["a"]), maintained={"a": WALL})

@@ -184,15 +184,22 @@ def test_rebuilt_index_is_the_same(new_gateway: Callable[..., Gateway]) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to others")
 def test_what_root_makes_belongs_to_the_gateways_user(tmp_path: Path) -> None:
     state, disk, config = tmp_path / "state", tmp_path / "disk", tmp_path / "node.toml"
-    state.mkdir()
-    disk.mkdir()
+    for folder in (state, disk):
+        folder.mkdir()
     os.chown(state, 12345, 12346)
     config.write_text(f'[node]\nrun_dir = "{tmp_path}"\n[storage]\nstate = "{state}"\nvolumes = ["{disk}"]\n')
-    for words in (("volume", "add", str(disk)), ("rebuild-index",)):
+
+    def tandem(*words: str) -> str:
         command = [sys.executable, "-m", "tools", *words, "--config", str(config)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-        assert done.returncode == 0, done.stderr
-        assert "list it under" not in done.stdout
+        return done.stderr if done.returncode else ""
+
+    assert "isn't a mount point" in tandem("volume", "add", str(disk))  # a disk that isn't mounted
+    assert not any(disk.iterdir())
+    os.chown(disk, 12345, 12346)
+    assert "mount it first" in tandem("rebuild-index")  # no volume yet
+    assert not tandem("volume", "add", str(disk))
+    assert not tandem("rebuild-index")
     made = [disk, *disk.iterdir(), *state.rglob("*")]
     assert state / "catalogue" / "data.mdb" in made
     assert {(path.stat().st_uid, path.stat().st_gid) for path in made} == {(12345, 12346)}

@@ -16,6 +16,7 @@ from tools.lab_network import HUB, MEMBERS, NODES, LabError, namespace, namespac
 
 TTL_S = 5.0
 SYNC_S = 120.0
+TEST_S = 600  # healing before it, twice SYNC_S at most, and making the lab anew included
 VOLUMES = 2
 REPLICATION_PORT = 11200
 DISK_MB = 2500
@@ -25,6 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "/system/" in str(item.path):
             item.add_marker(pytest.mark.system)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(TEST_S))
             if os.geteuid() != 0:
                 item.add_marker(pytest.mark.skip(reason="needs root for network namespaces"))
 
@@ -53,7 +56,7 @@ def lab(running_lab: Lab) -> Lab:
     is made anew for the next."""
     try:
         heal(running_lab)
-    except Exception as error:
+    except (Exception, pytest.fail.Exception) as error:
         said = "\n".join(f"{node}: {json.dumps(running_lab.node_status(node))}" for node in NODES)
         renew(running_lab)
         raise AssertionError(f"{error}\n{said}") from error

@@ -194,6 +194,7 @@ def test_agent_is_stopped_properly(lab: Lab) -> None:
         heal(lab)
     watched.check(takeovers=2)
     ending, _, _ = log.read_text()[before:].partition('"ha.started"')
+    assert '"lease.not_revoked"' not in ending
     assert '"site.down"' in ending
     assert '"smbd.stopped"' in ending
 

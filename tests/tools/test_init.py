@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import cast
@@ -110,22 +111,29 @@ def test_each_node_finds_its_settings(cluster: Path) -> None:
 def test_what_is_wrong_is_said_and_nothing_is_left(tmp_path: Path) -> None:
     folder = str(tmp_path / "cluster")
     for words, says in (
-        ([*WORDS, "--vip", "10.0.0.100"], None),
+        ([*WORDS, "--vip", "10.0.0.100"], "with its prefix"),
         ([*WORDS, "--vip", "nonsense"], "cluster.vips"),
         ([*WORDS[2:], *VIP], "give --node twice"),
         (["--node", "a=1.2.3.4", "--node", "a=1.2.3.5", "--witness", "w=1.2.3.6", *VIP], "three names"),
         (["--node", "a=1.2.3.4,5.6.7.8", "--node", "b=1.2.3.5", "--witness", "w=1.2.3.6", *VIP], "private address"),
     ):
         code, output = run("init", folder, *words)
-        if says is None:
-            assert code == 0  # an address without prefix is one by itself
-            for path in sorted(Path(folder).rglob("*"), reverse=True):
-                path.rmdir() if path.is_dir() else path.unlink()
-            Path(folder).rmdir()
-            continue
         assert code == 2, output
         assert says in output
         assert not Path(folder).exists()
+
+
+def test_a_strict_umask_does_not_lock_the_nodes_out(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        assert run("init", str(tmp_path / "cluster"), *WORDS, *VIP)[0] == 0
+    finally:
+        os.umask(before)
+    home = tmp_path / "cluster" / "a"
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (home, *home.rglob("*"))}
+    assert modes["node.key"] == 0o640
+    assert modes["a"] == modes["tls"] == 0o755
+    assert modes["node.toml"] == modes["etcd.env"] == modes["node.crt"] == 0o644
 
 
 def test_a_cluster_is_not_overwritten(cluster: Path) -> None:

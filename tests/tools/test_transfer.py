@@ -1,6 +1,7 @@
 """`tandem import` and `tandem export`: folders in, file-sets out, nothing changed on the way."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -40,6 +41,21 @@ def imported(gateway: Gateway, journal: Path, *paths: Path, code: int = 0) -> di
     output = tandem("import", "--config", config(gateway), "--json", "--journal", journal, *paths, code=code)
     found: dict[str, Any] = json.loads(output)
     return found
+
+
+def test_import_by_a_node_that_is_not_let_in_ends_at_once(new_gateway: Callable[..., Gateway], tmp_path: Path) -> None:
+    gateway = new_gateway(TANDEM__DICOM__CALLING_AETS='["CT1"]')
+    copies(tmp_path / "cd", 1)
+    done = subprocess.run(
+        [sys.executable, "-m", "tools", "import", "--config", str(config(gateway)), str(tmp_path / "cd")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 3
+    assert "our AE title isn't let in; we call as TANDEM_TOOLS" in done.stderr
 
 
 def test_import_says_what_became_of_every_file(new_gateway: Callable[..., Gateway], tmp_path: Path) -> None:

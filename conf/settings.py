@@ -68,6 +68,7 @@ class DicomSettings(Section):
     response_character_set: Literal["utf-8", "stored"] = Field("utf-8", description="Of C-FIND answers")
     users: dict[str, str] = Field({}, description="User identity: name -> `tandem hash-password`; empty: all may")
     standby_reads: bool = Field(True, description="Let the standby answer queries and retrieves on its own address")
+    isolated_reads: bool = Field(False, description="Let a node that hears neither etcd nor its peer answer them too")
     destinations: dict[AETitle, Destination] = Field({}, description="Whom we send to: C-MOVE, commitment reports")
     commitment_wait_s: Seconds = Field(3600.0, description="How long a commitment waits for the second copy")
     report_days: float = Field(7.0, gt=0, description="How long a commitment report is tried again")

@@ -26,11 +26,14 @@ class Duty:
         flush: Callable[[], None],
         fit: Callable[[], bool] = lambda: True,
         standby_reads: bool = True,
+        isolated_reads: bool = False,
     ) -> None:
-        """`fit`: this node has a disk to keep things on. `standby_reads`: readers are answered while it follows."""
+        """`fit`: this node has a disk to keep things on. Readers are answered while it follows (`standby_reads`), and
+        while it hears nobody (`isolated_reads`)."""
         self._core, self._clock = core, clock
         self._persist_promise, self._abandon, self._flush = persist_promise, abandon, flush
-        self._fit, self._standby_reads = fit, standby_reads
+        self._fit, self._standby_reads, self._isolated_reads = fit, standby_reads, isolated_reads
+        self._etcd_ok = True
         self._told = 0
         self._task: asyncio.Task[None] | None = None
         self.serve_until = NEVER
@@ -60,10 +63,20 @@ class Duty:
     @property
     def may_read(self) -> bool:
         """Queries and retrieves may be answered, from this copy."""
+        return self._up_to_date or (self._isolated_reads and self.isolated)
+
+    @property
+    def _up_to_date(self) -> bool:
         return self.may_serve or (self._standby_reads and self.follows)
+
+    @property
+    def isolated(self) -> bool:
+        """Neither etcd nor the other node is heard, and what was complete here may have been overtaken meanwhile."""
+        return not self._etcd_ok and not self._core.linked and self._core.whole
 
     def tell(self, tell: Tell) -> None:
         core = self._core
+        self._etcd_ok = tell.etcd_ok
         self.serve_until = tell.serve_until
         if tell.role == "follow":
             self._told = 0
@@ -150,7 +163,7 @@ class Duty:
             peer_whole=hello.whole if hello else True,
             busy=self.busy(),
             pid=os.getpid(),
-            reads=self.may_read,
+            reads=self._up_to_date,
             answered_at=self._first_answer(),
         )
 

@@ -137,6 +137,7 @@ class Store:
             flush=self.flush,
             fit=lambda: self.volumes.usable > 0,
             standby_reads=self.settings.dicom.standby_reads,
+            isolated_reads=self.settings.dicom.isolated_reads,
         )
         self.ingest = Ingest(
             self.core,

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from storage.control import Tell
 from storage.duty import Duty
 
 CAUGHT_UP = {
@@ -18,10 +19,18 @@ CAUGHT_UP = {
 }
 
 
-def duty(**changes: Any) -> Duty:
-    core = SimpleNamespace(**{**CAUGHT_UP, **changes}, limits=SimpleNamespace(peer_timeout_s=1.5))
+def duty(isolated_reads: bool = False, **changes: Any) -> Duty:
+    core: Any = SimpleNamespace(**{**CAUGHT_UP, **changes}, limits=SimpleNamespace(peer_timeout_s=1.5))
+    core.rolled_forward, core.follow = core.leading, lambda **_: None
     nothing: Any = None
-    return Duty(core, clock=lambda: 100.0, persist_promise=nothing, abandon=nothing, flush=nothing)  # type: ignore[arg-type]
+    return Duty(
+        core,
+        clock=lambda: 100.0,
+        persist_promise=nothing,
+        abandon=nothing,
+        flush=lambda: None,
+        isolated_reads=isolated_reads,
+    )
 
 
 def test_follows() -> None:
@@ -43,3 +52,18 @@ def test_follows() -> None:
 )
 def test_does_not_follow(missing: dict[str, Any]) -> None:
     assert not duty(**missing).follows
+
+
+@pytest.mark.parametrize("changes", [{}, {"leading": True, "epoch": 0}], ids=["standby", "primary"])
+def test_a_node_that_hears_nobody_answers_readers_only_if_it_may(changes: dict[str, Any]) -> None:
+    changes = {"epoch": 0, **changes}
+    for isolated_reads in (False, True):
+        alone = duty(isolated_reads, linked=False, **changes)
+        assert not alone.may_read
+        alone.tell(Tell("follow", etcd_ok=True))
+        assert not alone.may_read
+        alone.tell(Tell("follow", etcd_ok=False))
+        assert alone.may_read == isolated_reads
+    incomplete = duty(True, linked=False, whole=False, **changes)
+    incomplete.tell(Tell("follow", etcd_ok=False))
+    assert not incomplete.may_read

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tests.system.test_switchover import asked, tandem
 from tools.lab import Lab
 from tools.lab_network import ADDRESSES, ETCD_CLIENT_PORT, MEMBERS
 
+OUT_OF_RESOURCES = 0xA700
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -112,6 +114,19 @@ def test_witness_is_lost_and_comes_back(lab: Lab) -> None:
     assert primary_of(lab) in (primary, other_than(primary))
 
 
+@contextmanager
+def reading_alone(lab: Lab, node: str) -> Iterator[None]:
+    """The node's gateway runs with `isolated_reads`."""
+    before = lab.config(node).read_text()
+    lab.config(node).write_text(before.replace("[dicom]\n", "[dicom]\nisolated_reads = true\n"))
+    try:
+        lab.kill(node, "gateway")
+        yield
+    finally:
+        lab.config(node).write_text(before)
+        lab.kill(node, "gateway")
+
+
 def test_two_members_of_etcd_are_lost_and_then_the_peer(lab: Lab) -> None:
     """While both nodes see each other they go on. Alone and without etcd the primary refuses, and says so."""
     primary = primary_of(lab)
@@ -130,6 +145,13 @@ def test_two_members_of_etcd_are_lost_and_then_the_peer(lab: Lab) -> None:
         count = len(watched.writer.acknowledged)
         time.sleep(TTL_S)
         assert len(watched.writer.acknowledged) == count
+        own = ADDRESSES[primary]
+        assert watched.writer.sent_to(own) == OUT_OF_RESOURCES
+        assert not watched.writer.found(own)
+        with reading_alone(lab, primary):
+            wait_for(
+                lambda: set(watched.writer.acknowledged) <= watched.writer.found(own), "the node to answer readers"
+            )
         lab.power_on("w")
         lab.power_on(standby)
         heal(lab)

@@ -19,6 +19,7 @@ from tools.samples import archived
 PIXELS = 40_000
 ANSWER_S = 4.0
 PAUSE_S = 0.02
+ONE_MORE = 999_999
 
 
 class Writer:
@@ -129,12 +130,18 @@ class Writer:
         lost = set(self.acknowledged) - found
         assert not lost, f"{len(lost)} of {len(self.acknowledged)} not found by C-FIND"
 
-    def found(self) -> set[str]:
+    def sent_to(self, address: str) -> int:
+        """Status of one more image, sent there once."""
+        context = [(self._template.sop_class, self._template.transfer_syntax)]
+        with inside("client"), DicomClient(address, DICOM_PORT, AET, context, 60) as client:
+            return client.store(self._fresh(ONE_MORE))
+
+    def found(self, address: str = VIP) -> set[str]:
         """SOP Instance UIDs of this writer's series, by DCMTK's findscu."""
         text = self._template.data
         study, series = (_uid_after(text, tag) for tag in (b"\x20\x00\x0d\x00UI", b"\x20\x00\x0e\x00UI"))
         words = ["findscu", "-v", "-S", "-aec", AET, "-k", "QueryRetrieveLevel=IMAGE", "-k", "SOPInstanceUID"]
-        words += ["-k", f"StudyInstanceUID={study}", "-k", f"SeriesInstanceUID={series}", VIP, str(DICOM_PORT)]
+        words += ["-k", f"StudyInstanceUID={study}", "-k", f"SeriesInstanceUID={series}", address, str(DICOM_PORT)]
         argv, environment = self._lab.command("client", words)
         done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120)
         return set(re.findall(r"\(0008,0018\) UI \[([0-9.]+)", done.stdout + done.stderr))

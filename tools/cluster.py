@@ -280,12 +280,9 @@ def _conditions(found: Cluster, own: dict[str, Any], node: str) -> list[tuple[st
     member = next((one for one in found.state.in_sync if one.node == node), None) if found.state else None
     usable = [row for row in own["nodes"][node]["volumes"] if row["state"] in ("online", "slow", "full", "draining")]
     leader, maintained = found.leader, node in found.maintained
+    held = "held by this node" if leader == node else f"held by {leader}; free when that ends" if leader else "free"
     return [
-        (
-            "lease",
-            True,
-            f"held by {leader}" + ("" if leader == node else ", free when that ends") if leader else "free",
-        ),
+        ("lease", True, held),
         ("in sync", member is not None, ", ".join(found.in_sync) or "nobody"),
         ("same store", member is None or member.store_id == own["store_id"], own["store_id"]),
         ("complete copy", bool(own["whole"]), "yes" if own["whole"] else "still catching up"),

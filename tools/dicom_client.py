@@ -104,7 +104,8 @@ class DicomClient:
         self.send_raw(pdu.encode())
         kind, body = self.read_pdu()
         if kind == 3 and body[1:3] == b"\1\1":
-            raise NotLetIn(f"rejected: {REASONS.get(body[3], f'reason {body[3]}')}; we call as {calling}")
+            why = REASONS.get(body[3], "for good")
+            raise NotLetIn(f"rejected (PDU 3, {body[:8].hex()}): {why}; we call as {calling}")
         if kind != 2:
             raise AssociationFailed(f"no association: PDU {kind}, {body[:8].hex()}")
         answer = A_ASSOCIATE_AC()

@@ -20,7 +20,7 @@ from pynetdicom.sop_class import (
 from tests.builders import dataset, encoded
 from tests.conftest import wait_for
 from tests.interop.clients import Scp
-from tests.system.conftest import heal, other_than, primary_of
+from tests.system.conftest import NODES, heal, other_than, primary_of
 from tools.dicom_client import DicomClient, Object, store_command
 from tools.lab import AET, DICOM_PORT, VIEWER_PORT, Lab
 from tools.lab_network import ADDRESSES, VIP, inside
@@ -40,6 +40,8 @@ def study(lab: Lab) -> tuple[str, dict[str, bytes]]:
     objects = [Object(str(CTImageStorage), str(image.SOPInstanceUID), SYNTAX, encoded(image)) for image in images]
     with inside("client"), DicomClient(VIP, DICOM_PORT, AET, [(str(CTImageStorage), SYNTAX)], 60) as client:
         assert all(client.store(one) == 0 for one in objects)
+    # The standby hears a moment later that the last one is committed.
+    wait_for(lambda: len({(lab.node_status(node) or {}).get("instances") for node in NODES}) == 1, "both to know it")
     return str(study), {one.sop_instance: one.data for one in objects}
 
 

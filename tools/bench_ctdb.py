@@ -5,7 +5,6 @@ node its own folders of CTDB. Neither shared storage nor a cluster lock: only wh
 """
 
 import contextlib
-import os
 import shutil
 import signal
 import socket
@@ -18,7 +17,19 @@ from typing import Final
 
 from tools import lab_network
 from tools.lab import wait_for
-from tools.lab_network import ADDRESSES, NODES, SUBNET, VIP, inside, ip, namespace, namespaces, pids_in
+from tools.lab_network import (
+    ADDRESSES,
+    NODES,
+    SUBNET,
+    VIP,
+    inside,
+    ip,
+    kill_all,
+    namespace,
+    namespaces,
+    pids_in,
+    send_signal,
+)
 from tools.outage import Probe
 
 SMB_PORT: Final = 445
@@ -72,7 +83,7 @@ class Ctdb:
     def down(self) -> None:
         for member in (*NODES, "client"):
             if namespace(member) in namespaces():
-                _kill_all(member)
+                kill_all(member)
                 ip("netns", "del", namespace(member))
         if lab_network.HUB in namespaces():
             ip("netns", "del", lab_network.HUB)
@@ -146,11 +157,11 @@ class Ctdb:
         """Of CTDB's daemon with its helpers; smbd and the address stay where they are."""
         for pid in pids_in(node):
             if _command(pid).startswith("ctdb"):
-                _kill(pid)
+                send_signal(pid, signal.SIGKILL)
 
     def power_off(self, node: str) -> None:
         lab_network.pull(node)
-        _kill_all(node)
+        kill_all(node)
         lab_network.unplug_for_good(node)
         ip("netns", "del", namespace(node))
 
@@ -160,21 +171,6 @@ def _command(pid: int) -> str:
         return Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
         return ""
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-
-
-def _kill_all(node: str) -> None:
-    def gone() -> bool:
-        left = [pid for pid in pids_in(node) if pid != os.getpid()]
-        for pid in left:
-            _kill(pid)
-        return not left
-
-    wait_for(f"the processes of {node} to end", gone, 20)
 
 
 def outages(folder: Path, tuned: bool, runs: int) -> Iterator[tuple[str, list[float]]]:

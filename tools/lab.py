@@ -32,9 +32,11 @@ from tools.lab_network import (
     VIP6,
     LabError,
     ip,
+    kill_all,
     namespace,
     namespaces,
     pids_in,
+    send_signal,
 )
 from tools.status import ask, order
 
@@ -117,7 +119,7 @@ class Lab:
 
     def down(self, *, keep_data: bool) -> None:
         for member in (*MEMBERS, "client"):
-            self._kill_all(member)
+            kill_all(member)
         for name in sorted(namespaces() & {HUB, *(namespace(member) for member in (*MEMBERS, "client"))}):
             ip("netns", "del", name)
         if (self.dir / "lab.json").exists():
@@ -229,23 +231,13 @@ class Lab:
                 cwd=Path(__file__).parent.parent,
             )
 
-    def _kill_all(self, member: str) -> None:
-        """SIGKILL for everything in the namespace, until nothing is left."""
-        deadline = time.monotonic() + 20
-        while pids := [pid for pid in pids_in(member) if pid != os.getpid()]:
-            for pid in pids:
-                _signal(pid, signal.SIGKILL)
-            if time.monotonic() > deadline:
-                raise LabError(f"processes of {member} don't die: {pids}")
-            time.sleep(0.02)
-
     # -- faults ------------------------------------------------------------------------------------------------
 
     def power_off(self, node: str) -> None:
         lab_network.pull(node)
         if node in NODES:
             self.disks(node).cut_power()
-        self._kill_all(node)
+        kill_all(node)
         if node in NODES:
             self.disks(node).unmount()
         lab_network.unplug_for_good(node)  # at once; the kernel takes its time to end a namespace
@@ -268,7 +260,7 @@ class Lab:
             raise LabError(f"{process} isn't running on {node}") from None
 
     def kill(self, node: str, process: str, number: int = signal.SIGKILL) -> None:
-        _signal(self.pid(node, process), number)
+        send_signal(self.pid(node, process), number)
 
     def order(self, node: str, name: str, **given: Any) -> dict[str, Any]:
         """Have a node's gateway carry out an order. Raises OSError or OrderFailed."""
@@ -284,12 +276,12 @@ class Lab:
         stopped: set[int] = set()
         while fresh := set(pids_in(node)) - stopped:
             for pid in fresh:
-                _signal(pid, signal.SIGSTOP)
+                send_signal(pid, signal.SIGSTOP)
             stopped |= fresh
 
     def thaw(self, node: str) -> None:
         for pid in pids_in(node):
-            _signal(pid, signal.SIGCONT)
+            send_signal(pid, signal.SIGCONT)
 
     def cut(self, node: str, other: str, *, inward: bool = True, outward: bool = True) -> None:
         """Cut a node off another member, or from all; only what comes in, or what goes out, if so asked."""
@@ -385,13 +377,6 @@ def _etcd_tls(folder: Path) -> list[str]:
 
 def _own_first(node: str) -> list[str]:
     return [node, *(member for member in MEMBERS if member != node)]
-
-
-def _signal(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return
 
 
 def find_lab(folder: Path | None) -> Lab:

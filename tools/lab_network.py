@@ -7,9 +7,11 @@ import ctypes
 import ipaddress
 import json
 import os
+import signal
 import subprocess
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 SUBNET: Final = ipaddress.ip_network("10.99.0.0/24")
@@ -27,6 +29,7 @@ ETCD_CLIENT_PORT: Final = 2379
 ETCD_PEER_PORT: Final = 2380
 HUB: Final = "tandem-net"
 CLONE_NEWNET: Final = 0x40000000
+KILL_S: Final = 20.0
 
 
 class LabError(Exception):
@@ -51,6 +54,23 @@ def namespaces() -> set[str]:
 def pids_in(name: str) -> list[int]:
     done = subprocess.run(["ip", "netns", "pids", namespace(name)], capture_output=True, text=True)
     return [int(pid) for pid in done.stdout.split()]
+
+
+def send_signal(pid: int, number: int) -> None:
+    """Nothing happens if it has ended."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def kill_all(name: str) -> None:
+    """SIGKILL for everything in the namespace but this process, until nothing is left. Raises LabError."""
+    deadline = time.monotonic() + KILL_S
+    while pids := [pid for pid in pids_in(name) if pid != os.getpid()]:
+        for pid in pids:
+            send_signal(pid, signal.SIGKILL)
+        if time.monotonic() > deadline:
+            raise LabError(f"processes of {name} don't die: {pids}")
+        time.sleep(0.02)
 
 
 # -- cables ------------------------------------------------------------------------------------------------------------

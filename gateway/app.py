@@ -14,11 +14,12 @@ import uvloop
 
 from conf.notify import keep_alive, notify
 from conf.settings import Settings
+from gateway.dimse.reoffer import Offering
+from gateway.dimse.server import DicomServer
 from gateway.health import Health
-from gateway.offering import Offering
-from gateway.server import DicomServer
 from storage.control_socket import ControlServer
-from storage.effects import InvariantBroken
+from storage.engine import Engine
+from storage.replication.effects import InvariantBroken
 from storage.store import Store
 
 log = structlog.get_logger()
@@ -43,34 +44,35 @@ async def _main(settings: Settings) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    store = Store(settings)
-    loop.set_exception_handler(lambda _loop, context: _unhandled(store, context))
-    control = ControlServer(store, settings.control_socket)
+    engine = Engine(settings)
+    store = Store(engine)
+    loop.set_exception_handler(lambda _loop, context: _unhandled(engine, context))
+    control = ControlServer(engine, settings.control_socket)
     server = DicomServer(store, settings.dicom)
-    await store.start()
+    await engine.start()
     await control.start()
     await server.start()
     health = Health(store, settings.http)
     await health.start()
     server.spawn(Offering(store, settings).run())
-    store.fatal.add_done_callback(lambda _: stop.set())
+    engine.fatal.add_done_callback(lambda _: stop.set())
     server.spawn(keep_alive())
     notify("READY=1")
     await stop.wait()
-    if store.fatal.done():
+    if engine.fatal.done():
         return EXIT_FATAL  # nothing is tidied up: recovery at the next start decides by what is on the disks
     notify("STOPPING=1")
     await health.stop()
     await server.stop()
     await control.stop()
-    await store.stop()
+    await engine.stop()
     log.info("gateway.stopped")
     return 0
 
 
-def _unhandled(store: Store, context: dict[str, Any]) -> None:
+def _unhandled(engine: Engine, context: dict[str, Any]) -> None:
     error = context.get("exception")
     log.error("loop.unhandled", message=context.get("message"), error=repr(error))
-    if isinstance(error, InvariantBroken) and not store.fatal.done():
+    if isinstance(error, InvariantBroken) and not engine.fatal.done():
         with contextlib.suppress(asyncio.InvalidStateError):
-            store.fatal.set_exception(error)
+            engine.fatal.set_exception(error)

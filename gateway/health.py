@@ -69,23 +69,21 @@ class Health:
 
     async def _ready(self, _: web.Request) -> web.Response:
         store = self._store
-        return _answer(store.may_serve or store.duty.follows, self._mode())
+        return _answer(store.may_serve or store.follows, self._mode())
 
     async def _primary(self, _: web.Request) -> web.Response:
         return _answer(self._store.may_serve, self._mode())
 
     async def _standby(self, request: web.Request) -> web.Response:
-        core = self._store.core
         try:
             most = int(request.query.get("lag", -1))
         except ValueError:
             return web.json_response({"error": "lag: a number of entries"}, status=400)
-        lag = core.accepted - self._store.journal.applied
-        return _answer(self._store.duty.follows and (most < 0 or lag <= most), self._mode(), lag=lag)
+        lag = self._store.lag
+        return _answer(self._store.follows and (most < 0 or lag <= most), self._mode(), lag=lag)
 
     def _mode(self) -> str:
-        mode: str = self._store.status()["mode"]
-        return mode
+        return self._store.mode
 
     async def _metrics(self, _: web.Request) -> web.Response:
         status = self._store.status()

@@ -16,10 +16,10 @@ from conf.tls import MutualTls
 from ha.agent import Agent
 from ha.etcd import HttpEtcd
 from ha.etcd_leader import keep_etcd_leader_elsewhere
-from ha.fence import FenceFailed
 from ha.gateway_link import SocketGatewayLink
-from ha.sinks import Alerting
-from ha.site import NodeSite
+from ha.reach.fence import FenceFailed
+from ha.reach.site import NodeSite
+from ha.tell.sinks import Alerting
 from storage.control import Clients, boottime
 
 log = structlog.get_logger()

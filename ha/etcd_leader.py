@@ -9,7 +9,7 @@ import structlog
 from conf.settings import ClusterSettings
 from conf.tls import MutualTls
 from ha.etcd import EtcdError, HttpEtcd
-from ha.site import NodeSite
+from ha.reach.site import NodeSite
 
 log = structlog.get_logger()
 

@@ -21,10 +21,11 @@ from storage.control import (
     decode_line,
     encode_line,
 )
+from storage.engine import Engine
 from storage.ingest import NotServing
-from storage.service import Refused, Service
-from storage.store import Store
-from storage.volume import NoRoom
+from storage.objects.volume import NoRoom
+from storage.orders import Refused, Service
+from storage.status import node_status
 
 log = structlog.get_logger()
 
@@ -32,14 +33,14 @@ REPORT_DELAY_S: Final = 0.02
 
 
 class ControlServer:
-    def __init__(self, store: Store, path: Path) -> None:
-        self._store, self._path = store, path
-        self._service = Service(store)
+    def __init__(self, engine: Engine, path: Path) -> None:
+        self._engine, self._path = engine, path
+        self._service = Service(engine)
         self._agents: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
         self._scheduled = False
-        store.on_change = self._changed
-        store.peering.on_clients = self._pass_on
+        engine.on_change = self._changed
+        engine.peering.on_clients = self._pass_on
 
     async def start(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +64,7 @@ class ControlServer:
 
     def _report(self) -> None:
         self._scheduled = False
-        line = encode_line(self._store.report())
+        line = encode_line(self._engine.report())
         for writer in self._agents:
             writer.write(line)
 
@@ -93,13 +94,13 @@ class ControlServer:
                     if writer not in self._agents:
                         self._agents.add(writer)
                     if message.role != "hello":
-                        self._store.tell(message)
+                        self._engine.tell(message)
                     self._report()
                 elif isinstance(message, Clients):
-                    self._store.peering.send_clients(line.rstrip(b"\n"))
+                    self._engine.peering.send_clients(line.rstrip(b"\n"))
                 elif isinstance(message, StatusRequest):
-                    await self._store.settled()
-                    writer.write(encode_line(StatusReply(self._store.status())))
+                    await self._engine.settled()
+                    writer.write(encode_line(StatusReply(node_status(self._engine))))
                 elif isinstance(message, Order):
                     await self._carry_out(message, writer)
         except (msgspec.DecodeError, ConnectionError, ValueError) as error:

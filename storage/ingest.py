@@ -14,18 +14,18 @@ import msgspec
 
 from conf.settings import ClusterSettings
 from storage import crash
-from storage.catalogue import Catalogue
-from storage.copies import Copies
-from storage.duty import Duty
-from storage.incoming import Incoming
 from storage.journal import Journal
-from storage.model import Delete, Entry, Location, Operation, Put, Task, TaskDone
-from storage.peering import Peering
-from storage.pending import Pending, Pendings
-from storage.replica import Replica
-from storage.upload import Upload
-from storage.volume import NoRoom
-from storage.volumes import Volumes
+from storage.objects.copies import Copies
+from storage.objects.incoming import Incoming
+from storage.objects.upload import Upload
+from storage.objects.volume import NoRoom
+from storage.objects.volumes import Volumes
+from storage.replication.duty import Duty
+from storage.replication.peering import Peering
+from storage.replication.pending import Pending, Pendings
+from storage.replication.replica import Replica
+from storage.state.catalogue import Catalogue
+from storage.state.model import Delete, Entry, Location, Operation, Put, Task, TaskDone
 from storage.workers import Threads
 
 STUDIES_REMEMBERED_MAX: Final = 4096

@@ -13,11 +13,11 @@ from typing import Any, Final
 import structlog
 
 from storage import crash
-from storage.catalogue import Batch, Catalogue, same_copy
-from storage.model import Delete, Entry, Location, Put
-from storage.view import Showing
-from storage.volume import NoRoom
-from storage.volumes import Volumes
+from storage.objects.view import Showing
+from storage.objects.volume import NoRoom
+from storage.objects.volumes import Volumes
+from storage.state.catalogue import Batch, Catalogue, same_copy
+from storage.state.model import Delete, Entry, Location, Put
 from storage.workers import Threads, WorkersFactory
 
 log = structlog.get_logger()

@@ -8,7 +8,7 @@ from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from tools.dicom_client import Object
+from tools.cli.dicom_client import Object
 
 _numbers = count(1)
 PREFIX = "1.2.826.0.1.3680043.8.498."

@@ -13,8 +13,8 @@ from typing import Any
 import hypothesis  # noqa: F401 - its plugin imports it at the end, where Python 3.11.7 may fail to parse it
 import pytest
 
-from tools.dicom_client import DicomClient, Object
-from tools.status import ask
+from tools.cli.client import ask
+from tools.cli.dicom_client import DicomClient, Object
 
 ROOT = Path(__file__).parent.parent
 WAIT_S = 60.0

@@ -27,7 +27,7 @@ def test_systemd_takes_the_unit(unit: Path) -> None:
 
 
 def test_units_start_commands_that_exist() -> None:
-    from tools.cli import main
+    from tools.cli.main import main
 
     started = [line.split()[1] for unit in UNITS for line in unit.read_text().splitlines() if "/bin/tandem " in line]
     assert sorted(started) == ["gateway", "ha"]

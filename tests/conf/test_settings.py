@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 import conf
 from conf.settings import Settings, SettingsError, load
-from tools.cli import main
+from tools.cli.main import main
 
 SAMPLE = Path(conf.__file__).parent / "node.toml"
 

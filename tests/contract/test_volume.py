@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from storage.model import Location
-from storage.volume import LocalVolume, Volume, VolumeOffline, create_marker, digest_of
+from storage.objects.volume import LocalVolume, Volume, VolumeOffline, create_marker, digest_of
+from storage.state.model import Location
 from tests.simulation.machine import MemoryDisk, MemoryVolume
 
 TREE = "patient/study/series/1.2.dcm"

@@ -21,8 +21,8 @@ from pynetdicom.sop_class import (
 
 from tests.conftest import Gateway, free_port, wait_for
 from tests.interop.clients import HOST, Scp, dcmjs, gdcm, orthanc, run, storescp
-from tools.dicom_files import read_object
-from tools.samples import archived, content_digest, copies, sop_instance
+from tools.cli.dicom_files import read_object
+from tools.lab.samples import archived, content_digest, copies, sop_instance
 
 COUNT = 12
 CT = str(CTImageStorage)

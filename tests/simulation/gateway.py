@@ -5,11 +5,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from storage.control import Report, Tell
-from storage.duty import Duty
-from storage.effects import Adopt, DropLink, Effect, Limits, Persist, Publish, Send, SteppedDown, Transmit
-from storage.epochs import Epochs
-from storage.messages import AnyMessage, Prepare
-from storage.replica import Replica
+from storage.replication.duty import Duty
+from storage.replication.effects import Adopt, DropLink, Effect, Limits, Persist, Publish, Send, SteppedDown, Transmit
+from storage.replication.epochs import Epochs
+from storage.replication.messages import AnyMessage, Prepare
+from storage.replication.replica import Replica
 from tests.simulation.virtual import Process
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from storage.kv import Transaction
-from storage.model import Location
-from storage.volume import Reader, VolumeOffline
+from storage.objects.volume import Reader, VolumeOffline
+from storage.state.kv import Transaction
+from storage.state.model import Location
 from storage.workers import resolve
 from tests.simulation.virtual import Process, VirtualLoop
 

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 
 from ha import decide
 from storage.control import Tell
-from storage.duty import Duty
-from storage.effects import Publish
-from storage.messages import Ping
-from storage.replica import Replica
+from storage.replication.duty import Duty
+from storage.replication.effects import Publish
+from storage.replication.messages import Ping
+from storage.replication.replica import Replica
 from tests.simulation.gateway import SimGateway
 
 

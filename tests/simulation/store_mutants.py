@@ -4,11 +4,13 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from storage import catalogue, follower, store
-from storage.incoming import Incoming
+from storage import engine
 from storage.journal import Journal
-from storage.kv import Transaction
-from storage.model import Delete, Entry, Void, decode_entry, encode
+from storage.objects.incoming import Incoming
+from storage.replication import follower
+from storage.state import catalogue
+from storage.state.kv import Transaction
+from storage.state.model import Delete, Entry, Void, decode_entry, encode
 from tests.simulation.mutants import AckBeforePeer, RollForwardSkipped, ShrinkWithoutCompare
 
 
@@ -56,15 +58,15 @@ def heal_from_the_worse_copy() -> contextlib.AbstractContextManager[None]:
 
 
 def ack_before_the_peer() -> contextlib.AbstractContextManager[None]:
-    return replaced(store, "Replica", AckBeforePeer.core_class)
+    return replaced(engine, "Replica", AckBeforePeer.core_class)
 
 
 def roll_forward_skipped() -> contextlib.AbstractContextManager[None]:
-    return replaced(store, "Replica", RollForwardSkipped.core_class)
+    return replaced(engine, "Replica", RollForwardSkipped.core_class)
 
 
 def shrink_without_the_compare() -> contextlib.AbstractContextManager[None]:
-    return replaced(store, "Replica", ShrinkWithoutCompare.core_class)
+    return replaced(engine, "Replica", ShrinkWithoutCompare.core_class)
 
 
 MUTANTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {

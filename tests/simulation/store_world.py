@@ -15,14 +15,16 @@ from typing import Any, Final
 import xxhash
 
 from conf.settings import Settings, build
-from storage import crash, healing, incoming, scrub, tidying
-from storage.catalogue import Catalogue
+from storage import crash
 from storage.control import Report, Tell
+from storage.engine import Engine
+from storage.environment import Surroundings
 from storage.ingest import Conflict, NotServing
-from storage.model import Delete, Put, Task, TaskDone, Void
-from storage.store import Store
-from storage.surroundings import Surroundings
-from storage.volume import NoRoom, VolumeOffline, digest_of
+from storage.objects import incoming
+from storage.objects.volume import NoRoom, VolumeOffline, digest_of
+from storage.state.catalogue import Catalogue
+from storage.state.model import Delete, Put, Task, TaskDone, Void
+from storage.upkeep import healing, scrub, tidying
 from tests.simulation.machine import Machine, MemoryDisk, PowerCut, VirtualThreads
 from tests.simulation.virtual import Process
 from tests.simulation.wire import Wire
@@ -64,7 +66,7 @@ class StoreGateway:
         self.process = Process(f"gateway-{node.name}")
         self.wire = Wire(world, node.name, node.peer, self.process)
         self.connection = None
-        self.store: Store | None = None
+        self.store: Engine | None = None
         self.tasks: set[asyncio.Task[Any]] = set()
 
     def start(self) -> None:
@@ -86,7 +88,7 @@ class StoreGateway:
             open_volume=machine.open_volume,
         )
         try:
-            store = Store(settings(self.node.name, self.node.peer, list(machine.disks)), around)
+            store = Engine(settings(self.node.name, self.node.peer, list(machine.disks)), around)
             await store.start()
         except PowerCut:
             return
@@ -377,7 +379,7 @@ class StoreWorld(World):
         if isinstance(gateway, StoreGateway) and gateway.store and not gateway.process.dead:
             gateway.spawn(self._take_volume(gateway.store, path))
 
-    async def _take_volume(self, store: Store, path: Path) -> None:
+    async def _take_volume(self, store: Engine, path: Path) -> None:
         with contextlib.suppress(VolumeOffline, OSError):  # refused: it broke again just now
             await store.take_volume(path)
 

@@ -15,7 +15,7 @@ import structlog
 from ha.agent import Agent
 from ha.etcd import DeleteKey, PutKey
 from storage.control import Report, Tell
-from storage.messages import AnyMessage
+from storage.replication.messages import AnyMessage
 from tests.simulation.gateway import SimGateway
 from tests.simulation.model import Disk, Path, SimEtcd, SimEtcdClient
 from tests.simulation.virtual import Process, VirtualLoop

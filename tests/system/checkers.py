@@ -12,10 +12,10 @@ from pynetdicom import AE
 from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind
 from pyroute2 import IPRoute
 
-from ha.neighbours import Interface, Listener, ask
+from ha.reach.neighbours import Interface, Listener, ask
 from tests.system.writer import Writer
-from tools.lab import AET, DICOM_PORT, Lab
-from tools.lab_network import READ_VIP, VIP, inside
+from tools.lab.network import READ_VIP, VIP, inside
+from tools.lab.pair import AET, DICOM_PORT, Lab
 
 ASK_INTERVAL_S = 0.1
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import wait_for
-from tools import lab_network
-from tools.lab import Lab
-from tools.lab_network import HUB, MEMBERS, NODES, LabError, namespace, namespaces
+from tools.lab import network as lab_network
+from tools.lab.network import HUB, MEMBERS, NODES, LabError, namespace, namespaces
+from tools.lab.pair import Lab
 
 TTL_S = 5.0
 SYNC_S = 120.0

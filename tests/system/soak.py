@@ -16,9 +16,9 @@ from storage.crash import POINTS
 from tests.conftest import wait_for
 from tests.system.conftest import DISK_MB, NODES, REPLICATION_PORT, TTL_S, VOLUMES, heal, other_than, primary_of
 from tests.system.writer import Writer
-from tools.lab import Lab
-from tools.lab_network import LabError
-from tools.status import OrderFailed
+from tools.cli.client import OrderFailed
+from tools.lab.network import LabError
+from tools.lab.pair import Lab
 
 
 def faults(lab: Lab, rng: random.Random) -> dict[str, Callable[[str], None]]:

@@ -17,9 +17,9 @@ from tests.system.checkers import Sniffer
 from tests.system.conftest import REPLICATION_PORT, heal, other_than, primary_of
 from tests.system.test_switchover import tandem
 from tests.system.writer import Writer
-from tools import lab_network
-from tools.lab import AET, DICOM_PORT, Lab
-from tools.lab_network import ADDRESSES, READ_VIP, VIP, VIP6, inside, ip, namespace
+from tools.lab import network as lab_network
+from tools.lab.network import ADDRESSES, READ_VIP, VIP, VIP6, inside, ip, namespace
+from tools.lab.pair import AET, DICOM_PORT, Lab
 
 SMB_PORT = 445
 

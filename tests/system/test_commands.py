@@ -12,7 +12,7 @@ from tests.conftest import wait_for
 from tests.system.conftest import heal, other_than, primary_of
 from tests.system.test_switchover import asked, tandem
 from tests.system.writer import Writer
-from tools.lab import Lab
+from tools.lab.pair import Lab
 
 
 def told(lab: Lab, node: str, since: int) -> list[tuple[str, str]]:

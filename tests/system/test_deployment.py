@@ -10,8 +10,8 @@ import pytest
 from tests.conftest import ROOT, wait_for
 from tests.system.conftest import heal, other_than, pid_of
 from tests.system.writer import Writer
-from tools.lab import Lab
-from tools.lab_network import NODES, VIP
+from tools.lab.network import NODES, VIP
+from tools.lab.pair import Lab
 
 UNITS = ROOT / "conf" / "systemd"
 

@@ -23,7 +23,7 @@ from tests.system.conftest import (
     renew,
 )
 from tests.system.writer import Writer
-from tools.lab import Lab
+from tools.lab.pair import Lab
 
 
 def verified(lab: Lab) -> None:

@@ -15,8 +15,8 @@ from tests.conftest import wait_for
 from tests.system.checkers import Watched
 from tests.system.conftest import TTL_S, heal, other_than, pid_of, primary_of
 from tests.system.test_switchover import asked, tandem
-from tools.lab import Lab
-from tools.lab_network import ADDRESSES, ETCD_CLIENT_PORT, MEMBERS
+from tools.lab.network import ADDRESSES, ETCD_CLIENT_PORT, MEMBERS
+from tools.lab.pair import Lab
 
 OUT_OF_RESOURCES = 0xA700
 ROOT = Path(__file__).parent.parent.parent

@@ -9,10 +9,10 @@ from pydicom.uid import ExplicitVRLittleEndian, UltrasoundMultiFrameImageStorage
 from tests.builders import dataset, encoded, pdu, pdv
 from tests.conftest import wait_for
 from tests.system.conftest import other_than, primary_of
-from tools.dicom_client import DicomClient, store_command
-from tools.lab import AET, DICOM_PORT, Lab
-from tools.lab_network import VIP, inside
-from tools.samples import archived
+from tools.cli.dicom_client import DicomClient, store_command
+from tools.lab.network import VIP, inside
+from tools.lab.pair import AET, DICOM_PORT, Lab
+from tools.lab.samples import archived
 
 FRAMES, SIDE = 1024, 1024
 GROWTH_BYTES_MAX = 64 << 20

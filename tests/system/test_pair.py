@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import wait_for
 from tests.system.conftest import REPLICATION_PORT, heal, other_than, pid_of, primary_of
 from tests.system.writer import Writer
-from tools.lab import Lab
+from tools.lab.pair import Lab
 
 
 def test_primary_loses_power(lab: Lab) -> None:

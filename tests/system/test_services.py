@@ -21,9 +21,9 @@ from tests.builders import dataset, encoded
 from tests.conftest import wait_for
 from tests.interop.clients import Scp
 from tests.system.conftest import NODES, heal, other_than, primary_of
-from tools.dicom_client import DicomClient, Object, store_command
-from tools.lab import AET, DICOM_PORT, VIEWER_PORT, Lab
-from tools.lab_network import ADDRESSES, VIP, inside
+from tools.cli.dicom_client import DicomClient, Object, store_command
+from tools.lab.network import ADDRESSES, VIP, inside
+from tools.lab.pair import AET, DICOM_PORT, VIEWER_PORT, Lab
 
 FIND = StudyRootQueryRetrieveInformationModelFind
 GET = StudyRootQueryRetrieveInformationModelGet

@@ -11,9 +11,9 @@ from typing import Any
 from tests.conftest import wait_for
 from tests.system.conftest import heal, other_than, primary_of
 from tests.system.writer import Writer
-from tools.lab import HTTP_PORT, Lab
-from tools.lab_network import ADDRESSES, inside
-from tools.samples import archived, sop_instance
+from tools.lab.network import ADDRESSES, inside
+from tools.lab.pair import HTTP_PORT, Lab
+from tools.lab.samples import archived, sop_instance
 
 
 def tandem(lab: Lab, node: str, *words: str) -> tuple[int, str]:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from tests.builders import item
 from tests.conftest import wait_for
-from tools.dicom_client import AssociationFailed, DicomClient, Object
-from tools.lab import AET, DICOM_PORT, Lab
-from tools.lab_network import NODES, VIP, inside
-from tools.samples import archived
+from tools.cli.dicom_client import AssociationFailed, DicomClient, Object
+from tools.lab.network import NODES, VIP, inside
+from tools.lab.pair import AET, DICOM_PORT, Lab
+from tools.lab.samples import archived
 
 PIXELS = 40_000
 ANSWER_S = 4.0

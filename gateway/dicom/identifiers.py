@@ -1,0 +1,73 @@
+"""Identifiers of queries and retrieves: read, written, and checked against their information model (PS3.4 C.4, C.6)."""
+
+from io import BytesIO
+from typing import Final
+
+from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
+from pydicom.uid import UID
+from pynetdicom.dsutils import decode as decode_dataset
+from pynetdicom.dsutils import encode as encode_dataset
+
+from gateway.dicom.sop_classes import Model
+
+UNIQUE: Final = {
+    "PATIENT": "PatientID",
+    "STUDY": "StudyInstanceUID",
+    "SERIES": "SeriesInstanceUID",
+    "IMAGE": "SOPInstanceUID",
+}
+WILD: Final = frozenset("*?")
+
+
+class BadQuery(Exception):
+    """The identifier doesn't fit the SOP class (0xA900)."""
+
+
+def level_of(identifier: Dataset, model: Model) -> str:
+    """Raises BadQuery."""
+    level = str(identifier.get("QueryRetrieveLevel", "") or "").strip().upper()
+    if level not in model.levels:
+        raise BadQuery(f"QueryRetrieveLevel {level[:16]!r} isn't one of {model.name}")
+    return level
+
+
+def values_of(identifier: Dataset, keyword: str) -> list[str]:
+    """The values of a key, [] for universal matching."""
+    value = identifier.get(keyword)
+    parts = value if isinstance(value, list | tuple | MultiValue) else [value]
+    return [text for part in parts if part is not None and (text := str(part).strip(" \0"))]
+
+
+def is_single(values: list[str]) -> bool:
+    """One value without wild cards."""
+    return len(values) == 1 and not WILD & set(values[0])
+
+
+def decode_identifier(data: bytes, transfer_syntax: str) -> Dataset:
+    """Raises BadQuery."""
+    syntax = UID(transfer_syntax)
+    try:
+        identifier: Dataset = decode_dataset(BytesIO(data), syntax.is_implicit_VR, syntax.is_little_endian)
+        for element in identifier.iterall():
+            element.value  # noqa: B018 - decoded on demand; what can't be read is to be found now
+        return identifier
+    except Exception as error:  # pydicom raises whatever a malformed identifier leads it to
+        raise BadQuery(f"the identifier can't be read: {type(error).__name__}") from error
+
+
+def encode_identifier(answer: Dataset, transfer_syntax: str) -> bytes:
+    """Elements that can't be written (a stored value that isn't one of its VR) are left out."""
+    syntax = UID(transfer_syntax)
+    encoded: bytes | None = encode_dataset(answer, syntax.is_implicit_VR, syntax.is_little_endian)
+    if encoded is None:
+        writable = Dataset()
+        for element in answer:
+            one = Dataset()
+            one.add(element)
+            if encode_dataset(one, syntax.is_implicit_VR, syntax.is_little_endian) is not None:
+                writable.add(element)
+        encoded = encode_dataset(writable, syntax.is_implicit_VR, syntax.is_little_endian)
+    if encoded is None:
+        raise ValueError("an answer can't be encoded")
+    return encoded

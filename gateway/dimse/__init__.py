@@ -1,0 +1,1 @@
+"""The DIMSE services over TCP: they decode, ask the archive, and encode."""

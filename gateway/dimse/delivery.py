@@ -1,0 +1,153 @@
+"""Sending instances over an association, one after the other, some read ahead; and how sub-operations are counted."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+import structlog
+
+from gateway.archive.converting import Converter
+from gateway.dicom.dimse import Request, is_failure
+from gateway.dicom.transcode import TARGETS, CannotConvert
+from gateway.dimse.connection import AssociationEnded
+from gateway.dimse.requestor import store_request, whole
+from storage.state.model import Instance
+from storage.store import Source, Store, Unavailable
+
+log = structlog.get_logger()
+
+READ_AHEAD: Final = 2
+CONVERTED_BYTES_MAX: Final = 1 << 29
+
+
+@dataclass
+class Tally:
+    """Sub-operations, as the responses count them."""
+
+    remaining: int
+    completed: int = 0
+    failed: int = 0
+    warning: int = 0
+    failed_uids: list[str] = field(default_factory=list)
+
+    @property
+    def counts(self) -> tuple[int, int, int, int]:
+        return self.remaining, self.completed, self.failed, self.warning
+
+    def fail(self, uid: str) -> None:
+        self.remaining -= 1
+        self.failed += 1
+        self.failed_uids.append(uid)
+
+    def answered(self, uid: str, status: int) -> None:
+        if is_failure(status):
+            self.fail(uid)
+            return
+        self.remaining -= 1
+        if status:
+            self.warning += 1
+        else:
+            self.completed += 1
+
+
+class Sender(Protocol):
+    async def invoke(
+        self, context_id: int, elements: dict[int, int | str], data: AsyncIterator[memoryview], timeout_s: float
+    ) -> Request: ...
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """How instances go over one association."""
+
+    sender: Sender
+    contexts: Mapping[tuple[str, str], int]  # (SOP class, transfer syntax) -> presentation context
+    window: int  # requests under way at once
+    timeout_s: float
+    priority: int
+    originator: tuple[str, int] | None
+
+    def context_of(self, sop_class: str, transfer_syntax: str) -> tuple[int, str] | None:
+        """(context, transfer syntax): as stored if that was agreed on, or else something to convert to."""
+        for syntax in (transfer_syntax, *TARGETS):
+            number = self.contexts.get((sop_class, syntax))
+            if number is not None:
+                return number, syntax
+        return None
+
+
+class Sending:
+    """Sends instances over an association until it has ended or `stop()` says so."""
+
+    def __init__(
+        self,
+        delivery: Delivery,
+        store: Store,
+        converter: Converter,
+        tally: Tally,
+        stop: Callable[[], bool],
+        progress: Callable[[], None],
+    ) -> None:
+        self._delivery, self._store, self._converter = delivery, store, converter
+        self._tally, self._stop, self._progress = tally, stop, progress
+        self._turn = asyncio.Semaphore(delivery.window)
+        self._ahead = asyncio.Semaphore(delivery.window + READ_AHEAD)
+        self._ended = False
+        self.unsent: list[Instance] = []
+
+    async def run(self, found: list[Instance]) -> None:
+        """What was neither sent nor failed is in `unsent` afterwards."""
+        async with asyncio.TaskGroup() as group:
+            for number, instance in enumerate(found):
+                await self._ahead.acquire()
+                if self._ended or self._stop():
+                    self.unsent += found[number:]
+                    return
+                group.create_task(self._one(instance))
+
+    async def _one(self, instance: Instance) -> None:
+        put = instance.put
+        try:
+            agreed = self._delivery.context_of(put.sop_class, put.transfer_syntax)
+            if agreed is None:
+                self._failed(put.sop_instance, "no presentation context for it was agreed on")
+                return
+            source = await self._store.open(instance)
+            context_id, syntax = agreed
+            data = source.blocks() if syntax == put.transfer_syntax else whole(await self._converted(source, syntax))
+            async with self._turn:
+                if self._ended or self._stop():
+                    self.unsent.append(instance)
+                    return
+                await self._send(context_id, put.sop_class, put.sop_instance, data)
+        except (Unavailable, CannotConvert, OSError) as error:
+            self._failed(put.sop_instance, str(error))
+        finally:
+            self._ahead.release()
+        self._progress()
+
+    async def _send(self, context_id: int, sop_class: str, sop_instance: str, data: AsyncIterator[memoryview]) -> None:
+        delivery = self._delivery
+        command = store_request(sop_class, sop_instance, delivery.priority, delivery.originator)
+        try:
+            answer = await delivery.sender.invoke(context_id, command, data, delivery.timeout_s)
+        except (AssociationEnded, TimeoutError, OSError) as error:
+            self._ended = True  # a data set that broke off, or an answer that may come late: start anew
+            self._failed(sop_instance, str(error) or "no answer in time")
+            return
+        if is_failure(answer.status):
+            log.warning("retrieve.refused", status=f"0x{answer.status:04X}")
+        self._tally.answered(sop_instance, answer.status)
+
+    def _failed(self, sop_instance: str, why: str) -> None:
+        log.warning("retrieve.failed", sop_instance=sop_instance, why=why)
+        self._tally.fail(sop_instance)
+
+    async def _converted(self, source: Source, syntax: str) -> bytes:
+        put = source.put
+        if put.length > CONVERTED_BYTES_MAX:
+            raise CannotConvert(f"{put.length} bytes are too many to be converted")
+        async with self._converter.turn:
+            data = await source.whole()
+            return await self._converter.convert(data, put.sop_class, put.sop_instance, put.transfer_syntax, syntax)

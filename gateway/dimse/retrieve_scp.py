@@ -1,0 +1,245 @@
+"""C-GET and C-MOVE as services: sub-operations with their counts, cancel, and the list of what failed."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import ClassVar, Final
+
+import msgspec
+import structlog
+from pydicom import Dataset
+
+from gateway.archive.destinations import Destination
+from gateway.archive.select import Wanted, instances, wanted
+from gateway.dicom.dimse import Status, encode_response
+from gateway.dicom.identifiers import BadQuery, encode_identifier
+from gateway.dicom.sop_classes import GET_MODELS, MOVE_MODELS
+from gateway.dicom.transcode import TARGETS
+from gateway.dimse.context import Context
+from gateway.dimse.delivery import Delivery, Sending, Tally
+from gateway.dimse.requestor import CONTEXTS_MAX, Requestor, Unreachable
+from gateway.dimse.service import Collector
+from storage.state.model import Instance, Task
+from storage.store import NotServing
+
+log = structlog.get_logger()
+
+MOVE_TASK: Final = "move"
+MOVE_PATIENCE_S: Final = 3600.0  # for a destination that doesn't take what a C-MOVE without requester sends
+FIRST_RETRY_S: Final = 2.0
+RETRY_S_MAX: Final = 60.0
+
+Kind = tuple[str, str]  # (SOP class, transfer syntax)
+
+
+class MoveBody(msgspec.Struct, frozen=True):
+    """What a C-MOVE promised."""
+
+    destination: str
+    level: str
+    keys: dict[str, tuple[str, ...]]
+    priority: int
+    originator: str
+    message_id: int
+
+
+class Retriever(Collector):
+    """What C-GET and C-MOVE have in common."""
+
+    models: ClassVar = {**GET_MODELS, **MOVE_MODELS}
+
+    async def respond(self) -> None:
+        call = self._call
+        try:
+            asked = wanted(await self._identifier(), self.models[call.abstract_syntax])
+        except BadQuery as error:
+            call.answer(Status.DATA_SET_MISMATCH, str(error))
+            return
+        await self._context.store.settled()
+        found = await _found(self._context, asked)
+        if not self._context.store.may_read:  # looked at after reading: a stopped process must not tell old news
+            raise NotServing("no longer the primary")
+        await self._retrieve(asked, found)
+
+    async def _retrieve(self, asked: Wanted, found: list[Instance]) -> None:
+        raise NotImplementedError
+
+    def _pending(self, tally: Tally) -> None:
+        if tally.remaining and self._call.peer.may_send:
+            response = encode_response(self._call.request, Status.PENDING, counts=tally.counts)
+            self._call.peer.send(self._call.context_id, response)
+
+    def _stop(self) -> bool:
+        return self._cancelled() or not self._context.store.may_read
+
+    def _cancelled(self) -> bool:
+        return self._call.peer.cancelled(self._call.request.message_id)
+
+    def _final(self, tally: Tally) -> None:
+        status, comment = Status.SUCCESS, ""
+        if self._cancelled() and tally.remaining:
+            status = Status.CANCEL
+        elif tally.failed and not (tally.completed or tally.warning):
+            status, comment = Status.CANNOT_PERFORM, "no sub-operation succeeded"
+        elif tally.failed or tally.warning:
+            status = Status.SUB_OPERATIONS_FAILED
+        data = None
+        if tally.failed_uids:
+            failed = Dataset()
+            failed.FailedSOPInstanceUIDList = tally.failed_uids
+            data = encode_identifier(failed, self._call.transfer_syntax)
+        response = encode_response(
+            self._call.request, status, has_data=data is not None, comment=comment, counts=tally.counts
+        )
+        self._call.peer.send(self._call.context_id, response, data)
+
+
+class Getter(Retriever):
+    """C-GET: over the association that asked, on the contexts for which it took the SCP's part."""
+
+    async def _retrieve(self, asked: Wanted, found: list[Instance]) -> None:
+        peer, context, tally = self._call.peer, self._context, Tally(len(found))
+        contexts = {
+            (context.abstract_syntax, context.transfer_syntax): number
+            for number, context in peer.contexts.items()
+            if context.may_store
+        }
+        delivery = Delivery(peer, contexts, 1, context.settings.message_timeout_s, self._call.request.priority, None)
+        sending = Sending(delivery, context.store, context.converter, tally, self._stop, lambda: self._pending(tally))
+        await sending.run(found)
+        if not context.store.may_read:
+            raise NotServing("no longer the primary")
+        if not self._cancelled():
+            for instance in sending.unsent:
+                tally.fail(instance.put.sop_instance)
+        self._final(tally)
+
+
+class Mover(Retriever):
+    """C-MOVE: to a configured destination. The promise is in the replicated log, a failover doesn't end it."""
+
+    async def _retrieve(self, asked: Wanted, found: list[Instance]) -> None:
+        request, context = self._call.request, self._context
+        destination = context.destinations.get(request.move_destination)
+        if destination is None:
+            self._call.answer(Status.MOVE_DESTINATION_UNKNOWN, "not in the settings: dicom.destinations")
+            return
+        tally = Tally(len(found))
+        body = MoveBody(
+            destination.aet,
+            asked.level,
+            dict(asked.keys),
+            request.priority,
+            self._call.peer.calling_ae,
+            request.message_id,
+        )
+        jobs, task = context.jobs, None
+        if found and context.store.may_serve:  # a standby serves it without a promise
+            task = await jobs.begin(MOVE_TASK, self._call.peer.calling_ae, msgspec.msgpack.encode(body))
+        try:
+            await deliver(context, destination, body, found, tally, self._stop, lambda: self._pending(tally))
+            if not context.store.may_read:
+                raise NotServing("no longer the primary")
+            if task:
+                await jobs.end(task, _outcome(tally))
+        except BaseException:
+            if task:
+                jobs.leave(task)
+            raise
+        self._final(tally)
+
+
+async def finish_move(context: Context, task: Task) -> str:
+    """Do a C-MOVE whose requestor, or whose primary, is gone. What was sent before is sent again."""
+    body = msgspec.msgpack.decode(task.body, type=MoveBody)
+    destination = context.destinations.get(body.destination)
+    if destination is None:
+        return "the destination isn't in the settings any more"
+    left = await _found(context, Wanted(body.level, body.keys))
+    pause, ends, sent = FIRST_RETRY_S, time.time() + MOVE_PATIENCE_S, 0
+    while True:
+        tally = Tally(len(left))
+        await deliver(context, destination, body, left, tally, lambda: not context.store.may_serve, lambda: None)
+        if not context.store.may_serve:
+            raise NotServing("no longer the primary")
+        sent += tally.completed + tally.warning
+        failed = set(tally.failed_uids)
+        left = [one for one in left if one.put.sop_instance in failed]
+        if not left or time.time() > ends:
+            return f"{sent} sent, {len(left)} failed"
+        await asyncio.sleep(pause)
+        pause = min(pause * 2, RETRY_S_MAX)
+
+
+def _outcome(tally: Tally) -> str:
+    return f"{tally.completed + tally.warning} sent, {tally.failed} failed, {tally.remaining} not tried"
+
+
+async def _found(context: Context, asked: Wanted) -> list[Instance]:
+    loop, rows = asyncio.get_running_loop(), context.store.rows
+    return await loop.run_in_executor(context.executor, lambda: list(instances(rows, asked)))
+
+
+async def deliver(
+    context: Context,
+    destination: Destination,
+    body: MoveBody,
+    found: list[Instance],
+    tally: Tally,
+    stop: Callable[[], bool],
+    progress: Callable[[], None],
+) -> None:
+    """Send instances to a destination, over as many associations as it takes: the contexts of one are limited, and one
+    that breaks off is followed by another as long as something gets through."""
+    groups = _groups(found)
+    while groups:
+        group = groups.pop(0)
+        before = tally.completed + tally.warning
+        try:
+            association = await Requestor.associate(context.settings.aet, destination, _contexts(_kinds(group)))
+        except Unreachable as error:
+            log.warning("retrieve.unreachable", destination=destination.aet, why=str(error))
+            for instance in (one for each in (group, *groups) for one in each):
+                tally.fail(instance.put.sop_instance)
+            return
+        contexts = {agreed: number for number, agreed in association.contexts.items()}
+        originator = (body.originator, body.message_id)
+        delivery = Delivery(association, contexts, association.window, destination.timeout_s, body.priority, originator)
+        sending = Sending(delivery, context.store, context.converter, tally, stop, progress)
+        try:
+            await sending.run(group)
+        finally:
+            await association.release()
+        if stop():
+            return
+        if sending.unsent:
+            if tally.completed + tally.warning > before:
+                groups.insert(0, sending.unsent)
+            else:  # nothing gets through: the rest has the same fate
+                for instance in sending.unsent:
+                    tally.fail(instance.put.sop_instance)
+
+
+def _kinds(found: list[Instance]) -> Iterator[Kind]:
+    return ((one.put.sop_class, one.put.transfer_syntax) for one in found)
+
+
+def _groups(found: list[Instance]) -> list[list[Instance]]:
+    """Instances by association, each with no more presentation contexts than there may be."""
+    groups: list[list[Instance]] = []
+    kinds: set[Kind] = set()
+    for instance in found:
+        kind = (instance.put.sop_class, instance.put.transfer_syntax)
+        if not groups or len(_contexts({*kinds, kind})) > CONTEXTS_MAX:
+            groups.append([])
+            kinds = set()
+        kinds.add(kind)
+        groups[-1].append(instance)
+    return groups
+
+
+def _contexts(kinds: Iterable[Kind]) -> list[tuple[str, tuple[str, ...]]]:
+    """One context for each SOP class and transfer syntax that is stored, and those for what may be converted to."""
+    stored = list(dict.fromkeys(kinds))
+    others = [(sop_class, syntax) for sop_class in dict.fromkeys(kind[0] for kind in stored) for syntax in TARGETS]
+    return [(sop_class, (syntax,)) for sop_class, syntax in dict.fromkeys(stored + others)]

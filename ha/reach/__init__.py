@@ -1,0 +1,1 @@
+"""How clients reach the node that serves: addresses, fence, neighbours, share."""

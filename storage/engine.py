@@ -1,0 +1,495 @@
+"""The storage engine of one node: its parts, their role in the pair, and the effects of the core.
+
+Writing: `begin` an object, feed it, `put` it. `put` returns when the object is durable on every in-sync node,
+committed and visible; anything else is an exception. Reading: `settled()` and then the catalogue, while `may_serve`.
+"""
+
+import asyncio
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import structlog
+
+from conf.settings import Settings
+from storage import crash
+from storage.control import Report, Tell
+from storage.environment import Surroundings, real
+from storage.ingest import Ingest, NotServing
+from storage.journal import Journal
+from storage.objects.copies import Copies
+from storage.objects.reading import Reading
+from storage.objects.upload import Upload
+from storage.objects.view import Showing
+from storage.objects.volumes import Volumes
+from storage.replication.duty import Duty
+from storage.replication.effects import (
+    Adopt,
+    DropLink,
+    Effect,
+    InvariantBroken,
+    Limits,
+    Persist,
+    Publish,
+    Send,
+    SteppedDown,
+    Transmit,
+)
+from storage.replication.epochs import Epochs
+from storage.replication.follower import Follower
+from storage.replication.messages import Ack, AnyMessage, Pong, Prepare
+from storage.replication.network import Network
+from storage.replication.peering import Peering
+from storage.replication.pending import Pending, Pendings
+from storage.replication.replica import Replica
+from storage.state.catalogue import Batch
+from storage.state.model import Delete, Entry, Put, Task, TaskDone, encode
+from storage.state.soundness import closed
+from storage.upkeep.healing import Healing
+from storage.upkeep.recovery import recover
+from storage.upkeep.scrub import Scrub
+from storage.upkeep.tidying import Tidying
+
+log = structlog.get_logger()
+
+DISK_THREADS: Final = 16
+TICK_S: Final = 0.1
+
+
+class Engine:
+    def __init__(self, settings: Settings, surroundings: Surroundings | None = None) -> None:
+        """Raises CatalogueDamaged, OSError."""
+        around = surroundings or real(settings)
+        self.settings, self.clock = settings, around.clock
+        self.told = Tell("follow")
+        self.fatal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.on_change: Callable[[], None] = lambda: None
+        self.on_stepped_down: Callable[[], None] = lambda: None
+        self.on_drain: Callable[[], None] = lambda: None
+        self._barriers: list[tuple[int, asyncio.Future[None]]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._pendings = Pendings()
+        self.catalogue = around.open_catalogue()
+        self.cluster_id = str(self.catalogue.meta("cluster_id", ""))
+        self.pair_seq = int(self.catalogue.meta("pair_seq", 0))
+        self.volumes = self._open_volumes(around)
+        view = around.view([volume.path / "archive" for volume in self.volumes])
+        recovered = recover(self.catalogue, self.volumes, verify=settings.storage.verify_tail)
+        self.disk = around.workers(DISK_THREADS, "disk")
+        self.core = self._new_core(recovered.whole)
+        self._furnish(around, view, recovered.away)
+        self._queued = self.journal.applied
+        self._standing = self.duty.standing()
+
+    def _open_volumes(self, around: Surroundings) -> Volumes:
+        """Those of the settings, and those added while running."""
+        storage = self.settings.storage
+        added = [Path(path) for path in self.catalogue.meta("volume_paths", ())]
+        return Volumes(
+            list(dict.fromkeys((*storage.volumes, *added))),
+            storage.reserve_bytes,
+            slow_io_s=storage.slow_io_s,
+            open_volume=around.open_volume,
+            clock=around.clock,
+        )
+
+    def _furnish(self, around: Surroundings, view: Showing, away: frozenset[str]) -> None:
+        """The parts, each with what it works with."""
+        storage = self.settings.storage
+        kept = (self.catalogue, self.volumes)
+        self.journal = Journal(
+            *kept,
+            view,
+            around.workers,
+            on_durable=self._durable,
+            on_applied=self._applied,
+            on_stuck=self._not_kept,
+            on_failed=self._die,
+        )
+        self.copies = Copies(*kept, self.disk, self._pendings, lambda: self.core.commit)
+        self.peering = self._new_peering(around.networks)
+        self.follower = Follower(self.peering, self.journal, *kept, self.disk, self._stuck)
+        self.healing = Healing(
+            self.core,
+            *kept,
+            self.journal,
+            self.follower,
+            self.peering,
+            self.copies,
+            self.disk,
+            clock=self.clock,
+            away=away,
+            reprotect_after_s=storage.reprotect_after_s,
+            not_kept=self._not_kept,
+        )
+        self.reading = Reading(self.copies, self.healing, self.disk)
+        self.scrub = Scrub(*kept, self.journal, self.copies, self.healing, self.disk, storage.scrub_days)
+        self.tidying = Tidying(*kept, self.journal, self.disk, in_use=self._spools_in_use, clock=self.clock)
+        self.duty = Duty(
+            self.core,
+            clock=self.clock,
+            persist_promise=lambda epoch: self.journal.record(promised=epoch),
+            abandon=self._abandon,
+            flush=self.flush,
+            fit=lambda: self.volumes.usable > 0,
+            standby_reads=self.settings.dicom.standby_reads,
+            isolated_reads=self.settings.dicom.isolated_reads,
+        )
+        self.ingest = Ingest(
+            self.core,
+            self.duty,
+            self.settings.cluster,
+            *kept,
+            self.disk,
+            self.peering,
+            self.journal,
+            self._pendings,
+            self.copies,
+            peer_room=lambda: int(self._peer_info().get("room", 1)),
+            flush=self.flush,
+            clock=self.clock,
+            duplicates=storage.duplicates,
+            examine=self.healing.examine,
+            not_kept=self._not_kept,
+        )
+
+    def _new_core(self, whole: bool) -> Replica:
+        store_id = self.catalogue.meta("store_id", "") or str(uuid.uuid4())
+        incarnation = int(self.catalogue.meta("incarnation", 0)) + 1
+        self.catalogue.write(Batch(meta={"store_id": store_id, "incarnation": incarnation}))
+        cluster = self.settings.cluster
+        limits = Limits()
+        if cluster:
+            limits = Limits(peer_timeout_s=cluster.peer_timeout_s, ack_timeout_s=cluster.ack_timeout_s)
+        core = Replica(
+            self.settings.node.name,
+            cluster.peer if cluster else None,
+            cluster.name if cluster else "",
+            store_id,
+            incarnation,
+            int(self.catalogue.meta("promised", 0)),
+            Epochs(self.catalogue.epochs.pairs),
+            self.catalogue.epochs.last[1],
+            int(self.catalogue.meta("applied", 0)),
+            whole or cluster is None,  # alone there is no better copy to follow; what is lost is in log and status
+            limits,
+        )
+        if cluster:
+            core.granted_until = self.clock() + limits.grant_s  # a promise given before a restart still holds
+        return core
+
+    def _new_peering(self, networks: tuple[Network, ...]) -> Peering:
+        cluster = self.settings.cluster
+        return Peering(
+            dial=cluster is not None and self.settings.node.name < cluster.peer,
+            networks=networks,
+            volumes=self.volumes,
+            workers=self.disk,
+            find=self.copies.find,
+            lacks=self.copies.lacks,
+            list_copies=self.copies.listing,
+            on_up=self._link_up,
+            on_down=self._link_down,
+            on_message=self._message,
+            on_suspect=lambda seq: self.healing.suspect(seq),
+        )
+
+    # -- life --------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        self._queue_applies(self.core.commit)
+        if self.settings.cluster:
+            await self.peering.start()
+        else:
+            epoch = self.core.promised + 1
+            self.tell(Tell("lead", epoch, (self.core.node,), serve_until=float("inf")))
+            await self.duty.led()
+        self._spawn(self._ticking())
+        self._spawn(self.healing.run())
+        self._spawn(self.healing.watch_volumes())
+        self._spawn(self.tidying.run())
+        self._spawn(self.scrub.run())
+
+    async def stop(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await self.peering.stop()
+        if not self.fatal.done():
+            await self.journal.checkpoint()
+        self.journal.close()
+        self.disk.stop()
+        self.catalogue.close()
+        closed(self.settings.storage.state / "catalogue")
+
+    def _spawn(self, coroutine: Any) -> None:
+        task: asyncio.Task[None] = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            self._die(error)
+
+    def _die(self, error: BaseException) -> None:
+        """This process must not go on; the HA agent or systemd starts it anew and recovery looks at what is there."""
+        log.critical("store.fatal", error=f"{type(error).__name__}: {error}")
+        if not self.fatal.done():
+            self.fatal.set_exception(error)
+
+    async def _ticking(self) -> None:
+        count = 0
+        while True:
+            self.core.peer_unfit = self._peer_info().get("usable", 1) == 0
+            self.core.tick(self.clock())
+            self.flush()
+            count += 1
+            if count % 2 == 0:
+                self.on_change()
+            await asyncio.sleep(TICK_S)
+
+    # -- role --------------------------------------------------------------------------------------------------
+
+    @property
+    def may_serve(self) -> bool:
+        """This node is the primary and may answer now."""
+        return self.duty.may_serve
+
+    @property
+    def may_read(self) -> bool:
+        """Queries and retrieves may be answered here: as the primary, or as a standby that follows one."""
+        return self.duty.may_read
+
+    def tell(self, tell: Tell) -> None:
+        drain, self.told = tell.drain and not self.told.drain, tell
+        if drain:
+            self.on_drain()
+        if tell.cluster_id and not self.cluster_id:
+            self.cluster_id = tell.cluster_id
+            self._spawn(self.journal.record(cluster_id=tell.cluster_id))
+        self.duty.tell(tell)
+        self.on_change()
+
+    def report(self) -> Report:
+        return self.duty.report(self.cluster_id)
+
+    # -- writing -----------------------------------------------------------------------------------------------
+
+    def begin(self, header: bytes) -> Upload:
+        """Start an object. `header` is what precedes the data set. Raises NotServing or NoRoom."""
+        return self.ingest.begin(header)
+
+    async def put(self, upload: Upload, make: Callable[[bytes, int], Put]) -> bool:
+        """Commit a finished object, see `Ingest.put`."""
+        return await self.ingest.put(upload, make)
+
+    async def delete(self, delete: Delete) -> int:
+        """Delete a study, series or instance on both nodes. Returns how many instances it was. Raises NotServing."""
+        await self.settled()
+        before = self.catalogue.counts()["instances"]
+        await self.ingest.commit(delete)
+        await self.settled()
+        return before - self.catalogue.counts()["instances"]
+
+    async def commit(self, operation: Task | TaskDone) -> None:
+        """Have both nodes note a task, or its end. Raises NotServing."""
+        await self.ingest.commit(operation)
+
+    def _peer_info(self) -> dict[str, Any]:
+        """What the peer last said of its volumes."""
+        return msgspec.msgpack.decode(self.core.peer_info) if self.core.peer_info else {}
+
+    async def take_volume(self, path: Path) -> str:
+        """Take a volume into service while running; returns its UUID. Raises OSError or VolumeOffline."""
+        volume = await self.disk.run(self.volumes.add, path)
+        self.follower.may_lie_here = True  # a disk that was here before brings its files back
+        paths = {str(slot.path) for slot in self.volumes.slots}
+        known = self.catalogue.known_volumes | {volume.id}
+        await self.journal.record(volume_paths=sorted(paths), volumes=sorted(known))
+        return volume.id
+
+    def _spools_in_use(self) -> set[str]:
+        named = [location for _, location in list(self.follower.entries.values())] + self._pendings.locations()
+        coming = {incoming.spool for incoming in list(self.volumes.on_their_way) if incoming.written}
+        return {location.spool for location in named if location} | coming | self.healing.in_flight
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    async def settled(self) -> None:
+        """Wait until everything committed up to now is in the catalogue and the tree."""
+        commit = self.core.commit
+        if self.journal.applied >= commit:
+            return
+        barrier: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._barriers.append((commit, barrier))
+        self.journal.hurry()
+        await barrier
+
+    # -- effects of the core -----------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        for effect in self.core.take():
+            self._carry_out(effect)
+        standing = self.duty.standing()
+        if standing != self._standing:
+            self._standing = standing
+            self.on_change()
+
+    def _carry_out(self, effect: Effect) -> None:
+        match effect:
+            case Send(message):
+                self.peering.send(self._with_info(message))
+            case Transmit(session, first, last):
+                for seq in range(first, last + 1):
+                    self._transmit(session, seq)
+            case Persist():
+                self.follower.persist(effect)
+            case Adopt(epoch, match):
+                self._spawn(self._adopt(epoch, match))
+            case Publish(seq):
+                self._publish(seq)
+            case SteppedDown():
+                self._stepped_down()
+            case DropLink(reason):
+                self.peering.drop(reason)
+
+    def _with_info(self, message: AnyMessage) -> AnyMessage:
+        if isinstance(message, Ack):
+            crash.point("standby.before_ack")
+        if not isinstance(message, Pong):
+            return message
+        info = {
+            "room": self.volumes.free_bytes(),
+            "usable": self.volumes.usable,
+            "volumes": self.volumes.status(),
+            **self.catalogue.counts(),
+        }
+        return msgspec.structs.replace(message, info=msgspec.msgpack.encode(info))
+
+    def _transmit(self, session: int, seq: int) -> None:
+        kept = self._pendings.get(seq)
+        if kept:
+            raw, epoch, stream = encode(kept.entry), kept.entry.epoch, kept.stream
+        else:
+            raw, stream = self.catalogue.entry_bytes(seq), 0
+            epoch = msgspec.msgpack.decode(raw, type=Entry).epoch
+        # A stream belongs to the link it was sent on; after a reconnect the follower doesn't know it and fetches.
+        self.peering.send(Prepare(self.core.epoch, session, seq, epoch, self.core.commit, raw, stream))
+
+    async def _adopt(self, epoch: int, match: int) -> None:
+        await self.journal.record(truncate_after=match, promised=max(epoch, self.core.promised))
+        self._forget_after(match)
+        self.core.adopted(epoch, match)
+        self.flush()
+        await self.healing.check_whole()
+
+    def _publish(self, upto: int) -> None:
+        self._queue_applies(upto)
+        self._pendings.committed(upto)
+
+    def _queue_applies(self, upto: int) -> None:
+        for seq in range(self._queued + 1, upto + 1):
+            pending = self._pendings.get(seq)
+            if pending is None:
+                followed = self.follower.entries.pop(seq, None)
+                entry, location = followed or (self.catalogue.entry(seq), self.catalogue.location(seq))
+                # Until it is in the catalogue, a repeated UID must find it here, also what an earlier leader committed.
+                pending = Pending(entry, location)
+                self._pendings.add(pending)
+            self.journal.apply(pending.entry, pending.location)
+            self._queued = seq
+
+    def _stepped_down(self) -> None:
+        self.duty.stepped_down()
+        self._pendings.fail(NotServing("another node has taken over"))
+        self._spawn(self._abandon_soon())
+        self.on_stepped_down()
+
+    # -- what happened -----------------------------------------------------------------------------------------
+
+    def _durable(self, seq: int) -> None:
+        self.core.persisted(seq)
+        self.flush()
+        if not self.core.whole:
+            self._spawn(self.healing.check_whole())
+
+    def _applied(self, seq: int) -> None:
+        self._pendings.forget_upto(seq)
+        still = []
+        for wanted, barrier in self._barriers:
+            if wanted > seq:
+                still.append((wanted, barrier))
+            elif not barrier.done():
+                barrier.set_result(None)
+        self._barriers = still
+        self._note_pair()
+
+    def _note_pair(self) -> None:
+        """Remember up to where both nodes hold everything, for the count of single copies."""
+        cluster = self.settings.cluster
+        if cluster is None:
+            return
+        both = (
+            self.core.commit if not self.core.leading or cluster.peer in self.core.confirmed else self.core.peer_acked
+        )
+        if both > self.pair_seq:
+            self.pair_seq = both
+            self.journal.note(pair_seq=both)
+
+    def _abandon(self) -> None:
+        """Give up entries of a lost leader that can't be completed, once the journal is at rest."""
+        if self.core.leading or self.core.idle:
+            return
+        if self.journal.idle:
+            self._forget_after(self.core.durable)
+            self.core.abandon()
+
+    def _forget_after(self, seq: int) -> None:
+        """Entries after `seq` are no longer in the log."""
+        self.journal.rewind(seq)
+        self.follower.restart(seq)
+        for stream in self._pendings.forget_after(seq):
+            self.peering.abort_stream(stream)
+
+    def _not_kept(self, seq: int, error: Exception) -> None:
+        """No disk of this node takes the bytes of an entry. A leader stops: it will lead again without the entry, or
+        the other node with it. A follower stops following, and is out of the set unless it soon does better."""
+        log.error("entry.not_kept", seq=seq, error=str(error))
+        if self.core.leading:
+            self.core.follow()
+            self.flush()
+        else:
+            self._stuck(str(error))
+
+    def _stuck(self, why: str) -> None:
+        self.peering.drop(f"an entry can't be kept here: {why}")
+
+    # -- link --------------------------------------------------------------------------------------------------
+
+    def _link_up(self) -> None:
+        log.info("link.up")
+        self.core.linked_up(self.clock())
+        self.flush()
+
+    def _link_down(self, why: str) -> None:
+        log.warning("link.down", why=why)
+        self.core.unlinked(self.clock())
+        if not self.core.leading:
+            self.follower.restart(self.core.durable)
+        self._spawn(self._abandon_soon())
+        self.flush()
+
+    async def _abandon_soon(self) -> None:
+        while not self.core.leading and not self.core.idle and not self.core.joined:
+            self._abandon()
+            self.flush()
+            await asyncio.sleep(0.02)
+
+    def _message(self, message: AnyMessage) -> None:
+        try:
+            self.core.receive(message, self.clock())
+            self.flush()
+        except InvariantBroken as error:
+            self._die(error)

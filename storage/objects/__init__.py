@@ -1,0 +1,1 @@
+"""Bytes: volumes, spool, placement, copies."""

@@ -1,0 +1,287 @@
+"""One object on its way in: from a modality, from the peer's stream, or fetched from the peer.
+
+Bytes are collected in chunks on the event loop and written, digested and synced by a worker thread, one job at a time
+an object; a small object costs one thread hop in all. Memory is bounded: the sender is to pause while `backlogged`.
+An object that is still in memory as a whole when its disk fails is written again on another volume.
+"""
+
+import asyncio
+import contextlib
+import time
+import weakref
+from collections.abc import Callable
+from typing import BinaryIO, Final, Protocol, TypeVar
+
+import xxhash
+
+from storage import crash
+from storage.objects.volume import Spooled, Volume, set_aside
+from storage.state.model import Location
+from storage.workers import Threads
+
+CHUNK_BYTES: Final = 64 << 10  # what goes to the peer at once
+WRITE_BYTES: Final = 1 << 20  # what goes to the disk at once; up to this an object stays in memory until it is durable
+BACKLOG_BYTES_MAX: Final = 2 * WRITE_BYTES
+
+T = TypeVar("T")
+Tee = Callable[[bytearray], None]
+
+
+class Placement(Protocol):
+    """Where objects go, and who is told of a disk that failed."""
+
+    on_their_way: "weakref.WeakSet[Incoming]"
+
+    def choose(self, prefer: str = "") -> Volume: ...
+    def failed(self, volume_id: str, error: OSError) -> None: ...
+    def took(self, volume_id: str, seconds: float) -> None: ...
+
+
+class Incoming:
+    def __init__(
+        self, workers: Threads, placement: Placement, volume: Volume, header: bytes, tee: Tee | None = None
+    ) -> None:
+        """`header` is what comes before the data set; `tee` is given each chunk as well (the stream to the peer)."""
+        self._workers, self._placement, self.volume = workers, placement, volume
+        self._tee = tee
+        placement.on_their_way.add(self)
+        self.offset = len(header)
+        self.length = len(header)
+        self._digest = xxhash.xxh3_128()
+        self._queue: list[bytearray | bytes] = [header] if header else []
+        self._queued_bytes = 0
+        self._chunk = bytearray()
+        self._job: asyncio.Future[None] | None = None
+        self._spooled: Spooled | None = None
+        self._failed: OSError | None = None
+        self._finishing: asyncio.Future[bytes] | None = None
+        self._digested = False
+        self._given_up = False
+        self.first: bytearray | None = None  # the first chunk of the data set, kept to read the identity from
+        self.on_drained: Callable[[], None] | None = None
+
+    @property
+    def backlogged(self) -> bool:
+        """More is waiting for the disk than should be held in memory."""
+        return self._queued_bytes > BACKLOG_BYTES_MAX
+
+    @property
+    def written(self) -> bool:
+        """There is a file of it."""
+        return self._spooled is not None
+
+    @property
+    def spool(self) -> str:
+        if self._spooled is None:
+            raise RuntimeError("not written yet")
+        return self._spooled.name
+
+    @property
+    def placed(self) -> bool:
+        """Something was written, so that the volume can't be changed any more."""
+        return self._spooled is not None or self._job is not None
+
+    def feed(self, view: memoryview) -> None:
+        """Take over bytes of the data set; they are copied, the view may be reused."""
+        chunk = self._chunk
+        while len(chunk) + len(view) >= CHUNK_BYTES:
+            part = CHUNK_BYTES - len(chunk)
+            chunk += view[:part]
+            view = view[part:]
+            self.feed_chunk(chunk)
+            chunk = self._chunk = bytearray()
+        chunk += view
+
+    def feed_chunk(self, chunk: bytearray) -> None:
+        """Take over a whole chunk without copying it."""
+        self.length += len(chunk)
+        if self.first is None:
+            self.first = chunk
+        if self._failed or self._given_up:
+            return
+        if self._tee:
+            self._tee(chunk)
+        self._queue.append(chunk)
+        self._queued_bytes += len(chunk)
+        if self._queued_bytes > WRITE_BYTES and self._job is None and self._finishing is None:
+            self._start_job()
+
+    def _start_job(self) -> None:
+        queue, self._queue = self._queue, []
+        size = sum(len(chunk) for chunk in queue)
+        self._job = self._workers.run(self._write, queue)
+        self._job.add_done_callback(lambda job: self._written(job, size))
+
+    def _written(self, job: "asyncio.Future[None]", size: int) -> None:
+        self._job = None
+        self._queued_bytes -= size
+        if not job.cancelled() and isinstance(error := job.exception(), OSError):
+            self._failed = error
+            self._placement.failed(self.volume.id, error)
+            self._queue.clear()
+            self._queued_bytes = 0
+        if self._finishing is not None:
+            self._start_last()
+        elif self._queued_bytes > WRITE_BYTES and not self._given_up:
+            self._start_job()
+        if self.on_drained and not self.backlogged:
+            self.on_drained()
+
+    def _write(self, queue: list[bytearray | bytes], digest: bool = True) -> None:
+        if digest:
+            self._update_digest(queue)
+        if self._spooled is None:
+            self._spooled = self.volume.create()
+        self._spooled.write(queue)
+
+    def _update_digest(self, queue: list[bytearray | bytes]) -> None:
+        self._digested = True
+        for number, chunk in enumerate(queue):
+            if not (number == 0 and isinstance(chunk, bytes)):  # the header is the only bytes object
+                self._digest.update(chunk)
+
+    def complete(self) -> None:
+        """The last byte has come: hand over what is still being collected."""
+        if self._chunk:
+            chunk, self._chunk = self._chunk, bytearray()
+            self.feed_chunk(chunk)
+
+    # -- the end -----------------------------------------------------------------------------------------------
+
+    async def finish(self) -> bytes:
+        """Make the whole object durable. Returns the digest; raises OSError if the disk failed."""
+        return await asyncio.shield(self.begin_finish())
+
+    def begin_finish(self) -> "asyncio.Future[bytes]":
+        """Start to make the object durable; `finish` waits for it."""
+        if self._finishing is None:
+            self.complete()
+            self._finishing = asyncio.get_running_loop().create_future()
+            self._finishing.add_done_callback(lambda done: done.cancelled() or done.exception())
+            if self._job is None:
+                self._start_last()
+        return self._finishing
+
+    @property
+    def digest(self) -> bytes:
+        """Of what was digested up to now: of the whole object after `finish` or `digest_at_once`."""
+        return self._digest.digest()
+
+    @property
+    def in_memory(self) -> bool:
+        """Every byte of it is here and none on its way to the disk."""
+        return not self.placed and self._finishing is None and self._failed is None
+
+    def digest_at_once(self) -> bytes | None:
+        """The digest of a complete object before it is durable, None unless it is `in_memory`."""
+        if not self.in_memory:
+            return None
+        self.complete()
+        if not self.in_memory:
+            return None
+        if not self._digested:
+            self._update_digest(self._queue)
+        return self._digest.digest()
+
+    def land_here(self) -> None:
+        """Make an object that is in memory durable in this thread; raises OSError or NoRoom if no volume takes it."""
+        queue, digested = self._queue, self._digested
+        while True:
+            try:
+                self._write_and_finish(queue, digest=not digested)
+                return
+            except OSError as error:
+                digested = True
+                self._placement.failed(self.volume.id, error)
+                self._move_on(error)
+
+    def _move_on(self, error: OSError) -> None:
+        """To another volume than the one that just failed; raises the error if there is none."""
+        failed, broken = self.volume, self._spooled
+        volume = self._placement.choose()
+        if volume is failed:
+            raise error
+        self.volume, self._spooled = volume, None
+        if broken:
+            _discard(broken)
+
+    def _start_last(self) -> None:
+        """Write what is left and sync."""
+        if self._failed:
+            self._end(self._failed)
+            return
+        if self._spooled is None:
+            job = self._workers.run(self.land_here)
+        else:
+            queue, self._queue = self._queue, []
+            job = self._workers.run(self._write_and_finish, queue)
+        job.add_done_callback(self._last_written)
+
+    def _write_and_finish(self, queue: list[bytearray | bytes], digest: bool = True) -> None:
+        if queue or self._spooled is None:
+            self._write(queue, digest)
+        if self._spooled is None:
+            raise RuntimeError("nothing spooled")
+        crash.point("incoming.before_fsync")
+        start = time.monotonic()
+        self._spooled.finish()
+        self._placement.took(self.volume.id, time.monotonic() - start)
+        crash.point("incoming.after_fsync")
+
+    def _last_written(self, job: "asyncio.Future[None]") -> None:
+        self._queue = []
+        self._queued_bytes = 0
+        error = job.exception()
+        if isinstance(error, OSError):
+            self._placement.failed(self.volume.id, error)
+        self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
+        finishing = self._finishing
+        if finishing is None or finishing.done():
+            return
+        if error:
+            finishing.set_exception(error)
+        else:
+            finishing.set_result(self._digest.digest())
+
+    # -- giving up ---------------------------------------------------------------------------------------------
+
+    async def discard(self) -> None:
+        """Forget the object; nothing of it stays on the disk."""
+        self._given_up = True
+        self._queue.clear()
+        while self._job is not None:
+            await asyncio.wait([self._job])
+        if self._finishing:
+            await asyncio.wait([self._finishing])
+        spooled = self._spooled
+        if spooled:
+            await self._workers.run(_discard, spooled)
+
+    async def set_aside(self, reason: str, detail: dict[str, str]) -> None:
+        """Move the finished object to its volume's quarantine."""
+        await self._workers.run(self._quarantine, reason, detail)
+
+    def _quarantine(self, reason: str, detail: dict[str, str]) -> None:
+        set_aside(self.volume, f"spool/{self.spool}", reason, detail)
+
+    async def read(self, function: Callable[[BinaryIO], T]) -> T:
+        """`function` on the data set of a finished object, in a thread. Raises OSError."""
+
+        def read() -> T:
+            with (self.volume.path / "spool" / self.spool).open("rb") as file:
+                file.seek(self.offset)
+                return function(file)
+
+        return await self._workers.run(read)
+
+    @property
+    def location(self) -> Location:
+        """Where it lies once it is finished."""
+        return Location(self.volume.id, self.spool, "")
+
+
+def _discard(spooled: Spooled) -> None:
+    with contextlib.suppress(OSError):  # on a failed disk it stays; recovery tidies the spool
+        spooled.discard()

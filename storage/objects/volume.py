@@ -1,0 +1,302 @@
+"""A volume: a directory on one disk, with a marker that says it is ours.
+
+    tandem-volume.json    marker: the volume's UUID; without it the volume is offline, so that an unmounted disk never
+                          fills the system disk
+    spool/                objects between their first byte and their publication
+    archive/              the readable tree, published objects only
+    quarantine/           what was refused, replaced, deleted or found damaged, each beside a .json that says why
+
+All methods block and are called from worker threads. Files are named relative to the volume ("spool/x",
+"archive/patient/..."). Durability comes in two steps: `Spooled.finish` makes the bytes durable, `sync_spool` the names
+in the spool folder. Publication is a rename that may be lost in a power cut; the log says what to do again.
+"""
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import xxhash
+
+from storage.state.model import Location, Put
+
+MARKER: Final = "tandem-volume.json"
+FOLDERS: Final = ("spool", "archive", "quarantine")
+WRITEBACK_BYTES: Final = 32 << 20  # a long object is flushed every so often, so that its last fsync isn't long
+READ_BYTES: Final = 1 << 20
+
+
+class NoRoom(Exception):
+    """No volume is online with room for another object."""
+
+
+class VolumeOffline(Exception):
+    """The marker is missing or isn't ours."""
+
+
+class Spooled(Protocol):
+    """A new object in a volume's spool folder."""
+
+    name: str
+
+    def write(self, buffers: Sequence[bytes | bytearray | memoryview]) -> None: ...
+    def finish(self) -> None:
+        """Make the bytes durable and close."""
+        ...
+
+    def discard(self) -> None: ...
+
+
+class Reader(Protocol):
+    """An open file of a volume."""
+
+    def read(self, size: int, /) -> bytes: ...
+    def close(self) -> None: ...
+
+
+class Volume(Protocol):
+    """One place for objects. Raises OSError; after EIO the caller takes the volume out of service."""
+
+    id: str
+    path: Path
+    draining: bool  # nothing new is put here
+
+    def check(self) -> None:
+        """Raises VolumeOffline or OSError unless the disk is there, ours and takes writes."""
+        ...
+
+    def free_bytes(self) -> int: ...
+    def total_bytes(self) -> int: ...
+    def create(self) -> Spooled: ...
+    def sync_spool(self) -> None: ...
+    def publish(self, spool: str, relative: str) -> set[str]:
+        """Move a spooled object to its place in the tree; repeatable. Returns the directories to sync some time."""
+        ...
+
+    def sync_directories(self, directories: Iterable[str]) -> None: ...
+    def locate(self, location: Location) -> str | None:
+        """The file of an object that may or may not have been published."""
+        ...
+
+    def open(self, name: str) -> Reader: ...
+    def size(self, name: str) -> int: ...
+    def quarantine(self, name: str, reason: str, detail: dict[str, str]) -> None:
+        """Move a file out of the way, with its reason; durable after `sync_quarantine`."""
+        ...
+
+    def sync_quarantine(self) -> None: ...
+    def remove(self, name: str) -> None: ...
+    def spooled(self) -> list[str]: ...
+    def archived(self) -> Iterator[str]:
+        """Every file of the readable tree, below `archive/`."""
+        ...
+
+    def set_draining(self, draining: bool) -> None: ...
+
+
+def digest_of(volume: Volume, name: str, offset: int) -> tuple[bytes, int]:
+    """(xxh3-128 of what follows `offset`, length of the file). Raises OSError."""
+    digest = xxhash.xxh3_128()
+    length = 0
+    file = volume.open(name)
+    try:
+        length += len(file.read(offset))
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+            length += len(block)
+    finally:
+        file.close()
+    return digest.digest(), length
+
+
+def holds(volume: Volume, name: str, put: Put) -> bool:
+    """The file is the one that the record describes, by digest and length. Raises OSError."""
+    return digest_of(volume, name, put.offset) == (put.digest, put.length)
+
+
+def set_aside(volume: Volume, name: str, reason: str, detail: dict[str, str]) -> None:
+    """Move one file to quarantine, durably. Raises OSError."""
+    volume.quarantine(name, reason, detail)
+    volume.sync_quarantine()
+
+
+def create_marker(path: Path) -> str:
+    """Make `path` a volume; returns its UUID. Refuses a directory that is one already."""
+    path.mkdir(parents=True, exist_ok=True)
+    if (path / MARKER).exists():
+        raise FileExistsError(f"{path} is a volume already")
+    volume_id = str(uuid.uuid4())
+    _write_marker(path, {"tandem_volume": 1, "id": volume_id})
+    return volume_id
+
+
+def _write_marker(path: Path, marker: dict[str, Any]) -> None:
+    temporary = path / f".{MARKER}.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(marker, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path / MARKER)
+    fsync_directory(path)
+
+
+def read_marker(path: Path) -> dict[str, Any]:
+    """The marker with the volume's UUID as `id`; raises VolumeOffline."""
+    try:
+        marker: dict[str, Any] = json.loads((path / MARKER).read_text(encoding="utf-8"))
+        str(marker["id"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise VolumeOffline(
+            f"{path}: no {MARKER}; is the disk mounted? (`tandem volume add` makes a volume)"
+        ) from error
+    return marker
+
+
+def fsync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class LocalSpooled:
+    def __init__(self, path: Path) -> None:
+        self.name = path.name
+        self._path = path
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+        self._dirty = 0
+
+    def write(self, buffers: Sequence[bytes | bytearray | memoryview]) -> None:
+        views = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        while views:
+            written = os.writev(self._fd, views[:64])
+            self._dirty += written
+            while views and written >= len(views[0]):
+                written -= len(views.pop(0))
+            if views and written:
+                views[0] = views[0][written:]
+        if self._dirty >= WRITEBACK_BYTES:
+            os.fdatasync(self._fd)
+            self._dirty = 0
+
+    def finish(self) -> None:
+        fd, self._fd = self._fd, -1
+        try:
+            os.fsync(fd)  # an error here is final: the kernel may have dropped the pages, asking again would lie
+        finally:
+            os.close(fd)
+
+    def discard(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+        self._path.unlink(missing_ok=True)
+
+
+class LocalVolume:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        marker = read_marker(path)
+        self.id = str(marker["id"])
+        self.draining = bool(marker.get("draining", False))
+        for folder in FOLDERS:
+            (path / folder).mkdir(exist_ok=True)
+        fsync_directory(path)
+        self._start = f"{time.time_ns():x}"
+        self._count = 0
+
+    def check(self) -> None:
+        if read_marker(self.path)["id"] != self.id:
+            raise VolumeOffline(f"{self.path}: another volume is there now")
+        probe = self.path / ".probe"
+        with probe.open("wb") as file:
+            file.write(b"probe")
+            file.flush()
+            os.fsync(file.fileno())
+        probe.unlink()
+
+    def free_bytes(self) -> int:
+        status = os.statvfs(self.path)
+        return status.f_bavail * status.f_frsize
+
+    def total_bytes(self) -> int:
+        status = os.statvfs(self.path)
+        return status.f_blocks * status.f_frsize
+
+    def create(self) -> Spooled:
+        self._count += 1
+        return LocalSpooled(self.path / "spool" / f"{self._start}-{self._count:x}-{os.urandom(3).hex()}")
+
+    def sync_spool(self) -> None:
+        fsync_directory(self.path / "spool")
+
+    def publish(self, spool: str, relative: str) -> set[str]:
+        target = self.path / "archive" / relative
+        source = self.path / "spool" / spool
+        touched = {"spool", f"archive/{os.path.dirname(relative)}"}
+        try:
+            source.rename(target)
+        except FileNotFoundError:
+            if source.exists():
+                touched |= self._make_parents(relative)
+                source.rename(target)
+            elif not target.exists():
+                raise
+        return touched
+
+    def _make_parents(self, relative: str) -> set[str]:
+        above, made = "archive", set()
+        for part in relative.split("/")[:-1]:
+            folder = self.path / above / part
+            if not folder.is_dir():
+                folder.mkdir(exist_ok=True)
+                made.add(above)
+            above = f"{above}/{part}"
+        return made
+
+    def sync_directories(self, directories: Iterable[str]) -> None:
+        for directory in directories:
+            fsync_directory(self.path / directory)
+
+    def locate(self, location: Location) -> str | None:
+        published, spooled = f"archive/{location.path}", f"spool/{location.spool}"
+        for name in (published if location.path else "", spooled):
+            if name and (self.path / name).is_file():
+                return name
+        return None
+
+    def open(self, name: str) -> Reader:
+        return open(self.path / name, "rb", buffering=0)
+
+    def size(self, name: str) -> int:
+        return (self.path / name).stat().st_size
+
+    def quarantine(self, name: str, reason: str, detail: dict[str, str]) -> None:
+        stem = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.urandom(4).hex()}"
+        folder = self.path / "quarantine"
+        note = {"reason": reason, "quarantined": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "was": name, **detail}
+        (folder / f"{stem}.json").write_text(json.dumps(note, indent=1), encoding="utf-8")
+        (self.path / name).rename(folder / f"{stem}.dcm")
+
+    def sync_quarantine(self) -> None:
+        fsync_directory(self.path / "quarantine")
+
+    def remove(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
+
+    def spooled(self) -> list[str]:
+        return [entry.name for entry in os.scandir(self.path / "spool")]
+
+    def archived(self) -> Iterator[str]:
+        root = self.path / "archive"
+        for folder, _, files in os.walk(root):
+            inside = os.path.relpath(folder, root)
+            yield from (file if inside == "." else f"{inside}/{file}" for file in files)
+
+    def set_draining(self, draining: bool) -> None:
+        _write_marker(self.path, {**read_marker(self.path), "draining": draining})
+        self.draining = draining

@@ -1,0 +1,276 @@
+"""What an operator can have done on a running node: volumes, scrub, verify, delete, quarantine, reading an object.
+
+Each order is a method of `Service`, named as the order with `_` for `-`; its arguments are the order's.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+
+from storage import crash
+from storage.engine import Engine
+from storage.objects.copies import Row
+from storage.objects.incoming import Incoming
+from storage.objects.reading import Unavailable
+from storage.objects.volume import READ_BYTES, Volume, VolumeOffline, create_marker
+from storage.replication.peering import FetchFailed
+from storage.state.model import Delete
+from storage.upkeep.quarantine import kept, purge
+
+log = structlog.get_logger()
+
+DIFFERENCES_MAX: Final = 100
+DRAIN_BATCH: Final = 16
+DAY_S: Final = 86400.0
+
+Progress = Callable[[int, int], None]
+
+
+class Refused(Exception):
+    """One line for the operator."""
+
+
+class Service:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._orders: dict[str, Callable[..., Any]] = {
+            "volume-list": self._volume_list,
+            "volume-add": self._volume_add,
+            "volume-drain": self._volume_drain,
+            "volume-retire": self._volume_retire,
+            "scrub": self._scrub,
+            "verify": self._verify,
+            "delete": self._delete,
+            "instances": self._instances,
+            "get": self._get,
+            "quarantine-list": self._quarantine_list,
+            "quarantine-purge": self._quarantine_purge,
+            "crash": self._crash,
+        }
+
+    async def carry_out(self, name: str, given: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """Raises Refused, OSError, NotServing or NoRoom."""
+        order = self._orders.get(name)
+        if order is None:
+            raise Refused(f"unknown order {name}")
+        try:
+            result: dict[str, Any] = await order(progress, **given)
+        except TypeError as error:
+            raise Refused(f"{name}: {error}") from error
+        return result
+
+    # -- volumes -----------------------------------------------------------------------------------------------
+
+    def _volume_at(self, path: str) -> Volume:
+        for slot in self._engine.volumes.slots:
+            if slot.path == Path(path) and slot.volume is not None:
+                return slot.volume
+        raise Refused(f"{path} isn't a volume of this node; `tandem volume list` shows them")
+
+    async def _volume_list(self, _: Progress) -> dict[str, Any]:
+        rows = self._engine.volumes.status()
+        held: dict[str, int] = {}
+        for _seq, location in await self._engine.disk.run(lambda: list(self._engine.catalogue.locations())):
+            held[location.volume] = held.get(location.volume, 0) + 1
+        return {"volumes": [{**row, "copies": held.get(row.get("id", ""), 0)} for row in rows]}
+
+    async def _volume_add(self, _: Progress, path: str) -> dict[str, Any]:
+        folder = Path(path)
+        if not folder.is_absolute():
+            raise Refused(f"{path}: give an absolute path")
+
+        def make() -> None:
+            with contextlib.suppress(FileExistsError):  # a volume already: taken as it is
+                create_marker(folder)
+
+        await self._engine.disk.run(make)
+        try:
+            volume_id = await self._engine.take_volume(folder)
+        except VolumeOffline as error:
+            raise Refused(str(error)) from error
+        return {"id": volume_id}
+
+    async def _volume_drain(self, progress: Progress, path: str) -> dict[str, Any]:
+        """Copy all that lies on a volume to the others; nothing new is put there meanwhile and afterwards."""
+        engine, volume = self._engine, self._volume_at(path)
+        await engine.disk.run(volume.set_draining, True)
+        seqs = await engine.disk.run(self._held, volume.id)
+        moved = 0
+        for at in range(0, len(seqs), DRAIN_BATCH):
+            found = {}
+            for seq in seqs[at : at + DRAIN_BATCH]:
+                incoming = await self._copy(seq, volume)
+                if incoming:
+                    found[seq] = incoming
+            moved += len(await engine.journal.move({seq: incoming.location for seq, incoming in found.items()}))
+            progress(at + DRAIN_BATCH, len(seqs))
+            await engine.journal.quiet()
+        left = len(await engine.disk.run(self._held, volume.id))
+        return {"moved": moved, "left": left}
+
+    def _held(self, volume_id: str) -> list[int]:
+        """Entries whose copy lies on a volume. Blocks."""
+        return [seq for seq, location in self._engine.catalogue.locations() if location.volume == volume_id]
+
+    async def _copy(self, seq: int, volume: Volume) -> Incoming | None:
+        """A verified second copy on another volume of this node, None if the first is gone or no good."""
+        engine = self._engine
+        found = await engine.disk.run(engine.copies.find, seq)
+        if found is None or found[0] is not volume:
+            return None
+        _, name, put = found
+        file = await engine.disk.run(volume.open, name)
+        try:
+            incoming = Incoming(engine.disk, engine.volumes, engine.volumes.choose(), file.read(put.offset))
+            while block := await engine.disk.run(file.read, READ_BYTES):
+                incoming.feed_chunk(bytearray(block))
+        finally:
+            file.close()
+        await incoming.finish()
+        if incoming.digest != put.digest:
+            await incoming.discard()
+            await engine.healing.examine(seq)
+            return None
+        return incoming
+
+    async def _volume_retire(self, _: Progress, path: str) -> dict[str, Any]:
+        engine, volume = self._engine, self._volume_at(path)
+        left = len(await engine.disk.run(self._held, volume.id))
+        if left:
+            raise Refused(f"{path} still holds {left} copies; `tandem volume drain {path}` moves them")
+        engine.volumes.retire(volume.id)
+        paths = sorted({str(slot.path) for slot in engine.volumes.slots})
+        known = sorted(engine.catalogue.known_volumes - {volume.id})
+        await engine.journal.record(volumes=known, volume_paths=paths)
+        return {"id": volume.id}
+
+    # -- checking ----------------------------------------------------------------------------------------------
+
+    async def _scrub(self, progress: Progress, study: str = "") -> dict[str, Any]:
+        return await self._engine.scrub.now(study, progress)
+
+    async def _verify(self, progress: Progress, read: bool = True) -> dict[str, Any]:
+        """Compare the two nodes entry by entry, and each copy with its digest."""
+        engine = self._engine
+        if engine.core.peer is None:
+            raise Refused("this node runs alone; `tandem scrub --now` checks its copies")
+        await engine.settled()
+        start, last, entries = 1, engine.core.commit, 0
+        differences: list[str] = []
+        while start <= last:
+            mine = await engine.disk.run(lambda at: engine.copies.listing(at, read), start)
+            try:
+                theirs = {row.seq: row for row in await engine.peering.listing(start, read=read)}
+            except FetchFailed as error:
+                raise Refused(str(error)) from error
+            for row in mine:
+                if row.seq <= last:
+                    entries += 1
+                    differences += self._compare(row, theirs.get(row.seq))
+            start = (mine[-1].seq if mine else last) + 1
+            progress(min(start, last), last)
+        return {
+            "entries": entries,
+            "differences": differences[:DIFFERENCES_MAX],
+            "count": len(differences),
+            "same": not differences,
+        }
+
+    def _compare(self, mine: Row, theirs: Row | None) -> list[str]:
+        me, peer = self._engine.core.node, self._engine.core.peer
+        if theirs is None or theirs.epoch != mine.epoch:
+            return [f"entry {mine.seq}: not on node {peer}"]
+        if mine.kind == "void" or theirs.kind == "void":
+            return []  # deleted or replaced on one of them already
+        if (mine.kind, mine.digest) != (theirs.kind, theirs.digest):
+            return [f"entry {mine.seq}: the nodes differ"]
+        return [
+            f"{mine.sop_instance}: copy on node {node} is {row.copy}"
+            for node, row in ((me, mine), (peer, theirs))
+            if row.copy in ("bad", "missing")
+        ]
+
+    # -- objects -----------------------------------------------------------------------------------------------
+
+    async def _delete(
+        self, _: Progress, study: str, reason: str, by: str, series: str = "", sop_instance: str = ""
+    ) -> dict[str, Any]:
+        if not reason.strip():
+            raise Refused("a deletion needs a reason")
+        if not self._engine.may_serve:
+            raise Refused(f"not the primary now; delete on node {self._engine.told.primary or 'with the address'}")
+        count = await self._engine.delete(Delete(study, series, sop_instance, reason, by, time.time()))
+        log.warning(
+            "audit.deleted", study=study, series=series, sop_instance=sop_instance, reason=reason, by=by, count=count
+        )
+        return {"deleted": count}
+
+    async def _instances(self, _: Progress, study: str) -> dict[str, Any]:
+        """The SOP Instance UIDs of a study."""
+        engine = self._engine
+        await engine.settled()
+
+        def found() -> list[str]:
+            series = [uid for uid, _ in engine.catalogue.series_of(study)]
+            return [one.put.sop_instance for uid in series for one in engine.catalogue.instances_of(study, uid)]
+
+        return {"instances": await engine.disk.run(found)}
+
+    async def _get(self, _: Progress, sop_instance: str) -> dict[str, Any]:
+        """Where a checked copy lies on this node, made again from the peer if need be; `digest`: XXH3-128 of all after
+        `offset`. Who asks reads it himself: this process may not write where that one may."""
+        engine = self._engine
+        await engine.settled()
+        instance = engine.catalogue.instance(sop_instance)
+        if instance is None:
+            raise Refused(f"{sop_instance} isn't stored here")
+        had = await engine.disk.run(engine.copies.find, instance.seq) is not None
+        try:
+            source = await engine.reading.open(instance)
+        except Unavailable as error:
+            raise Refused(str(error)) from error
+        return {
+            "sop_instance": sop_instance,
+            "from": "this node" if had else "the other node",
+            "file": str(source.volume.path / source.name),
+            "offset": source.put.offset,
+            "digest": source.put.digest.hex(),
+        }
+
+    # -- quarantine --------------------------------------------------------------------------------------------
+
+    async def _quarantine_list(self, _: Progress) -> dict[str, Any]:
+        return {"objects": await self._engine.disk.run(kept, self._engine.volumes)}
+
+    async def _quarantine_purge(self, _: Progress, older_than_days: float, ids: list[str] = []) -> dict[str, Any]:  # noqa: B006
+        """Delete quarantined objects for good: those named, or all that are older."""
+
+        def purge_all() -> int:
+            count = 0
+            for one in kept(self._engine.volumes):
+                old = time.time() - float(one["since"]) > older_than_days * DAY_S
+                if one["id"] in ids if ids else old:
+                    purge(one)
+                    count += 1
+            return count
+
+        count = await self._engine.disk.run(purge_all)
+        log.warning("audit.purged", count=count, older_than_days=older_than_days)
+        return {"purged": count}
+
+    # -- faults ------------------------------------------------------------------------------------------------
+
+    async def _crash(self, _: Progress, point: str, count: int = 1) -> dict[str, Any]:
+        """Kill this process at a named point; only where faults are asked for, in the lab."""
+        if os.environ.get("TANDEM_FAULTS") != "1":
+            raise Refused("faults on purpose are for the lab (TANDEM_FAULTS=1)")
+        try:
+            crash.arm(point, count)
+        except ValueError as error:
+            raise Refused(str(error)) from error
+        return {"armed": point}

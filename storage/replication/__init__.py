@@ -1,0 +1,1 @@
+"""One log on two nodes: the pure core, links, routes, the follower."""

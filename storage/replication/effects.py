@@ -1,0 +1,112 @@
+"""What goes into and comes out of the replication core: roles, limits, and the effects its shell carries out."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from storage.replication.messages import AnyMessage
+
+
+class InvariantBroken(Exception):
+    """The node must stop: going on could lose what was acknowledged."""
+
+
+class Role(Enum):
+    FOLLOWER = "follower"
+    LEADER = "leader"
+
+
+class Peer(Enum):
+    """What a leader knows of the other node's log."""
+
+    UNLINKED = "unlinked"
+    GREETED = "greeted"  # Welcome sent, waiting for Joined
+    JOINED = "joined"  # entries flow
+
+
+@dataclass(frozen=True)
+class Limits:
+    peer_timeout_s: float = 1.5
+    ack_timeout_s: float = 10.0
+    ping_interval_s: float = 0.2
+    grant_s: float = 2.0
+    grant_margin_s: float = 0.2
+    greet_again_s: float = 3.0
+    window: int = 256
+
+
+# Effects, to be carried out in order.
+
+
+@dataclass(frozen=True)
+class Send:
+    message: AnyMessage
+
+
+@dataclass(frozen=True)
+class Transmit:
+    """Send entries first..last (inclusive) as Prepare of this session."""
+
+    session: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Persist:
+    """Make this entry and its bytes durable, then call `persisted`."""
+
+    seq: int
+    entry_epoch: int
+    entry: bytes
+    stream: int
+
+
+@dataclass(frozen=True)
+class Adopt:
+    """Durably promise `epoch` and drop the log after `match`, then call `adopted` with the same values."""
+
+    epoch: int
+    match: int
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Entries up to `seq` are committed: make them visible, then acknowledge them."""
+
+    seq: int
+
+
+@dataclass(frozen=True)
+class SteppedDown:
+    """This node stopped leading; what was proposed and not published has an unknown outcome."""
+
+    promised: int
+
+
+@dataclass(frozen=True)
+class DropLink:
+    reason: str
+
+
+Effect = Send | Transmit | Persist | Adopt | Publish | SteppedDown | DropLink
+
+
+@dataclass(frozen=True)
+class Ask:
+    """The in-sync set this leader wants to be in force; `token` names the request."""
+
+    token: int
+    members: frozenset[str]
+
+
+@dataclass
+class FollowerState:
+    """Leader's state of the other node."""
+
+    stage: Peer = Peer.UNLINKED
+    session: int = 0
+    next_seq: int = 1
+    acked: int = 0
+    joined_at: int = 0
+    whole: bool = False
+    progress_at: float = 0.0

@@ -1,0 +1,180 @@
+"""Makes the leader's entries durable on this node: waits for the streamed bytes or fetches them, checks them, and hands
+them to the journal."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from storage.journal import Journal
+from storage.objects.incoming import Incoming
+from storage.objects.volume import NoRoom, holds
+from storage.objects.volumes import Volumes
+from storage.replication.effects import Persist
+from storage.replication.peering import FetchFailed, Peering, PeerLacksIt
+from storage.state.catalogue import ADOPTED, Catalogue
+from storage.state.model import Delete, Entry, Location, Put, decode_entry
+from storage.workers import Threads
+
+log = structlog.get_logger()
+
+FETCHES_MAX: Final = 24
+RETRIES: Final = 3
+RETRY_S: Final = 0.5
+
+
+class Follower:
+    """`on_stuck(why)` is called when an entry can't be made durable here."""
+
+    def __init__(
+        self,
+        peering: Peering,
+        journal: Journal,
+        catalogue: Catalogue,
+        volumes: Volumes,
+        workers: Threads,
+        on_stuck: Callable[[str], None],
+    ) -> None:
+        self._peering, self._journal, self._catalogue = peering, journal, catalogue
+        self._volumes, self._workers, self._on_stuck = volumes, workers, on_stuck
+        self._fetching = asyncio.Semaphore(FETCHES_MAX)
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        # Files that the catalogue doesn't name are to be expected: it was made anew, or a disk is back.
+        self.may_lie_here = catalogue.epochs.last[1] == 0 or not catalogue.meta("whole", True)
+        self.entries: dict[int, tuple[Entry, Location | None]] = {}  # accepted here and not yet published
+
+    def restart(self, durable: int) -> None:
+        """Forget what isn't in the journal yet; it comes anew."""
+        for task in self._tasks.values():
+            task.cancel()
+        self._tasks.clear()
+        self._journal.forget_early()
+        handed = max(durable, self._journal.handed)
+        self.entries = {seq: kept for seq, kept in list(self.entries.items()) if seq <= handed}
+
+    def persist(self, effect: Persist) -> None:
+        entry = decode_entry(effect.entry)
+        if (entry.epoch, entry.seq) != (effect.entry_epoch, effect.seq):
+            self._on_stuck("an entry doesn't match its envelope")
+            return
+        put = entry.operation
+        if not isinstance(put, Put):
+            self._keep(entry, None)
+            return
+        incoming = self._peering.ended(effect.stream)
+        if incoming and self._journal.idle and incoming.digest_at_once() and _fits(incoming, put):
+            self._peering.forget(effect.stream)
+            self._journal.append_landing(entry, lambda: self._land(entry, incoming))
+            return
+        if incoming:
+            incoming.begin_finish()
+        task = asyncio.get_running_loop().create_task(self._persist(entry, put, effect.stream))
+        self._tasks[effect.seq] = task
+        task.add_done_callback(lambda done: self._done(entry.seq, done))
+
+    def _done(self, seq: int, task: "asyncio.Task[None]") -> None:
+        if self._tasks.get(seq) is task:
+            del self._tasks[seq]
+
+    def _land(self, entry: Entry, incoming: Incoming) -> Location:
+        """In the journal's thread."""
+        incoming.land_here()
+        self.entries[entry.seq] = (entry, incoming.location)
+        return incoming.location
+
+    def _keep(self, entry: Entry, location: Location | None) -> None:
+        self.entries[entry.seq] = (entry, location)
+        self._journal.append(entry, location)
+
+    async def _persist(self, entry: Entry, put: Put, stream: int) -> None:
+        try:
+            location = await self.obtain(entry, put, stream)
+        except PeerLacksIt:
+            # It was committed, and it is on neither node now or was deleted later: the log goes on without the bytes.
+            location = None
+        except (FetchFailed, NoRoom, OSError) as error:
+            log.warning("follower.stuck", seq=entry.seq, error=str(error) or type(error).__name__)
+            self._on_stuck(str(error))
+            return
+        self._keep(entry, location)
+
+    async def obtain(self, entry: Entry, put: Put, stream: int = 0) -> Location:
+        """Durable bytes of an entry on this node, checked against its digest: from a stream, from a file that lies here
+        already, or from the peer. Raises FetchFailed, NoRoom or OSError."""
+        if stream:
+            try:
+                return await self._checked(await self._peering.received(stream), put)
+            except (FetchFailed, NoRoom, OSError) as error:
+                log.warning("stream.unusable", sop_instance=put.sop_instance, error=str(error))
+        elif self.may_lie_here and (found := await self._workers.run(self._lies_here, entry, put)):
+            return found
+        for attempt in range(RETRIES):
+            async with self._fetching:
+                try:
+                    return await self._fetched(entry, put)
+                except PeerLacksIt:
+                    raise
+                except (FetchFailed, OSError) as error:
+                    if attempt == RETRIES - 1 or self._peering.link is None:
+                        raise
+                    log.warning("fetch.again", sop_instance=put.sop_instance, error=str(error))
+            await asyncio.sleep(RETRY_S)
+        raise FetchFailed("tried too often")
+
+    async def _fetched(self, entry: Entry, put: Put) -> Location:
+        incoming = await self._peering.fetch(entry.seq)
+        try:
+            return await self._checked(incoming, put)
+        except FetchFailed:
+            self._peering.suspect(entry.seq)
+            raise
+
+    async def _checked(self, incoming: Incoming, put: Put) -> Location:
+        try:
+            await incoming.finish()
+        except (OSError, NoRoom):
+            await incoming.discard()
+            raise
+        except asyncio.CancelledError:
+            self._peering.discard_soon(incoming)
+            raise
+        if not _fits(incoming, put):
+            await incoming.discard()
+            raise FetchFailed("what came isn't what the entry names")
+        return incoming.location
+
+    def _lies_here(self, entry: Entry, put: Put) -> Location | None:
+        """A good file in its place in the tree that the catalogue doesn't name: a disk came back, or the catalogue was
+        rebuilt. Blocks."""
+        if self._catalogue.leavings(1):
+            return None  # what lies there may be on its way out
+        path = self._catalogue.path_of(entry, {})
+        for volume in self._volumes:
+            location = Location(volume.id, f"{ADOPTED}{entry.seq}", path)
+            try:
+                name = volume.locate(location)
+                good = name and holds(volume, name, put)
+                if good and not self._belongs_to_another(entry, put):
+                    return location
+            except OSError:
+                continue
+        return None
+
+    def _belongs_to_another(self, entry: Entry, put: Put) -> bool:
+        """What lies in this place is the copy of an older entry, at least until a deletion is carried out."""
+        known = self._catalogue.instance(put.sop_instance)
+        coming = [kept.operation for kept, _ in list(self.entries.values()) if kept.seq != entry.seq]
+        return (
+            (known is not None and known.seq != entry.seq)
+            or bool(self._catalogue.leavings(1))
+            or any(
+                isinstance(one, Delete) or (isinstance(one, Put) and one.sop_instance == put.sop_instance)
+                for one in coming
+            )
+        )
+
+
+def _fits(incoming: Incoming, put: Put) -> bool:
+    """What came is what the entry names."""
+    return (incoming.digest, incoming.length, incoming.offset) == (put.digest, put.length, put.offset)

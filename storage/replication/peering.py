@@ -1,0 +1,367 @@
+"""The other node as this gateway sees it: one link; objects that stream in; objects asked for and given."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import msgspec
+import structlog
+
+from storage.objects.copies import Row
+from storage.objects.incoming import Incoming
+from storage.objects.volume import NoRoom, Reader, Volume
+from storage.objects.volumes import Volumes
+from storage.replication.link import Kind, Link
+from storage.replication.messages import AnyMessage, decode
+from storage.replication.messages import encode as encode_message
+from storage.replication.network import Network
+from storage.replication.routes import Routes
+from storage.state.model import Put
+from storage.workers import Threads
+
+log = structlog.get_logger()
+
+STREAMS_MAX: Final = 1024
+FETCH_STREAM_BIT: Final = 1 << 63
+READ_BYTES: Final = 256 << 10
+BEGIN_BYTES: Final = 1 << 20  # read in one go
+FETCHES_SERVED_MAX: Final = 8
+HELD_CHUNKS_MAX: Final = 4
+
+
+class FetchFailed(Exception):
+    """The peer can't give the object now, or the link went away meanwhile."""
+
+
+class PeerLacksIt(FetchFailed):
+    """The peer has no copy of its own."""
+
+
+class Peering:
+    """Callbacks run on the event loop: `on_up`, `on_down(why)`, `on_message(message)`."""
+
+    def __init__(
+        self,
+        *,
+        dial: bool,
+        networks: Sequence[Network],
+        volumes: Volumes,
+        workers: Threads,
+        find: Callable[[int], tuple[Volume, str, Put] | None],
+        lacks: Callable[[int], bool],
+        list_copies: Callable[[int, bool, tuple[int, ...]], list[Row]],
+        on_up: Callable[[], None],
+        on_down: Callable[[str], None],
+        on_message: Callable[[AnyMessage], None],
+        on_suspect: Callable[[int], None],
+    ) -> None:
+        """`find(seq)` gives this node's copy of an entry, `lacks(seq)` says that there is none and won't be one soon;
+        `on_suspect(seq)`: the peer found that copy to be damaged, or it isn't where it should be."""
+        self.routes = Routes(dial=dial, networks=networks, on_up=self._up, on_frame=self._frame, on_down=self._down)
+        self._volumes, self._workers, self._find = volumes, workers, find
+        self._on_up, self._on_down = on_up, on_down
+        self._on_message, self._on_suspect = on_message, on_suspect
+        self._lacks, self._list = lacks, list_copies
+        self.on_clients: Callable[[bytes], None] = lambda _: None
+        self._listings: dict[int, asyncio.Future[list[Row]]] = {}
+        self.link: Link | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._incoming: dict[int, Incoming] = {}
+        self._ended: dict[int, asyncio.Future[Incoming]] = {}
+        self._claimed: set[int] = set()  # somebody waits for these and takes care of what comes
+        self._next_stream = 0
+        self._held: dict[int, list[bytes | bytearray]] = {}  # streams of which nothing was sent yet
+        self._next_fetch = FETCH_STREAM_BIT
+        self._serving = asyncio.Semaphore(FETCHES_SERVED_MAX)
+        self._waiting_for_disk: set[int] = set()
+
+    async def start(self) -> None:
+        await self.routes.start()
+
+    async def stop(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        self.routes.stop()
+        self.drop("shutting down")
+
+    def drop(self, why: str) -> None:
+        if self.link:
+            self.link.close(why)
+            self._down(self.link)
+
+    def _spawn(self, coroutine: "asyncio._CoroutineLike[None]") -> None:
+        task: asyncio.Task[None] = asyncio.ensure_future(coroutine)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _up(self, link: Link) -> None:
+        if self.link is not None:
+            self.drop("replaced by a new connection")
+        self.link = link
+        self._on_up()
+
+    def _down(self, link: Link) -> None:
+        if self.link is not link:
+            return
+        self.link = None
+        for stream, future in self._ended.items():
+            if not future.done():
+                future.set_exception(FetchFailed(link.why_closed))
+                future.exception()  # seen here; whoever still waits sees it too
+            elif not future.exception() and stream not in self._claimed:
+                self._spawn(future.result().discard())
+        for incoming in self._incoming.values():
+            self._spawn(incoming.discard())
+        for waiting in self._listings.values():
+            if not waiting.done():
+                waiting.set_exception(FetchFailed(link.why_closed))
+        self._listings.clear()
+        self._incoming.clear()
+        self._ended.clear()
+        self._held.clear()
+        self._waiting_for_disk.clear()
+        self._on_down(link.why_closed)
+
+    # -- sending -----------------------------------------------------------------------------------------------
+
+    def send(self, message: AnyMessage) -> None:
+        if self.link:
+            self.link.send(Kind.MESSAGE, 0, encode_message(message))
+
+    def send_clients(self, encoded: bytes) -> None:
+        """Tell the peer's HA agent, through its gateway, who is connected here: `on_clients` there."""
+        if self.link:
+            self.link.send(Kind.CLIENTS, 0, encoded)
+
+    def open_stream(self, header: bytes) -> int:
+        """Start to stream an object to the peer; returns the stream's number, 0 without a link."""
+        if self.link is None:
+            return 0
+        self._next_stream += 1
+        self._held[self._next_stream] = [header]
+        return self._next_stream
+
+    def chunk(self, stream: int, chunk: bytearray) -> None:
+        held = self._held.get(stream)
+        if held is not None and len(held) <= HELD_CHUNKS_MAX:
+            held.append(chunk)
+        elif self.link:
+            self._let_go(stream)
+            self.link.send(Kind.CHUNK, stream, chunk)
+
+    def _let_go(self, stream: int) -> None:
+        """A small object is held back until it is complete: the peer wakes once for it and its entry."""
+        held = self._held.pop(stream, None)
+        if held and self.link:
+            self.link.send(Kind.OPEN, stream, held[0])
+            for chunk in held[1:]:
+                self.link.send(Kind.CHUNK, stream, chunk)
+
+    def end_stream(self, stream: int) -> None:
+        self._let_go(stream)
+        if self.link:
+            self.link.send(Kind.END, stream)
+
+    def abort_stream(self, stream: int) -> None:
+        if self._held.pop(stream, None) is None and self.link and stream:
+            self.link.send(Kind.ABORT, stream)
+
+    # -- receiving ---------------------------------------------------------------------------------------------
+
+    def ended(self, stream: int) -> Incoming | None:
+        """The object of a stream whose last byte is here."""
+        future = self._ended.get(stream)
+        return future.result() if future and future.done() and not future.exception() else None
+
+    def discard_soon(self, incoming: Incoming) -> None:
+        """Nobody wants this object any more."""
+        self._spawn(incoming.discard())
+
+    def forget(self, stream: int) -> None:
+        self._ended.pop(stream, None)
+
+    async def received(self, stream: int) -> Incoming:
+        """The object of a stream once its last byte is here; raises FetchFailed."""
+        future = self._ended.get(stream)
+        if future is None:
+            raise FetchFailed("no such stream")
+        self._claimed.add(stream)
+        try:
+            return await asyncio.shield(future)
+        finally:
+            self._ended.pop(stream, None)
+            self._claimed.discard(stream)
+
+    async def fetch(self, seq: int) -> Incoming:
+        """Ask the peer for its copy of an entry; raises FetchFailed."""
+        link = self.link
+        if link is None:
+            raise FetchFailed("no link")
+        self._next_fetch += 1
+        stream = self._next_fetch
+        self._ended[stream] = asyncio.get_running_loop().create_future()
+        link.send(Kind.FETCH, stream, seq.to_bytes(8, "big"))
+        return await self.received(stream)
+
+    def suspect(self, seq: int) -> None:
+        """Tell the peer that what it gave for this entry wasn't good."""
+        if self.link:
+            self.link.send(Kind.SUSPECT, seq)
+
+    def _frame(self, link: Link, kind: Kind, stream: int, payload: bytearray) -> None:
+        if self.link is not link:
+            return
+        match kind:
+            case Kind.MESSAGE:
+                try:
+                    message = decode(payload)
+                except msgspec.DecodeError:
+                    link.close("a message that isn't ours")
+                    return
+                self._on_message(message)
+            case Kind.OPEN:
+                self._open(link, stream, bytes(payload))
+            case Kind.CHUNK:
+                if incoming := self._incoming.get(stream):
+                    incoming.feed_chunk(payload)
+                    self._hold_back(link, stream, incoming)
+            case Kind.END:
+                self._end(stream)
+            case Kind.ABORT:
+                if incoming := self._incoming.pop(stream, None):
+                    self._spawn(incoming.discard())
+                self._abandon(stream)
+            case Kind.FETCH:
+                self._spawn(self._serve(link, stream, int.from_bytes(payload, "big")))
+            case Kind.MISSING:
+                self._fail(stream, PeerLacksIt("the peer doesn't have it"))
+            case Kind.SUSPECT:
+                self._on_suspect(stream)
+            case Kind.LIST:
+                self._spawn(self._give_listing(link, stream, payload))
+            case Kind.LISTING:
+                waiting = self._listings.get(stream)
+                if waiting and not waiting.done():
+                    waiting.set_result(msgspec.msgpack.decode(payload, type=list[Row]))
+            case Kind.CLIENTS:
+                self.on_clients(bytes(payload))
+
+    def _open(self, link: Link, stream: int, header: bytes) -> None:
+        if len(self._incoming) >= STREAMS_MAX:
+            link.close("too many streams")
+            return
+        if not stream & FETCH_STREAM_BIT:
+            self._ended[stream] = asyncio.get_running_loop().create_future()
+        try:
+            volume = self._volumes.choose()
+        except NoRoom:
+            self._fail(stream, FetchFailed("no room here"))
+            return
+        incoming = self._incoming[stream] = Incoming(self._workers, self._volumes, volume, header)
+        incoming.on_drained = lambda: self._drained(link, stream)
+
+    def _hold_back(self, link: Link, stream: int, incoming: Incoming) -> None:
+        """Read no more while the disk is behind: memory stays bounded and the sender slows down."""
+        if incoming.backlogged and stream not in self._waiting_for_disk:
+            self._waiting_for_disk.add(stream)
+            link.pause_reading()
+
+    def _drained(self, link: Link, stream: int) -> None:
+        if stream in self._waiting_for_disk:
+            self._waiting_for_disk.discard(stream)
+            if not self._waiting_for_disk:
+                link.resume_reading()
+
+    def _end(self, stream: int) -> None:
+        incoming, future = self._incoming.pop(stream, None), self._ended.get(stream)
+        if incoming is None:
+            return
+        if future is None or future.done():
+            self._spawn(incoming.discard())
+            return
+        if not incoming.in_memory:
+            incoming.begin_finish()  # the disk starts now, before the entry comes
+        future.set_result(incoming)
+
+    def _abandon(self, stream: int) -> None:
+        """The sender gave the object up, perhaps after its last byte (it had it already)."""
+        future = self._ended.get(stream)
+        if future is not None and future.done() and future.exception() is None:
+            self._ended.pop(stream)
+            self._spawn(future.result().discard())
+        else:
+            self._fail(stream, FetchFailed("aborted by the peer"))
+
+    def _fail(self, stream: int, error: FetchFailed) -> None:
+        future = self._ended.get(stream)
+        if future is not None and not future.done():
+            future.set_exception(error)
+            future.exception()
+
+    # -- giving ------------------------------------------------------------------------------------------------
+
+    async def listing(self, start: int, *, read: bool, only: Sequence[int] = ()) -> list[Row]:
+        """What the peer holds from entry `start` on, some hundreds, or of `only` these; raises FetchFailed."""
+        link = self.link
+        if link is None:
+            raise FetchFailed("no link to the other node")
+        self._next_stream += 1
+        stream = self._next_stream
+        waiting: asyncio.Future[list[Row]] = asyncio.get_running_loop().create_future()
+        self._listings[stream] = waiting
+        link.send(Kind.LIST, stream, msgspec.msgpack.encode((start, read, tuple(only))))
+        try:
+            return await waiting
+        finally:
+            self._listings.pop(stream, None)
+
+    async def _give_listing(self, link: Link, stream: int, payload: bytearray) -> None:
+        start, read, only = msgspec.msgpack.decode(payload, type=tuple[int, bool, tuple[int, ...]])
+        rows = await self._workers.run(lambda: self._list(start, read, only))
+        link.send(Kind.LISTING, stream, msgspec.msgpack.encode(rows))
+
+    async def _serve(self, link: Link, stream: int, seq: int) -> None:
+        async with self._serving:
+            begun = await self._workers.run(self._begin_reading, seq)
+            if isinstance(begun, Kind):
+                link.send(begun, stream)
+                if begun is Kind.ABORT:
+                    self._on_suspect(seq)
+                return
+            volume, header, block, file = begun
+            try:
+                link.send(Kind.OPEN, stream, header)
+                while block:
+                    for at in range(0, len(block), READ_BYTES):
+                        link.send(Kind.CHUNK, stream, memoryview(block)[at : at + READ_BYTES])
+                    await link.room()
+                    block = await self._workers.run(file.read, BEGIN_BYTES) if file else b""
+                link.send(Kind.END, stream)
+            except OSError as error:
+                log.error("fetch.unreadable", seq=seq, error=error.strerror)
+                self._volumes.failed(volume.id, error)
+                link.send(Kind.ABORT, stream)
+            finally:
+                if file:
+                    file.close()
+
+    def _begin_reading(self, seq: int) -> tuple[Volume, bytes, bytes, Reader | None] | Kind:
+        """Header, first bytes, and the file if there is more of it; or what to answer instead. In one thread hop."""
+        found = self._find(seq)
+        if found is None:
+            return Kind.MISSING if self._lacks(seq) else Kind.ABORT
+        volume, name, put = found
+        file = None
+        try:
+            file = volume.open(name)
+            header, block = file.read(put.offset), file.read(BEGIN_BYTES)
+        except OSError as error:
+            if file:
+                file.close()
+            if not isinstance(error, FileNotFoundError):  # that one was only moved just now
+                self._volumes.failed(volume.id, error)
+            return Kind.ABORT
+        if len(header) + len(block) < put.length:
+            return volume, header, block, file
+        file.close()
+        return volume, header, block, None

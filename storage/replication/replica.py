@@ -1,0 +1,500 @@
+"""The replication core: one node's view of the pair's log. Pure: no sockets, files, clocks, threads or chance.
+
+Feed it what happened (`lead`, `propose`, `persisted`, `linked`, `receive`, `tick` ...), then `take()` the effects and
+carry them out in order. Time is a parameter, in seconds of any steady clock of this node.
+
+Invariants kept here (letters of the design):
+
+ R1 (A) An entry is committed only when it is durable here and acknowledged by every other member of `required`.
+ R2 (B) Nothing is accepted from an epoch below `promised`; a promise is durable before it is answered.
+ R3 (B) `required` shrinks only by the answer to the latest ask, a compare-and-swap that came after any expansion.
+        It grows before the expansion is asked for. So it always covers every in-sync set that may be in force.
+ R4 (C) Nothing committed is truncated.
+ R5 (C) A leader serves nobody before it has committed all that it held when it began to lead.
+ R6     Bounded: at most `window` entries are sent and not acknowledged.
+ R7     A follower promises not to be promoted (`grant_s`) only to the leader that it follows, never while `withhold`.
+"""
+
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
+
+from storage.replication.effects import (
+    Adopt,
+    Ask,
+    DropLink,
+    Effect,
+    FollowerState,
+    InvariantBroken,
+    Limits,
+    Peer,
+    Persist,
+    Publish,
+    Role,
+    Send,
+    SteppedDown,
+    Transmit,
+)
+from storage.replication.epochs import Epochs
+from storage.replication.messages import Ack, AnyMessage, Deny, Hello, Joined, Ping, Pong, Prepare, Resign, Welcome
+
+
+@dataclass
+class Replica:
+    node: str
+    peer: str | None
+    cluster: str
+    store_id: str
+    incarnation: int
+    promised: int
+    epochs: Epochs
+    durable: int  # last entry that would survive a power cut here
+    commit: int  # last entry known to be committed
+    whole: bool = True  # False: this copy is known to lack something; never to be promoted
+    limits: Limits = field(default_factory=Limits)
+
+    role: Role = Role.FOLLOWER
+    epoch: int = 0  # as leader
+    required: frozenset[str] = frozenset()
+    confirmed: frozenset[str] = frozenset()  # the in-sync set last known to be in force in etcd
+    ask: Ask | None = None
+    withhold: bool = False
+    peer_hello: Hello | None = None
+    peer_last: tuple[int, int] | None = None
+    peer_info: bytes = b""
+    peer_unfit: bool = False  # the peer says that it can't keep anything
+    grant_until: float = float("-inf")  # leader: the follower won't promote before (own clock)
+    granted_until: float = float("-inf")  # follower: promised not to promote before (own clock)
+
+    def __post_init__(self) -> None:
+        self._out: list[Effect] = []
+        self._linked = False
+        self.heard_at = 0.0
+        self._pinged_at = float("-inf")
+        self._lost_at: float | None = float("-inf")  # when the peer was last known to be there; None while it is
+        self._f = FollowerState()
+        self._token = 0
+        self._session = 0
+        self._lead_from = 0
+        self._greeted_at = 0.0
+        self._stalled_at: float | None = None  # since when commits wait for the follower without any progress
+        self._acked_max = 0
+        self._adopting: Welcome | None = None
+        self._following: Welcome | None = None
+        self._greeting: Hello | None = None  # a leader's Hello that waits until nothing is in flight here
+        if self.epochs.last[1] != self.durable:
+            raise InvariantBroken(f"log ends at {self.epochs.last[1]}, {self.durable} is durable")
+
+    # -- what callers may look at ------------------------------------------------------------------------------
+
+    @property
+    def accepted(self) -> int:
+        """Last entry in the log, durable or on its way to the disk."""
+        return self.epochs.last[1]
+
+    @property
+    def last(self) -> tuple[int, int]:
+        return self.epochs.last
+
+    @property
+    def leading(self) -> bool:
+        return self.role is Role.LEADER
+
+    @property
+    def linked(self) -> bool:
+        """The peer has been heard on the present link. A link alone says little: a frozen node's kernel takes it."""
+        return self._linked and self._lost_at is None
+
+    @property
+    def peer_acked(self) -> int:
+        return self._f.acked
+
+    @property
+    def live(self) -> bool:
+        """Leader: the follower has been sent everything, so bytes may be streamed to it as they arrive."""
+        return self.leading and self._f.stage is Peer.JOINED and self._f.next_seq > self.accepted
+
+    @property
+    def joined(self) -> bool:
+        """Follower: following a leader's log; leader: being followed."""
+        return self._f.stage is Peer.JOINED if self.leading else self._following is not None
+
+    @property
+    def rolled_forward(self) -> bool:
+        """Leader: everything that any earlier leader may have acknowledged is committed and published here."""
+        return self.leading and self.commit >= self._lead_from
+
+    @property
+    def session(self) -> int:
+        return self._f.session
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is on its way to this node's disk, so that the role may change."""
+        return self.durable == self.accepted and self._adopting is None
+
+    @property
+    def whole_at(self) -> int | None:
+        """Follower: this copy is complete once this entry is durable."""
+        return self._following.commit if self._following else None
+
+    def take(self) -> list[Effect]:
+        out, self._out = self._out, []
+        return out
+
+    # -- roles -------------------------------------------------------------------------------------------------
+
+    def good_enough(self, in_sync: frozenset[str]) -> bool:
+        """This copy is whole, or there is no better one: it is alone in sync, or the peer's isn't whole either."""
+        return self.whole or in_sync == {self.node} or (self.peer_hello is not None and not self.peer_hello.whole)
+
+    def lead(self, epoch: int, in_sync: frozenset[str], now: float) -> None:
+        """Lead in `epoch`, which the caller won in etcd and has made durable as this node's promise."""
+        if epoch < self.promised or epoch <= max(self.epoch, self.last[0]):
+            raise InvariantBroken(f"can't lead in epoch {epoch}: promised {self.promised}, log ends in {self.last}")
+        if not self.idle or not self.good_enough(in_sync):
+            raise InvariantBroken("can't lead with entries in flight, or with an incomplete copy beside another")
+        if now < self.granted_until:
+            raise InvariantBroken("can't lead while a promise not to is in force")
+        if self.node not in in_sync:
+            raise InvariantBroken("can't lead from outside the in-sync set")
+        self.role, self.epoch, self.promised = Role.LEADER, epoch, epoch
+        self.required, self.confirmed, self.ask = in_sync, in_sync, None
+        self.withhold = False
+        self._following = self._greeting = None
+        self._f = FollowerState()
+        self.grant_until = float("-inf")
+        self._lost_at = None if self.linked else now
+        self._lead_from = self.accepted
+        self._stalled_at, self._acked_max = None, 0
+        self._advance()
+        if self._linked:
+            self._greet(now)
+
+    def follow(self, *, resign: bool = False) -> None:
+        """Stop leading. The log stays until a leader's Welcome. `resign`: nothing is served here, the peer is free."""
+        if self.leading:
+            if resign:
+                self._out.append(Send(Resign(self.epoch, self._f.session)))
+            self.role = Role.FOLLOWER
+            self.required, self.ask = frozenset(), None
+            self._f = FollowerState()
+            self._out.append(SteppedDown(self.promised))
+
+    # -- log ---------------------------------------------------------------------------------------------------
+
+    def propose(self, now: float) -> int:
+        """Append one entry as leader; returns its seq. The caller keeps it at hand for `Transmit`."""
+        if not self.leading:
+            raise InvariantBroken("only a leader proposes")
+        seq = self.accepted + 1
+        self.epochs.append(self.epoch, seq)
+        if self._f.acked == seq - 1:
+            self._f.progress_at = now
+        self._transmit()
+        return seq
+
+    def persisted(self, seq: int) -> None:
+        """Entries up to `seq` and their bytes would survive a power cut here."""
+        if seq > self.accepted:
+            raise InvariantBroken(f"entry {seq} persisted, only {self.accepted} accepted")
+        if seq <= self.durable:
+            return
+        self.durable = seq
+        if self.leading:
+            self._advance()
+        elif self._following:
+            self._out.append(Send(Ack(self._following.epoch, self._following.session, seq)))
+        self._answer_greeting()
+
+    def abandon(self) -> None:
+        """Follower: entries that were accepted and can't be made durable are forgotten again."""
+        if self.leading:
+            raise InvariantBroken("a leader doesn't abandon entries")
+        self.epochs.truncate(self.durable)
+        self._following = None
+        self._answer_greeting()
+
+    def adopted(self, epoch: int, match: int) -> None:
+        welcome = self._adopting
+        if welcome is None or welcome.epoch != epoch or welcome.match != match:
+            return
+        self._adopting = None
+        self.promised = max(self.promised, epoch)
+        self.epochs.truncate(match)
+        self.durable = min(self.durable, match)
+        if self._linked and epoch == self.promised:
+            self._following = welcome
+            self._out.append(Send(Joined(epoch, welcome.session, match)))
+        self._answer_greeting()
+
+    def promise(self, epoch: int) -> None:
+        """Note a promise that the caller has made durable."""
+        self.promised = max(self.promised, epoch)
+
+    def answered(self, token: int) -> None:
+        """The set asked for under `token` is in force in etcd, by a write that came after the asking."""
+        if self.ask and self.ask.token == token:
+            self.required = self.confirmed = self.ask.members
+            self.ask = None
+            self._advance()
+
+    # -- the link ----------------------------------------------------------------------------------------------
+
+    def linked_up(self, now: float) -> None:
+        self._linked, self.heard_at = True, now
+        self._pinged_at = float("-inf")
+        self._following = self._greeting = None
+        self._f.stage = Peer.UNLINKED
+        if self.leading:
+            self._greet(now)
+        else:
+            self._out.append(Send(self._hello(0)))
+
+    def unlinked(self, now: float) -> None:
+        if not self._linked:
+            return
+        self._linked = False
+        self._lost_at = now if self._lost_at is None else self._lost_at
+        self._following = self._greeting = None
+        self.peer_hello = self.peer_last = None
+        self._f.stage = Peer.UNLINKED
+
+    def tick(self, now: float) -> None:
+        if self._linked:
+            if now - self.heard_at > self.limits.peer_timeout_s:
+                self._out.append(DropLink("the peer is silent"))
+                self.unlinked(now)
+            elif now - self._pinged_at >= self.limits.ping_interval_s:
+                self._pinged_at = now
+                session = self._f.session if self.leading and self._f.stage is Peer.JOINED else 0
+                self._out.append(Send(Ping(self.promised, session, self.commit, now)))
+        if self.leading:
+            self._tick_leader(now)
+            if self._linked and self._f.stage is not Peer.JOINED and now - self._greeted_at > self.limits.greet_again_s:
+                self._greet(now)
+
+    def _tick_leader(self, now: float) -> None:
+        waiting = self._f.stage is Peer.JOINED and self._f.acked < self._f.next_seq - 1
+        if waiting and now - self._f.progress_at > self.limits.ack_timeout_s:
+            self._out.append(DropLink("the peer answers but doesn't acknowledge"))
+            self.unlinked(now - self.limits.peer_timeout_s)
+        if self.commit == self.durable or self._f.acked > self._acked_max or self.peer not in self.required:
+            self._stalled_at = None
+            self._acked_max = max(self._acked_max, self._f.acked)
+        elif self._stalled_at is None:
+            self._stalled_at = now
+        stalled = self._stalled_at is not None and now - self._stalled_at > self.limits.ack_timeout_s
+        lost = self._lost_at is not None and now - self._lost_at >= self.limits.peer_timeout_s
+        if (lost or stalled or self.peer_unfit) and self.peer in self.required:
+            self._ask_to_go_alone()
+        self._expand()
+
+    # -- messages ----------------------------------------------------------------------------------------------
+
+    def receive(self, message: AnyMessage, now: float) -> None:
+        self.heard_at, self._lost_at = now, None
+        match message:
+            case Hello():
+                self._on_hello(message, now)
+            case Welcome():
+                self._on_welcome(message)
+            case Joined():
+                self._on_joined(message, now)
+            case Prepare():
+                self._on_prepare(message, now)
+            case Ack():
+                self._on_ack(message, now)
+            case Ping():
+                self._on_ping(message, now)
+            case Pong():
+                self._on_pong(message)
+            case Resign():
+                if self._following and (message.epoch, message.session) == self._following.of:
+                    self.granted_until = float("-inf")
+            case Deny():
+                self._on_deny(message.promised)
+
+    def _on_hello(self, hello: Hello, now: float) -> None:
+        if hello.cluster != self.cluster or hello.node != self.peer:
+            self._out.append(DropLink(f"the other side is {hello.node} of cluster {hello.cluster}"))
+            self.unlinked(now)
+            return
+        self.peer_hello = hello
+        self.peer_last = hello.epochs[-1] if hello.epochs else (0, 0)
+        if hello.leading:
+            if hello.promised < self.promised:
+                self._out.append(Send(Deny(self.promised)))
+                return
+            if self.leading:
+                self._on_deny(hello.promised)
+            self._greeting = hello
+            self._answer_greeting()
+        elif self.leading:
+            if hello.promised > self.epoch:
+                self._on_deny(hello.promised)
+            elif hello.session == self._f.session:
+                self._welcome(hello, now)
+
+    def _welcome(self, hello: Hello, now: float) -> None:
+        match = self.epochs.common(Epochs(hello.epochs))
+        self._f = FollowerState(Peer.GREETED, self._f.session, match + 1, match, match, hello.whole, now)
+        behind = match < self.commit or not hello.whole
+        if behind and self.peer in self.required:
+            self._ask_to_go_alone()
+        self._out.append(Send(Welcome(self.epoch, self._f.session, match, self.commit)))
+
+    def _on_welcome(self, welcome: Welcome) -> None:
+        if self.leading or welcome.epoch < self.promised:
+            if welcome.epoch < self.promised:
+                self._out.append(Send(Deny(self.promised)))
+            return
+        if not self.idle or self._following is not None:
+            return  # not the answer to our last Hello; the leader's next one restarts the exchange
+        if welcome.match < self.commit:
+            raise InvariantBroken(f"leader of epoch {welcome.epoch} shares {welcome.match}, {self.commit} is committed")
+        self._adopting = welcome
+        self._out.append(Adopt(welcome.epoch, welcome.match))
+
+    def _on_joined(self, joined: Joined, now: float) -> None:
+        f = self._f
+        if self.leading and joined.session == f.session and joined.epoch == self.epoch and f.stage is Peer.GREETED:
+            f.stage, f.next_seq, f.acked, f.progress_at = Peer.JOINED, joined.seq + 1, joined.seq, now
+            f.joined_at = joined.seq
+            self._advance()
+            self._transmit()
+            self._expand()
+
+    def _on_prepare(self, prepare: Prepare, now: float) -> None:
+        following = self._following
+        if prepare.epoch < self.promised:
+            self._out.append(Send(Deny(self.promised)))
+            return
+        if following is None or (prepare.epoch, prepare.session) != (following.epoch, following.session):
+            return
+        if prepare.seq == self.accepted + 1:
+            self.epochs.append(prepare.entry_epoch, prepare.seq)
+            self._out.append(Persist(prepare.seq, prepare.entry_epoch, prepare.entry, prepare.stream))
+        elif prepare.seq > self.accepted:
+            self._out.append(DropLink(f"entry {prepare.seq} follows {self.accepted}"))
+            self.unlinked(now)
+            return
+        self._learn_commit(prepare.commit)
+
+    def _on_ack(self, ack: Ack, now: float) -> None:
+        f = self._f
+        if not self.leading or (ack.epoch, ack.session) != (self.epoch, f.session) or f.stage is not Peer.JOINED:
+            return
+        if f.acked < ack.seq < f.next_seq:
+            f.acked, f.progress_at = ack.seq, now
+            self._advance()
+            self._transmit()
+            self._expand()
+
+    def _on_ping(self, ping: Ping, now: float) -> None:
+        following = self._following
+        ours = following is not None and (ping.epoch, ping.session) == following.of
+        if ours:
+            self._learn_commit(ping.commit)
+            if not self.withhold:
+                self.granted_until = max(self.granted_until, now + self.limits.grant_s)
+        elif ping.session and ping.epoch < self.promised:
+            self._out.append(Send(Deny(self.promised)))
+        grant = ours and not self.withhold
+        self._out.append(
+            Send(Pong(ping.epoch, ping.session, ping.sent_s, grant, self.whole, self._settled().last, b""))
+        )
+
+    def _on_pong(self, pong: Pong) -> None:
+        self.peer_last, self.peer_info = pong.epochs_last, pong.info or self.peer_info
+        self.peer_hello = self.peer_hello and replace(self.peer_hello, whole=pong.whole)
+        ours = (pong.epoch, pong.session) == (self.epoch, self._f.session)
+        if self.leading and self._f.stage is Peer.JOINED and ours:
+            self._f.whole = pong.whole
+            if pong.grant:
+                until = pong.sent_s + self.limits.grant_s - self.limits.grant_margin_s
+                self.grant_until = max(self.grant_until, until)
+            self._expand()
+
+    def _on_deny(self, promised: int) -> None:
+        if self.leading and promised > self.epoch:
+            self.follow()
+
+    # -- helpers -----------------------------------------------------------------------------------------------
+
+    def _settled(self) -> Epochs:
+        """The durable part of the log."""
+        settled = Epochs(self.epochs.pairs)
+        settled.truncate(self.durable)
+        return settled
+
+    def _hello(self, session: int) -> Hello:
+        me = (self.cluster, self.node, self.store_id, self.incarnation)
+        log = (self._settled().pairs, self.commit, self.whole)
+        return Hello(*me, self.promised, self.leading, session, *log)
+
+    def _greet(self, now: float) -> None:
+        self._session += 1
+        self._greeted_at = now
+        acked = self._f.acked
+        self._f = FollowerState(session=self._session, acked=acked)
+        self._out.append(Send(self._hello(self._session)))
+
+    def _answer_greeting(self) -> None:
+        if self._greeting and self._linked and self.idle and not self.leading:
+            greeting, self._greeting = self._greeting, None
+            self._following = None
+            self._out.append(Send(self._hello(greeting.session)))
+
+    def _transmit(self) -> None:
+        f = self._f
+        if f.stage is not Peer.JOINED:
+            return
+        last = min(self.accepted, f.acked + self.limits.window)
+        if last >= f.next_seq:
+            self._out.append(Transmit(f.session, f.next_seq, last))
+            f.next_seq = last + 1
+
+    def _learn_commit(self, commit: int) -> None:
+        commit = min(commit, self.durable)
+        if commit > self.commit:
+            self.commit = commit
+            self._out.append(Publish(commit))
+
+    def _advance(self) -> None:
+        if not self.leading:
+            return
+        floor = self.durable
+        if self.required != {self.node}:
+            floor = min(floor, self._f.acked)
+        if floor > self.commit:
+            self.commit = floor
+            self._out.append(Publish(floor))
+
+    def _asked(self) -> frozenset[str]:
+        return self.ask.members if self.ask else self.required
+
+    def _ask_to_go_alone(self) -> None:
+        if self._asked() != (alone := frozenset({self.node})):
+            self._ask_for(alone)
+
+    def _ask_for(self, members: frozenset[str]) -> None:
+        self._token += 1
+        self.required = self.required | members
+        self.ask = Ask(self._token, members)
+
+    def _expand(self) -> None:
+        """Bring a follower that keeps up into the in-sync set.
+
+        First commits wait for it, so that it reaches what is committed even under load; then the set is asked for.
+        """
+        if self.peer is None or self.peer_unfit or not (self.live and self._f.whole):
+            return
+        if self._f.acked == self._f.joined_at < self.accepted:
+            return  # linked, but it hasn't shown yet that it can keep anything
+        both = frozenset({self.node, self.peer})
+        if self._asked() == both and (self.ask or self.confirmed == both):
+            return
+        self.required = both
+        if self._f.acked >= self.commit:
+            self._ask_for(both)

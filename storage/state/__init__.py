@@ -1,0 +1,1 @@
+"""What this node knows: the catalogue and the log, in LMDB."""

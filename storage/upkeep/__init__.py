@@ -1,0 +1,1 @@
+"""Healing, scrub, tidying, recovery, quarantine."""

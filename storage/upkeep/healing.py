@@ -1,0 +1,270 @@
+"""Makes the copies again that this node has lost: oldest first, from the peer, giving way to what comes in.
+
+A copy that is lost or no good is noted in `missing`; whatever is there is fetched, checked by digest and placed on any
+volume with room. A volume that fails is written off: all that lay on it is missing from then on.
+"""
+
+import asyncio
+import errno
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from storage import crash
+from storage.journal import Journal
+from storage.objects.copies import Copies
+from storage.objects.volume import NoRoom
+from storage.objects.volumes import Volumes
+from storage.replication.follower import Follower
+from storage.replication.peering import FetchFailed, Peering, PeerLacksIt
+from storage.replication.replica import Replica
+from storage.state.catalogue import Catalogue, same_copy
+from storage.state.model import Location, Put
+from storage.workers import Threads
+
+log = structlog.get_logger()
+
+BATCH: Final = 128
+WRITE_OFF_BATCH: Final = 2000
+POLL_S: Final = 0.5
+RETRY_S: Final = 5.0
+CHECK_VOLUMES_S: Final = 10.0
+SKIPPED: Final = -1  # there was nothing to do in this part of the list
+BUSY_SHARE: Final = 3.0  # while images come in: this much rest for each second of healing
+RATE_WINDOW_S: Final = 30.0
+
+
+class Healing:
+    def __init__(
+        self,
+        core: Replica,
+        catalogue: Catalogue,
+        volumes: Volumes,
+        journal: Journal,
+        follower: Follower,
+        peering: Peering,
+        copies: Copies,
+        workers: Threads,
+        *,
+        clock: Callable[[], float],
+        away: frozenset[str],
+        reprotect_after_s: float,
+        not_kept: Callable[[int, Exception], None],
+    ) -> None:
+        """`away`: volumes that hold objects and weren't there at the start; written off after `reprotect_after_s`.
+        `not_kept(seq, error)`: this node has lost the bytes of an entry before it was committed."""
+        self._core, self._catalogue, self._volumes, self._journal = core, catalogue, volumes, journal
+        self._follower, self._peering, self._copies, self._workers = follower, peering, copies, workers
+        self._clock, self._not_kept = clock, not_kept
+        self._away_until = dict.fromkeys(away, clock() + reprotect_after_s)
+        self._lost: set[str] = set()  # failed while running, still to be written off
+        self._suspects: set[int] = set()
+        self._retry_at: dict[int, float] = {}
+        self._healed: list[tuple[float, int]] = []
+        self._at = 0
+        self._recording: asyncio.Future[int] | None = None
+        self._unreadable: set[int] = set()  # copies that the peer lacks as well
+        self.in_flight: set[str] = set()  # spool files of copies that were made and aren't recorded yet
+        self._wake = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def failed(volume_id: str) -> None:
+            loop.call_soon_threadsafe(self._volume_failed, volume_id)
+
+        volumes.on_failed = failed
+
+    # -- what happened -----------------------------------------------------------------------------------------
+
+    def _volume_failed(self, volume_id: str) -> None:
+        self._lost.add(volume_id)
+        self._wake.set()
+
+    def suspect(self, seq: int) -> None:
+        """The peer says that this node's copy isn't what the record says."""
+        self._suspects.add(seq)
+        self._wake.set()
+
+    async def check_whole(self) -> None:
+        """A copy is whole again when it has followed a leader up to all that was committed when it joined."""
+        core = self._core
+        if not core.whole and core.whole_at is not None and core.durable >= core.whole_at:
+            await self._journal.record(whole=True)
+            core.whole = True
+            log.info("copy.whole")
+
+    @property
+    def unreadable(self) -> int:
+        """Objects of which neither node has a good copy now."""
+        return len(self._unreadable)
+
+    @property
+    def rate(self) -> float:
+        """Copies made again a second, over the last half minute."""
+        return sum(count for _, count in self._healed) / RATE_WINDOW_S
+
+    # -- work --------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        while True:
+            suspects, self._suspects = self._suspects, set()
+            for seq in sorted(suspects):
+                await self.examine(seq)
+            await self._write_off_lost()
+            healed = await self._heal_some() if self._peering.link and self._core.linked else 0
+            if healed:
+                continue
+            self._wake.clear()
+            try:
+                await asyncio.wait_for(self._wake.wait(), POLL_S)
+            except TimeoutError:
+                continue
+
+    async def watch_volumes(self) -> None:
+        """Look at the disks now and then also when nobody writes."""
+        while True:
+            await asyncio.sleep(CHECK_VOLUMES_S)
+            await self._workers.run(self._volumes.check)
+            known = self._catalogue.known_volumes
+            if new := {volume.id for volume in self._volumes} - known:  # mounted since
+                self._follower.may_lie_here = True
+                await self._journal.record(volumes=sorted(known | new))
+
+    async def examine(self, seq: int) -> bool:
+        """Read a copy; if it isn't good it is set aside and made again. Returns whether it was good."""
+        before = self._copies.location(seq)
+        try:
+            good = await self._workers.run(self._copies.good, seq)
+        except OSError as error:
+            if before:
+                self._volumes.failed(before.volume, error)
+            return False
+        if good:
+            return True
+        location = self._copies.location(seq)
+        if location is None or not self._is_online(location):
+            return False  # its volume is dealt with as a whole
+        if before is None or not same_copy(location, before):
+            return False  # made again meanwhile
+        why = "damaged" if good is False else "the file is gone"
+        log.error("copy.bad", seq=seq, why=why)
+        try:
+            if good is False:
+                await self._workers.run(self._copies.set_aside, seq, before, why)
+        except OSError as error:
+            self._volumes.failed(location.volume, error)
+            return False
+        await self._journal.lose({seq: (why, before)})
+        self._wake.set()
+        return False
+
+    async def now(self, seq: int) -> None:
+        """Somebody wants to read a copy that isn't there or isn't good: make it again at once, if that can be done."""
+        if await self.examine(seq):
+            return
+        _, location = await self._heal(seq)
+        if location is not None:
+            await self._record({seq: location})
+
+    def _is_online(self, location: Location) -> bool:
+        try:
+            self._volumes.get(location.volume)
+        except LookupError:
+            return False
+        return True
+
+    async def _write_off_lost(self) -> None:
+        if self._core.peer is None:
+            return  # alone there is nowhere to heal from; the disk may come back
+        now = self._clock()
+        online = {volume.id for volume in self._volumes}
+        self._away_until = {one: until for one, until in self._away_until.items() if one not in online}
+        due = self._lost | {volume_id for volume_id, until in self._away_until.items() if until <= now}
+        if due:
+            await self._recorded()
+        for volume_id in sorted(due):
+            await self._write_off(volume_id)
+            self._lost.discard(volume_id)
+            self._away_until.pop(volume_id, None)
+
+    async def _write_off(self, volume_id: str) -> None:
+        count, start = 0, 0
+        await self._journal.record()  # what was on its way to the disk when it failed is in the catalogue, or given up
+        while True:
+            found = await self._workers.run(lambda at: list(self._catalogue.locations(at, WRITE_OFF_BATCH)), start)
+            lost = {seq: ("its disk failed", location) for seq, location in found if location.volume == volume_id}
+            if lost:
+                if self._core.leading and max(lost) > self._core.commit:
+                    self._not_kept(max(lost), OSError(errno.EIO, "the disk of an entry that isn't committed failed"))
+                await self._journal.lose(lost)
+                count += len(lost)
+            if len(found) < WRITE_OFF_BATCH:
+                break
+            start = found[-1][0] + 1
+        known = (self._catalogue.known_volumes - {volume_id}) | {volume.id for volume in self._volumes}
+        gone = [key for key, _ in await self._workers.run(self._catalogue.leavings, 1 << 30, volume_id)]
+        await self._journal.forget_leavings(gone)
+        await self._journal.record(volumes=sorted(known))
+        log.warning("volume.written_off", volume=volume_id, copies=count)
+
+    # -- healing -----------------------------------------------------------------------------------------------
+
+    async def _heal_some(self) -> int:
+        """One batch; returns how many copies were made, 0 if there is nothing to do now."""
+        now = self._clock()
+        self._retry_at = {seq: at for seq, at in self._retry_at.items() if at > now}
+        wanted = await self._workers.run(self._catalogue.missing, self._at, BATCH)
+        due = [seq for seq in wanted if seq not in self._retry_at]
+        self._at = wanted[-1] + 1 if len(wanted) == BATCH else 0  # round and round: none that fails holds up the others
+        if not wanted:
+            self._unreadable.clear()
+        made = 0
+        for group in self._groups(due) if due else ():
+            start = self._clock()
+            found = await asyncio.gather(*(self._heal(seq) for seq in group))
+            made += await self._recorded()
+            self._recording = asyncio.ensure_future(
+                self._record({seq: location for seq, location in found if location is not None})
+            )
+            if self._journal.busy:
+                await asyncio.sleep(min(1.0, BUSY_SHARE * (self._clock() - start)))
+        if self._at == 0 or not due or self._journal.busy:
+            made += await self._recorded()
+        return made or (0 if self._at == 0 else SKIPPED)
+
+    def _groups(self, due: list[int]) -> list[list[int]]:
+        """While images come in: one copy at a time."""
+        return [due[at : at + 1] for at in range(len(due))] if self._journal.busy else [due]
+
+    async def _recorded(self) -> int:
+        """Wait for the copies whose record is being written while the next ones are fetched; returns how many."""
+        recording, self._recording = self._recording, None
+        return await recording if recording else 0
+
+    async def _record(self, moved: dict[int, Location]) -> int:
+        if not moved:
+            return 0
+        crash.point("heal.before_move")
+        count = len(await self._journal.move(moved))
+        self.in_flight -= {location.spool for location in moved.values()}
+        now = self._clock()
+        self._healed = [(at, some) for at, some in self._healed if at > now - RATE_WINDOW_S] + [(now, count)]
+        return count
+
+    async def _heal(self, seq: int) -> tuple[int, Location | None]:
+        entry = self._copies.entry(seq)
+        if entry is None or not isinstance(entry.operation, Put):
+            return seq, None
+        try:
+            location = await self._follower.obtain(entry, entry.operation)
+            self._unreadable.discard(seq)
+            self.in_flight.add(location.spool)
+            return seq, location
+        except PeerLacksIt:
+            if seq not in self._unreadable:
+                log.error("copy.unreadable", seq=seq, sop_instance=entry.operation.sop_instance, why="no node has it")
+            self._unreadable.add(seq)
+        except (FetchFailed, OSError, NoRoom) as error:
+            log.warning("heal.failed", seq=seq, error=str(error))
+        self._retry_at[seq] = self._clock() + RETRY_S
+        return seq, None

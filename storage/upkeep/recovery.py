@@ -1,0 +1,112 @@
+"""What a node does before it takes part again: check the end of its log against the bytes, and tidy the spool.
+
+Everything that was acknowledged was synced before. So an entry since the last checkpoint whose bytes are missing or
+wrong means that a disk broke its promise or is away. Nothing is cut off or deleted here: the entry stays, is noted as
+missing until its bytes are back, and this copy isn't whole, so that the node can't be promoted until it has followed a
+leader up to date.
+"""
+
+from dataclasses import dataclass
+
+import structlog
+
+from storage.objects.volume import holds, set_aside
+from storage.objects.volumes import Volumes
+from storage.state.catalogue import Batch, Catalogue
+from storage.state.model import Entry, Location, Put
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """`whole`: nothing is missing that wasn't known before; `away` are volumes that hold objects and aren't online."""
+
+    whole: bool
+    away: frozenset[str]
+
+
+def recover(catalogue: Catalogue, volumes: Volumes, *, verify: bool) -> Recovered:
+    last = catalogue.epochs.last[1]
+    checkpoint = int(catalogue.meta("checkpoint", 0))
+    touched: dict[str, set[str]] = {}
+    lost: dict[int, tuple[str, Location]] = {}
+    for seq in range(checkpoint + 1, last + 1):
+        entry = catalogue.entry(seq)
+        if not isinstance(entry.operation, Put) or catalogue.is_missing(seq):
+            continue
+        location = catalogue.location(seq)
+        problem = _problem(catalogue, volumes, entry, location, touched, verify=verify)
+        if problem:
+            log.error("recovery.lost", seq=seq, sop_instance=entry.operation.sop_instance, why=problem)
+            lost[seq] = (problem, location or Location("", "", ""))
+    for volume in volumes:
+        try:
+            volume.sync_directories(touched.get(volume.id, ()))  # what was renamed again must not need a third time
+        except OSError as error:
+            volumes.failed(volume.id, error)
+    online = {volume.id for volume in volumes}
+    known = catalogue.known_volumes
+    away = known - online
+    for volume_id in away:
+        log.error("recovery.volume_away", volume=volume_id)
+    lost = {seq: found for seq, found in lost.items() if not _on(catalogue, seq, away)}
+    whole = bool(catalogue.meta("whole", True)) and not lost and not away
+    catalogue.write(Batch(lost=lost, meta={"volumes": sorted(known | online), "whole": whole}))
+    _tidy(catalogue, volumes)
+    return Recovered(whole, frozenset(away))
+
+
+def _on(catalogue: Catalogue, seq: int, volume_ids: set[str]) -> bool:
+    location = catalogue.location(seq)
+    return location is not None and location.volume in volume_ids
+
+
+def _problem(
+    catalogue: Catalogue,
+    volumes: Volumes,
+    entry: Entry,
+    location: Location | None,
+    touched: dict[str, set[str]],
+    *,
+    verify: bool,
+) -> str:
+    """What is wrong with the copy of an entry, "" if nothing."""
+    put = entry.operation
+    if not isinstance(put, Put):
+        return ""
+    if location is None:
+        return "no copy is noted"
+    try:
+        volume = volumes.get(location.volume)
+        if location.path:
+            # The rename may have been lost with the power.
+            touched.setdefault(volume.id, set()).update(volume.publish(location.spool, location.path))
+        name = volume.locate(location)
+        if name is None:
+            return "the file is gone"
+        good = holds(volume, name, put) if verify else volume.size(name) == put.length
+        if not good:
+            set_aside(volume, name, "damaged", {"sop_instance": put.sop_instance})
+        return "" if good else "damaged"
+    except (OSError, LookupError) as error:
+        log.error("recovery.unreadable", sop_instance=put.sop_instance, error=type(error).__name__)
+        return "the file can't be read"
+
+
+def _tidy(catalogue: Catalogue, volumes: Volumes) -> None:
+    """Set aside spool files that no entry names: they were never complete, or never acknowledged."""
+    for volume in volumes:
+        try:
+            present = {f"{volume.id}/{name}": name for name in volume.spooled()}
+            named = catalogue.named(set(present)) if present else {}
+            touched: set[str] = set()
+            for location in named.values():
+                if location and location.path:  # made again, and its rename was lost with the power
+                    touched |= volume.publish(location.spool, location.path)
+            volume.sync_directories(touched)
+            for key in sorted(present.keys() - named.keys()):
+                volume.quarantine(f"spool/{present[key]}", "left over from a crash; no entry names it", {})
+            volume.sync_quarantine()
+        except OSError as error:
+            volumes.failed(volume.id, error)

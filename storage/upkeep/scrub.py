@@ -1,0 +1,134 @@
+"""Reads every copy of this node again and again and checks it against its digest; looks for files that don't belong.
+
+The pace is that of `scrub_days` for all there is, and images that come in go first. What is bad or gone is set aside
+and made again from the peer (`Healing.examine`). A file in the tree that the catalogue doesn't name goes to quarantine.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Any, Final
+
+import structlog
+
+from storage.journal import Journal
+from storage.objects.copies import Copies
+from storage.objects.volume import set_aside
+from storage.objects.volumes import Volumes
+from storage.state.catalogue import Catalogue
+from storage.state.model import Put
+from storage.upkeep.healing import Healing
+from storage.workers import Threads
+
+log = structlog.get_logger()
+
+BATCH: Final = 64
+DAY_S: Final = 86400.0
+BUSY_WAIT_S: Final = 0.2
+PAUSE_S_MAX: Final = 60.0
+REST_S: Final = 3600.0  # between two rounds at least
+
+
+class Scrub:
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        volumes: Volumes,
+        journal: Journal,
+        copies: Copies,
+        healing: Healing,
+        workers: Threads,
+        days: float,
+    ) -> None:
+        self._catalogue, self._volumes, self._journal = catalogue, volumes, journal
+        self._copies, self._healing, self._workers = copies, healing, workers
+        self._days = days
+        self.checked = 0
+        self.bad = 0
+        self.at = int(catalogue.meta("scrub_at", 0))
+
+    async def run(self) -> None:
+        """Round after round, for ever; goes on where it was after a restart."""
+        if not self._days:
+            return
+        while True:
+            await self._round()
+            await asyncio.sleep(REST_S)
+
+    async def _round(self) -> None:
+        while found := await self._batch(self.at + 1):
+            total_bytes = max(1, int(self._catalogue.meta("bytes", 0)))
+            for seq in found:
+                await self._journal.quiet()
+                length = await self._check(seq)
+                await asyncio.sleep(min(PAUSE_S_MAX, self._days * DAY_S * length / total_bytes))
+            self.at = found[-1]
+            self._journal.note(scrub_at=self.at)
+        self.at = 0
+        self._journal.note(scrub_at=0)
+        await self.strangers()
+
+    async def now(self, study: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
+        """Check everything, or one study, at once; images that come in still go first."""
+        before = (self.checked, self.bad)
+        total = await self._workers.run(self._catalogue.counts)
+        start = 0
+        while found := await self._batch(start):
+            for seq in found:
+                if study and not self._is_of(seq, study):
+                    continue
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._journal.quiet(), BUSY_WAIT_S)
+                await self._check(seq)
+            start = found[-1] + 1
+            progress(self.checked - before[0], total["instances"])
+        strangers = 0 if study else await self.strangers()
+        return {"checked": self.checked - before[0], "bad": self.bad - before[1], "strangers": strangers}
+
+    def _is_of(self, seq: int, study: str) -> bool:
+        entry = self._copies.entry(seq)
+        return entry is not None and isinstance(entry.operation, Put) and entry.operation.study == study
+
+    async def _batch(self, start: int) -> list[int]:
+        return await self._workers.run(lambda: [seq for seq, _ in self._catalogue.locations(start, BATCH)])
+
+    async def _check(self, seq: int) -> int:
+        """Returns the bytes that were read."""
+        entry = self._copies.entry(seq)
+        if entry is None or not isinstance(entry.operation, Put):
+            return 0
+        self.checked += 1
+        if not await self._healing.examine(seq) and self._copies.entry(seq) == entry:
+            self.bad += 1
+        return entry.operation.length
+
+    async def strangers(self) -> int:
+        """Set aside files in the trees that the catalogue doesn't name. Returns how many."""
+        return await self._workers.run(self._set_strangers_aside)
+
+    def _set_strangers_aside(self) -> int:
+        count = 0
+        for volume in self._volumes:
+            try:
+                for path in volume.archived():
+                    if self._catching_up():
+                        return count  # such files may be taken over as copies that are missing
+                    if self._is_stranger(volume.id, path):
+                        set_aside(volume, f"archive/{path}", "not in the catalogue", {})
+                        log.warning("scrub.stranger", volume=volume.id)
+                        count += 1
+            except OSError as error:
+                log.error("scrub.failed", volume=volume.id, error=type(error).__name__)
+        return count
+
+    def _catching_up(self) -> bool:
+        return not self._catalogue.meta("whole", True) or bool(self._catalogue.missing(0, 1))
+
+    def _is_stranger(self, volume_id: str, path: str) -> bool:
+        """A file's record comes before the file, and goes before it; so what isn't named now doesn't belong here."""
+        uid = path.rpartition("/")[2].removesuffix(".dcm").partition("~")[0]
+        instance = self._catalogue.instance(uid)
+        location = self._catalogue.location(instance.seq) if instance else None
+        if location and (location.volume, location.path) == (volume_id, path):
+            return False
+        return (volume_id, path) not in self._catalogue.leaving_paths()

@@ -1,0 +1,120 @@
+"""Moves files out of the way that the catalogue no longer names: replaced, deleted, damaged, diverged, moved."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from storage import crash
+from storage.journal import Journal
+from storage.objects.volume import set_aside
+from storage.objects.volumes import Volumes
+from storage.state.catalogue import Catalogue
+from storage.state.model import Leaving, Location
+from storage.workers import Threads
+
+log = structlog.get_logger()
+
+BATCH: Final = 1000
+POLL_S: Final = 0.5
+SWEEP_S: Final = 20.0
+
+
+class Tidying:
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        volumes: Volumes,
+        journal: Journal,
+        workers: Threads,
+        in_use: Callable[[], set[str]],
+        clock: Callable[[], float],
+    ) -> None:
+        """`in_use()`: spool files of entries that are on their way."""
+        self._catalogue, self._volumes, self._journal, self._workers = catalogue, volumes, journal, workers
+        self._in_use, self._clock = in_use, clock
+        self._swept_at = clock()
+        self._left: set[str] = set()
+        self._present: set[str] = set()
+
+    async def run(self) -> None:
+        while True:
+            await self.tidy()
+            if self._clock() - self._swept_at > SWEEP_S:
+                await self.sweep()
+                self._swept_at = self._clock()
+            await asyncio.sleep(POLL_S)
+
+    async def sweep(self) -> None:
+        """Set aside what lies in a spool folder since the last sweep and belongs to nobody: its sender went away, or
+        its entry was given up when the primary changed."""
+        present, unpublished = await self._workers.run(self._unnamed)
+        for location in unpublished:
+            await self._journal.publish_again(location)
+        in_use = self._in_use()
+        forgotten = {key for key in present if key.partition("/")[2] not in in_use}
+        if gone := forgotten & self._left:
+            await self._workers.run(self._set_aside, gone)
+        self._left = forgotten - gone
+
+    def _unnamed(self) -> tuple[set[str], list[Location]]:
+        """volume/spool name of files that the catalogue doesn't name, and copies that should have been moved into the
+        tree (the disk was full, say). Blocks."""
+        present = set()
+        for volume in self._volumes:
+            try:
+                present |= {f"{volume.id}/{name}" for name in volume.spooled()}
+            except OSError as error:
+                self._volumes.failed(volume.id, error)
+        # Under load there is always something in the spool; only what stays there is worth looking for.
+        stayed, self._present = present & self._present, present
+        named = self._catalogue.named(stayed) if stayed else {}
+        return stayed - named.keys(), [location for location in named.values() if location and location.path]
+
+    def _set_aside(self, keys: set[str]) -> None:
+        for key in sorted(keys):
+            volume_id, _, name = key.partition("/")
+            try:
+                set_aside(self._volumes.get(volume_id), f"spool/{name}", "given up: no entry names it", {})
+            except (OSError, LookupError) as error:
+                log.warning("sweep.failed", volume=volume_id, error=type(error).__name__)
+
+    async def tidy(self) -> None:
+        """One round. A power cut in between repeats it."""
+        leavings = []
+        for volume in self._volumes:  # those of a disk that is away wait without holding up the others
+            leavings += await self._workers.run(self._catalogue.leavings, BATCH, volume.id)
+        if leavings:
+            done = await self._workers.run(self._move_away, leavings)
+            if done:
+                await self._journal.forget_leavings(done)
+
+    def _move_away(self, leavings: list[tuple[str, Leaving]]) -> list[str]:
+        done, touched = [], set()
+        for key, leaving in leavings:
+            try:
+                volume = self._volumes.get(leaving.location.volume)
+            except LookupError:
+                continue  # until the disk is back
+            try:
+                name = volume.locate(leaving.location)
+                if name and leaving.keep:
+                    volume.quarantine(name, leaving.reason, {"sop_instance": leaving.sop_instance})
+                elif name:
+                    volume.remove(name)
+            except FileNotFoundError:
+                continue  # moved just now; the next round finds it
+            except OSError as error:
+                log.error("leaving.failed", volume=volume.id, error=error.strerror)
+                self._volumes.failed(volume.id, error)
+                continue
+            touched.add(volume)
+            done.append(key)
+        crash.point("leaving.after_move")
+        for volume in touched:
+            try:
+                volume.sync_quarantine()
+            except OSError as error:  # with the disk goes what was to be moved on it
+                self._volumes.failed(volume.id, error)
+        return done

@@ -1,0 +1,98 @@
+"""Objects on their way to the disk: written in pieces or at once, and written again when their disk fails."""
+
+import asyncio
+import errno
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from storage.objects.incoming import WRITE_BYTES, Incoming
+from storage.objects.volume import LocalSpooled, LocalVolume, NoRoom, Spooled, create_marker
+from storage.objects.volumes import Volumes
+from storage.workers import Workers
+
+HEADER = b"header"
+
+
+class UnsyncedSpooled(LocalSpooled):
+    def finish(self) -> None:
+        super().finish()
+        raise OSError(errno.EIO, "Input/output error")
+
+
+class FailingVolume(LocalVolume):
+    """Takes the bytes and fails at the sync."""
+
+    def create(self) -> Spooled:
+        return UnsyncedSpooled(self.path / "spool" / f"failing-{self.id[:8]}")
+
+
+def volumes(tmp_path: Path, *, failing: int, count: int = 2) -> Volumes:
+    for number in range(count):
+        create_marker(tmp_path / f"disk{number}")
+    made = Volumes([tmp_path / f"disk{number}" for number in range(count)], 0)
+    for slot in made.slots[:failing]:
+        assert slot.volume
+        slot.volume = made._by_id[slot.volume.id].volume = FailingVolume(slot.path)
+    return made
+
+
+def incoming(made: Volumes, workers: Workers, size: int) -> tuple[Incoming, bytes]:
+    first = made.slots[0].volume
+    assert first
+    data = bytes(range(256)) * (size // 256)
+    coming = Incoming(workers, made, first, HEADER)
+    coming.feed(memoryview(data))
+    return coming, data
+
+
+async def finished(made: Volumes, size: int) -> tuple[Incoming, bytes, bytes]:
+    workers = Workers(1, "test")
+    try:
+        coming, data = incoming(made, workers, size)
+        return coming, data, await coming.finish()
+    finally:
+        workers.stop()
+
+
+@pytest.mark.parametrize("size", [256, 100 << 10, 3 * WRITE_BYTES])
+def test_whole_object_is_written_and_digested(tmp_path: Path, size: int) -> None:
+    coming, data, digest = asyncio.run(finished(volumes(tmp_path, failing=0), size))
+    assert digest == xxhash.xxh3_128_digest(data)
+    assert (coming.volume.path / "spool" / coming.spool).read_bytes() == HEADER + data
+
+
+def test_object_in_memory_goes_to_another_volume_when_the_sync_fails(tmp_path: Path) -> None:
+    made = volumes(tmp_path, failing=1)
+    coming, data, digest = asyncio.run(finished(made, 100 << 10))
+    assert digest == xxhash.xxh3_128_digest(data)
+    assert coming.volume.path == tmp_path / "disk1"
+    assert (coming.volume.path / "spool" / coming.spool).read_bytes() == HEADER + data
+    assert made.slots[0].failed
+    assert list((tmp_path / "disk0" / "spool").iterdir()) == []
+
+
+def test_long_object_fails_with_its_disk(tmp_path: Path) -> None:
+    made = volumes(tmp_path, failing=1)
+    with pytest.raises(OSError, match="Input/output"):
+        asyncio.run(finished(made, 3 * WRITE_BYTES))
+    assert made.slots[0].failed
+
+
+def test_no_volume_left(tmp_path: Path) -> None:
+    with pytest.raises(NoRoom):
+        asyncio.run(finished(volumes(tmp_path, failing=2), 256))
+
+
+def test_digest_at_once_is_that_of_the_bytes(tmp_path: Path) -> None:
+    async def digests() -> tuple[bytes | None, bytes, bytes]:
+        workers = Workers(1, "test")
+        coming, data = incoming(volumes(tmp_path, failing=0), workers, 1 << 10)
+        early = coming.digest_at_once()
+        late = await coming.finish()
+        workers.stop()
+        return early, late, xxhash.xxh3_128_digest(data)
+
+    early, late, expected = asyncio.run(digests())
+    assert early == late == expected

@@ -1,0 +1,190 @@
+"""The replication core step by step: two cores and the messages between them, without delays or disks."""
+
+import pytest
+
+from storage.replication.effects import Adopt, InvariantBroken, Limits, Persist, Publish, Send, SteppedDown, Transmit
+from storage.replication.epochs import Epochs
+from storage.replication.messages import Prepare
+from storage.replication.replica import Replica
+
+BOTH, ALONE = frozenset({"a", "b"}), frozenset({"a"})
+
+
+class Node:
+    """A core whose disk is instant unless held."""
+
+    def __init__(self, name: str, peer: str) -> None:
+        self.core = Replica(name, peer, "c", f"store-{name}", 1, 0, Epochs(), 0, 0, limits=Limits())
+        self.entries: dict[int, int] = {}
+        self.published = 0
+        self.held = False
+        self.other: Node | None = None
+
+    def run(self, now: float = 0.0) -> None:
+        for effect in self.core.take():
+            match effect:
+                case Send(message) if self.other and self.core._linked:
+                    self.other.core.receive(message, now)
+                    self.other.run(now)
+                case Transmit(session, first, last):
+                    for seq in range(first, last + 1):
+                        entry = Prepare(self.core.epoch, session, seq, self.entries[seq], self.core.commit, b"", 0)
+                        if self.other:
+                            self.other.core.receive(entry, now)
+                            self.other.run(now)
+                case Persist(seq, epoch, _, _):
+                    self.entries[seq] = epoch
+                    if not self.held:
+                        self.core.persisted(seq)
+                case Adopt(epoch, match):
+                    self.entries = {seq: kept for seq, kept in self.entries.items() if seq <= match}
+                    self.core.adopted(epoch, match)
+                case Publish(seq):
+                    self.published = seq
+                case _:
+                    pass
+        if self.core._out:
+            self.run(now)
+
+    def propose(self, now: float = 0.0) -> int:
+        seq = self.core.propose(now)
+        self.entries[seq] = self.core.epoch
+        self.core.persisted(seq)
+        self.run(now)
+        return seq
+
+
+def pair() -> tuple[Node, Node]:
+    a, b = Node("a", "b"), Node("b", "a")
+    a.other, b.other = b, a
+    return a, b
+
+
+def joined() -> tuple[Node, Node]:
+    a, b = pair()
+    a.core.lead(1, ALONE, 0.0)
+    for node in (a, b):
+        node.core.linked_up(0.0)
+    for node in (a, b, a):
+        node.run()
+    assert a.core.ask is not None
+    a.core.answered(a.core.ask.token)
+    assert a.core.confirmed == BOTH
+    return a, b
+
+
+def test_nothing_is_committed_before_the_peer_has_it() -> None:
+    a, b = joined()
+    b.held = True
+    seq = a.propose()
+    assert a.published < seq
+    b.core.persisted(seq)
+    b.run()
+    a.run()
+    assert a.published == seq
+
+
+def test_lost_peer_holds_commits_until_etcd_agreed() -> None:
+    a, b = joined()
+    b.core.unlinked(1.0)
+    a.core.unlinked(1.0)
+    seq = a.propose(1.0)
+    a.core.tick(2.0)
+    assert a.core.ask is None
+    a.core.tick(3.0)
+    a.run(3.0)
+    assert a.core.ask is not None
+    assert a.published < seq
+    a.core.answered(a.core.ask.token)
+    a.run(3.0)
+    assert a.published == seq
+
+
+def test_answer_to_an_older_question_changes_nothing() -> None:
+    a, b = joined()
+    for node in (a, b):
+        node.core.unlinked(1.0)
+    a.core.tick(3.0)
+    assert a.core.ask is not None
+    a.core.answered(a.core.ask.token - 1)
+    assert a.core.required == BOTH
+
+
+def test_diverged_tail_is_cut_when_following() -> None:
+    a, b = joined()
+    for node in (a, b):
+        node.core.unlinked(1.0)
+    a.propose(1.0)
+    b.core.lead(2, frozenset({"b"}), 10.0)
+    b.propose(10.0)
+    for node in (b, a):
+        node.core.linked_up(11.0)
+    for node in (b, a, b, a):
+        node.run(11.0)
+    assert not a.core.leading
+    assert a.entries == b.entries == {1: 2}
+
+
+def test_leader_steps_down_when_denied() -> None:
+    a, b = joined()
+    b.core.promise(5)
+    a.core.linked_up(0.0)
+    effects = a.core.take()
+    for effect in effects:
+        if isinstance(effect, Send):
+            b.core.receive(effect.message, 0.0)
+    for effect in b.core.take():
+        if isinstance(effect, Send):
+            a.core.receive(effect.message, 0.0)
+    assert not a.core.leading
+    assert any(isinstance(effect, SteppedDown) for effect in a.core.take())
+
+
+def test_follower_does_not_lead_while_its_promise_runs() -> None:
+    a, b = joined()
+    a.core.tick(1.0)
+    a.run(1.0)
+    assert b.core.granted_until > 1.0
+    with pytest.raises(InvariantBroken, match="promise"):
+        b.core.lead(2, BOTH, 1.0)
+    assert a.core.grant_until < b.core.granted_until
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_old_epochs_are_not_led(epoch: int) -> None:
+    a, _ = joined()
+    with pytest.raises(InvariantBroken):
+        a.core.lead(epoch, BOTH, 0.0)
+
+
+def test_follower_that_can_not_keep_an_entry_leaves_the_set() -> None:
+    """It links again and again, and each time fails at the same entry: commits must not wait for ever."""
+    a, b = joined()
+    b.held = True
+    a.propose(1.0)
+    now = 1.0
+    while a.core.ask is None and now < 30.0:
+        now += 0.2
+        b.core.abandon()
+        for node in (a, b):
+            node.core.unlinked(now)
+            node.core.linked_up(now)
+        for node in (a, b, a):
+            node.run(now)
+        a.core.tick(now)
+        a.run(now)
+    assert a.core.ask is not None
+    assert a.core.ask.members == ALONE
+    assert now > a.core.limits.ack_timeout_s
+    a.core.answered(a.core.ask.token)
+    a.run(now)
+    assert a.published == 1
+    assert a.core.required == ALONE
+
+
+def test_peer_without_a_disk_leaves_the_set() -> None:
+    a, _ = joined()
+    a.core.peer_unfit = True
+    a.core.tick(0.5)
+    assert a.core.ask is not None
+    assert a.core.ask.members == ALONE

@@ -1,0 +1,1 @@
+"""Measured beside what people use."""

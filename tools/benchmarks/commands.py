@@ -1,0 +1,35 @@
+"""`tools/bench ...`: the benchmarks' command line."""
+
+from pathlib import Path
+
+import click
+
+from tools.benchmarks import failover as bench_failover
+from tools.benchmarks import upkeep as bench_upkeep
+from tools.benchmarks.store import store
+
+
+@click.group()
+def main() -> None:
+    """Benchmarks: beside what people use, in the same lab, and beside plain `cp`."""
+
+
+main.add_command(store)
+where = click.option("--dir", "folder", type=click.Path(path_type=Path), help="Where all data lie; default: a tmpfs.")
+for run, count in ((bench_upkeep.heal, 600), (bench_upkeep.scrub, 600), (bench_upkeep.rebuild, 4000)):
+    command = click.command(run.__name__, help=run.__doc__)(run)
+    main.add_command(where(click.option("--count", default=count, show_default=True, help="Objects.")(command)))
+
+runs_option = click.option("--runs", default=5, show_default=True, help="Of each kind of fault.")
+failover = click.command("failover", help=bench_failover.failover.__doc__)(bench_failover.failover)
+who_option = click.option(
+    "--who",
+    type=click.Choice(["tandem", "ctdb", "both"]),
+    default="tandem",
+    show_default=True,
+    help="Whom to measure; CTDB needs Debian's packages ctdb and ethtool.",
+)
+main.add_command(where(who_option(runs_option(failover))))
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""DICOM files as they are found on disks and CDs: which instance, and the bytes of its data set, unchanged."""
+
+from pathlib import Path
+from typing import Final
+
+from pydicom import dcmread
+from pydicom.uid import UID
+
+from tools.cli.dicom_client import Object
+
+MEDIA_DIRECTORY: Final = "1.2.840.10008.1.3.10"
+_LONG_VRS: Final = (b"OB", b"OW", b"SQ", b"UN", b"UT")
+
+
+class NotAnInstance(Exception):
+    """Nothing that could be stored; the text says why."""
+
+
+def read_object(path: Path) -> Object:
+    """An instance with the bytes of its data set. SOP class and UID are those of the data set; a transfer syntax that
+    the file doesn't name is found from the data. Raises NotAnInstance or OSError."""
+    raw = path.read_bytes()
+    try:
+        head = dcmread(path, force=True, stop_before_pixels=True, specific_tags=["SOPClassUID", "SOPInstanceUID"])
+        sop_class, sop_instance = str(head.get("SOPClassUID", "")), str(head.get("SOPInstanceUID", ""))
+        implicit, little = head.original_encoding
+    except Exception as error:  # pydicom raises whatever a file that isn't DICOM leads it to
+        raise NotAnInstance("not a DICOM file") from error
+    if str(head.file_meta.get("MediaStorageSOPClassUID", "")) == MEDIA_DIRECTORY:
+        raise NotAnInstance("a DICOMDIR")
+    if not sop_class or not sop_instance:
+        raise NotAnInstance("not a DICOM file" if raw[128:132] != b"DICM" else "no SOP Class or SOP Instance UID")
+    guessed = "1.2.840.10008.1.2" if implicit else "1.2.840.10008.1.2.1" if little else "1.2.840.10008.1.2.2"
+    syntax = str(head.file_meta.get("TransferSyntaxUID", "") or guessed)
+    if not (UID(sop_class).is_valid and UID(syntax).is_valid):
+        raise NotAnInstance("SOP Class UID or Transfer Syntax UID isn't a UID")
+    return Object(sop_class, sop_instance, syntax, raw[start_of_data_set(raw) :])
+
+
+def start_of_data_set(raw: bytes) -> int:
+    """After preamble and group 0002, whatever its group length says."""
+    at = 132 if raw[128:132] == b"DICM" else 0
+    while raw[at : at + 2] == b"\2\0":
+        long_form = raw[at + 4 : at + 6] in _LONG_VRS
+        length = raw[at + 8 : at + 12] if long_form else raw[at + 6 : at + 8]
+        at += (12 if long_form else 8) + int.from_bytes(length, "little")
+    return at

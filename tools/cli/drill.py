@@ -1,0 +1,141 @@
+"""`tandem drill` and `tandem maintenance`: planned switchovers, to be sure of the unplanned ones, and for work."""
+
+import asyncio
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from pydicom.uid import ImplicitVRLittleEndian
+from pynetdicom.sop_class import Verification
+
+from conf.settings import ClusterSettings, Settings
+from ha.etcd import DeleteKey, EtcdError, HttpEtcd, PutKey
+from tools.benchmarks.outage import Probe
+from tools.cli.client import ask
+from tools.cli.cluster import EXIT_BLOCKED, echo, look, own_status, switch, with_etcd
+from tools.cli.dicom_client import AssociationFailed, DicomClient, NotLetIn
+from tools.cli.importing import CALLING
+from tools.cli.operate import json_option
+from tools.cli.options import Failure, config_option, dicom_host, settings_of
+
+PAUSE_S: Final = 0.05
+ANSWER_S: Final = 1.0
+CALM_S: Final = 2.0
+SYNC_S: Final = 120.0
+GOAL_S: Final = 5.0
+
+
+def viewer(host: str, port: int, aet: str) -> Probe:
+    """Asks for an association again and again; only a node that serves accepts one, or says who may have one."""
+    context = [(str(Verification), str(ImplicitVRLittleEndian))]
+
+    def attempt(answered: Callable[[], None], _stopped: Callable[[], bool]) -> None:
+        with contextlib.suppress(OSError, AssociationFailed):
+            with contextlib.suppress(NotLetIn):
+                DicomClient(host, port, aet, context, ANSWER_S, calling=CALLING).close()
+            answered()
+
+    return Probe(attempt, pause_s=PAUSE_S)
+
+
+@click.command()
+@config_option
+@click.option("--goal", default=GOAL_S, show_default=True, help="Longest outage that passes, seconds.")
+@click.option("--yes", is_flag=True, help="Don't ask.")
+@json_option
+def drill(config: Path | None, goal: float, yes: bool, as_json: bool) -> None:
+    """Switch over and back, and report what clients would have noticed. Exit 4 if it can't be done or takes long."""
+    settings = settings_of(config)
+    status = own_status(settings)
+    blocks = _not_now(status)
+    if blocks:
+        raise Failure(f"no drill now: {blocks}", EXIT_BLOCKED)
+    if not yes and not click.confirm("Requests are interrupted for a moment, twice. Go on?", err=True):
+        raise Failure("nothing was changed", 1)
+
+    async def legs(_: Settings, cluster: ClusterSettings, etcd: HttpEtcd) -> list[dict[str, Any]]:
+        done = []
+        for _leg in range(2):
+            await _calm(settings)
+            started = time.monotonic()
+            result = await switch(cluster, settings.node.name, etcd, None)
+            await asyncio.sleep(CALM_S)
+            history = (await look(etcd, cluster.name)).history
+            outage = round(await asyncio.to_thread(probe.longest_gap_s, started), 2)
+            done.append({**result, "outage_s": outage, "parts": history[-1].get("parts", {}) if history else {}})
+        return done
+
+    with viewer(dicom_host(settings), settings.dicom.port, settings.dicom.aet) as probe:
+        done = with_etcd(config, legs)
+    passed = all(leg["outage_s"] <= goal for leg in done)
+    result = {"at": datetime.now().isoformat(timespec="seconds"), "passed": passed, "goal_s": goal, "legs": done}
+    lines = [
+        f"{leg['from']} -> {leg['to']}: {leg['outage_s']:.2f} s without an answer; "
+        + ", ".join(f"{name.removesuffix('_s').replace('_', ' ')} {value} s" for name, value in leg["parts"].items())
+        for leg in done
+    ]
+    lines.append("passed" if passed else f"NOT passed: more than {goal} s")
+    echo(result, as_json, "\n".join(lines))
+    sys.exit(0 if passed else EXIT_BLOCKED)
+
+
+def _not_now(status: dict[str, Any]) -> str:
+    """Why a drill would do harm, "" if it wouldn't."""
+    if sorted(status["in_sync"]) != sorted(status["nodes"]) or len(status["nodes"]) < 2:
+        return f"only {', '.join(status['in_sync']) or 'nobody'} in sync"
+    if status["single_copy"] or status["healing"]["missing"]:
+        return "not every object has two copies; `tandem risk` shows them"
+    return "etcd doesn't answer" if not status["etcd"] else str(status["trouble"])
+
+
+async def _calm(settings: Settings) -> None:
+    """Wait until the pair is in sync. Raises Failure."""
+    deadline = time.monotonic() + SYNC_S
+    while True:
+        blocks = _not_now(await asyncio.to_thread(ask, settings.control_socket))
+        if not blocks:
+            await asyncio.sleep(CALM_S)
+            return
+        if time.monotonic() > deadline:
+            raise Failure(f"the pair isn't whole after {SYNC_S:.0f} s: {blocks}", EXIT_BLOCKED)
+        await asyncio.sleep(0.5)
+
+
+@click.command()
+@config_option
+@click.argument("state", type=click.Choice(["on", "off"]))
+@json_option
+def maintenance(config: Path | None, state: str, as_json: bool) -> None:
+    """Prepare this node for work: the other one serves, this one doesn't take over, and nobody is alerted of it."""
+
+    async def work(settings: Settings, cluster: ClusterSettings, etcd: HttpEtcd) -> dict[str, Any]:
+        node, found = settings.node.name, await look(etcd, cluster.name)
+        key = f"{found.prefix}maintenance/{node}"
+        if state == "off":
+            await etcd.txn((), (DeleteKey(key),))
+            return {"node": node, "maintenance": False, "primary": found.leader}
+        if cluster.peer in found.maintained:
+            raise Failure(f"node {cluster.peer} is under maintenance; one at a time", EXIT_BLOCKED)
+        await etcd.txn((), (PutKey(key, str(time.time())),))  # first, so that nobody is alerted of the switchover
+        primary = found.leader
+        if primary == node:
+            try:
+                primary = (await switch(cluster, node, etcd, cluster.peer))["to"]
+            except BaseException:
+                if node not in found.maintained:
+                    with contextlib.suppress(EtcdError):
+                        await etcd.txn((), (DeleteKey(key),))
+                raise
+        return {"node": node, "maintenance": True, "primary": primary}
+
+    result = with_etcd(config, work)
+    what = "may be worked on; `tandem maintenance off` afterwards" if result["maintenance"] else "takes part again"
+    echo(result, as_json, f"node {result['node']} {what}; node {result['primary'] or '-'} is primary")
+
+
+COMMANDS: tuple[click.Command, ...] = (drill, maintenance)

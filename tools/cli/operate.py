@@ -1,0 +1,281 @@
+"""`tandem volume|scrub|verify|delete|get|quarantine`: what an operator has done on a running node."""
+
+import getpass
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import click
+import xxhash
+
+from conf.settings import Settings
+from storage.objects.volume import MARKER, READ_BYTES, create_marker
+from tools.cli.client import OrderFailed, order, size
+from tools.cli.options import CONFIG_VARIABLE, Failure, config_option, give_to_gateway, owner_differs, settings_of
+from tools.cli.quarantine import RestoreFailed, restore
+
+EXIT_DIFFERENT = 4
+FETCH_ATTEMPTS = 3
+
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+path_argument = click.argument("path", type=click.Path(path_type=Path))
+
+
+def ordered(config: Path | None, name: str, label: str = "", **given: Any) -> dict[str, Any]:
+    """Have the node carry out an order, with a progress bar if `label` is given."""
+    settings = settings_of(config)
+    try:
+        if not label:
+            return order(settings.control_socket, name, given)
+        with click.progressbar(length=1, label=label, file=sys.stderr) as bar:
+
+            def progress(done: int, of: int) -> None:
+                bar.length = max(1, of)
+                bar.update(min(done, of) - bar.pos)
+
+            return order(settings.control_socket, name, given, progress)
+    except OrderFailed as error:
+        raise Failure(str(error), 1) from None
+    except OSError as error:
+        raise Failure(f"the gateway of node {settings.node.name} isn't running ({error.strerror})", 3) from None
+
+
+def _say(result: dict[str, Any], as_json: bool, text: Callable[[], str]) -> None:
+    click.echo(json.dumps(result) if as_json else text())
+
+
+@click.group()
+def volume() -> None:
+    """Volumes: the folders, one on each disk, that hold the objects."""
+
+
+@volume.command("add")
+@config_option
+@path_argument
+def volume_add(config: Path | None, path: Path) -> None:
+    """Make PATH a volume, and take it into service if the node runs. Also for a new disk in the place of a dead one."""
+    path = path.resolve()
+    settings = settings_of(config) if config or CONFIG_VARIABLE in os.environ else None
+    if settings:
+        try:
+            _prepare(settings, path)
+            made = order(settings.control_socket, "volume-add", {"path": str(path)})
+            click.echo(f"{path}: volume {made['id']}, in service{_unlisted(settings, path)}")
+            return
+        except OrderFailed as error:
+            raise Failure(str(error), 1) from None
+        except OSError:
+            pass  # not running: it finds the volume at its start
+    try:
+        if settings:
+            _prepare(settings, path)
+        volume_id = create_marker(path)
+        if settings:
+            give_to_gateway(settings, path / MARKER)
+        click.echo(f"{path}: volume {volume_id}{_unlisted(settings, path)}")
+    except OSError as error:
+        raise Failure(f"{path}: {error.strerror or error}", 1) from error
+
+
+def _prepare(settings: Settings, path: Path) -> None:
+    """Leave a file system that was just made to the gateway's user. Raises Failure for one on the system's disk."""
+    if os.geteuid() != 0 or not path.is_dir() or not owner_differs(settings, path):
+        return
+    if not path.is_mount():
+        hint = "mount the disk first, or give the folder to the gateway's user"
+        raise Failure(f"{path} isn't a mount point and isn't the gateway's; {hint}", 1)
+    if any(entry.name not in ("lost+found", MARKER) for entry in path.iterdir()):
+        raise Failure(f"{path} isn't empty and isn't the gateway's; chown it if it is meant to be a volume", 1)
+    give_to_gateway(settings, path)
+
+
+def _unlisted(settings: Settings | None, path: Path) -> str:
+    listed = settings is not None and path in settings.storage.volumes
+    return "" if listed else "; list it under [storage] volumes"
+
+
+@volume.command("list")
+@config_option
+@json_option
+def volume_list(config: Path | None, as_json: bool) -> None:
+    """Show the volumes of this node."""
+    result = ordered(config, "volume-list")
+
+    def text() -> str:
+        return "\n".join(
+            f"{row['path']}: {row['state']}, {row['copies']} copies"
+            + (f", {size(row['free'])} free of {size(row['total'])}" if "free" in row else "")
+            for row in result["volumes"]
+        )
+
+    _say(result, as_json, text)
+
+
+@volume.command("drain")
+@config_option
+@path_argument
+@json_option
+def volume_drain(config: Path | None, path: Path, as_json: bool) -> None:
+    """Move all that lies on PATH to the other volumes; nothing new goes there any more."""
+    result = ordered(config, "volume-drain", f"emptying {path}", path=str(path.resolve()))
+    _say(result, as_json, lambda: f"{path}: {result['moved']} copies moved, {result['left']} left")
+
+
+@volume.command("retire")
+@config_option
+@path_argument
+def volume_retire(config: Path | None, path: Path) -> None:
+    """Take an empty volume out of service. Remove it from [storage] volumes too."""
+    ordered(config, "volume-retire", path=str(path.resolve()))
+    click.echo(f"{path}: retired; remove it from [storage] volumes in the settings")
+
+
+@click.command()
+@config_option
+@click.option("--now", is_flag=True, required=True, help="Check at once; otherwise the node does it by itself.")
+@click.option("--study", default="", help="Only this Study Instance UID.")
+@json_option
+def scrub(config: Path | None, now: bool, study: str, as_json: bool) -> None:
+    """Read this node's copies and check them against their digests; what is bad is made again from the other node."""
+    result = ordered(config, "scrub", "checking", study=study)
+    _say(
+        result,
+        as_json,
+        lambda: (
+            f"{result['checked']} copies checked, {result['bad']} bad or gone, "
+            f"{result['strangers']} files set aside that the catalogue doesn't name"
+        ),
+    )
+
+
+@click.command()
+@config_option
+@click.option("--quick", is_flag=True, help="Don't read the copies, only look whether they are there.")
+@json_option
+def verify(config: Path | None, quick: bool, as_json: bool) -> None:
+    """Compare the two nodes' catalogues and copies and print the differences. Exit 4 if there are any."""
+    result = ordered(config, "verify", "comparing", read=not quick)
+
+    def text() -> str:
+        verdict = "the same" if result["same"] else f"{result['count']} differences"
+        return "\n".join([*result["differences"], f"{result['entries']} entries compared: {verdict}"])
+
+    _say(result, as_json, text)
+    if not result["same"]:
+        sys.exit(EXIT_DIFFERENT)
+
+
+@click.command()
+@config_option
+@click.option("--study", required=True, help="Study Instance UID.")
+@click.option("--series", default="", help="Only this Series Instance UID.")
+@click.option("--instance", default="", help="Only this SOP Instance UID.")
+@click.option("--reason", required=True, help="Why; goes to the audit log and the quarantine.")
+@json_option
+def delete(config: Path | None, study: str, series: str, instance: str, reason: str, as_json: bool) -> None:
+    """Delete a study, series or instance on both nodes. The files stay in quarantine until they are purged."""
+    given = {"study": study, "series": series, "sop_instance": instance, "reason": reason, "by": getpass.getuser()}
+    result = ordered(config, "delete", **given)
+    _say(result, as_json, lambda: f"{result['deleted']} instances deleted")
+
+
+@click.command()
+@config_option
+@click.argument("sop_instance", metavar="SOP_INSTANCE_UID")
+@click.option("--output", type=click.Path(path_type=Path), help="File to write; default: UID.dcm here.")
+@json_option
+def get(config: Path | None, sop_instance: str, output: Path | None, as_json: bool) -> None:
+    """Write an object's file, from this node's copy or the other's, checked against its digest."""
+    target = (output or Path(f"{sop_instance}.dcm")).resolve()
+    source = fetch(config, sop_instance, target)
+    result = {"sop_instance": sop_instance, "from": source, "output": str(target)}
+    _say(result, as_json, lambda: f"{target} (from {source})")
+
+
+def fetch(config: Path | None, sop_instance: str, target: Path) -> str:
+    """Write an object's file; says whose copy it is."""
+    for _attempt in range(FETCH_ATTEMPTS):
+        result = ordered(config, "get", sop_instance=sop_instance)
+        try:
+            with open(result["file"], "rb") as file:
+                good = _copied(file, target, result["offset"]) == result["digest"]
+        except FileNotFoundError:
+            continue  # moved to another disk, or replaced, since we were told where it is
+        except OSError as error:
+            raise Failure(f"{error.filename or target}: {error.strerror}", 1) from error
+        if good:
+            return str(result["from"])
+        target.unlink()
+    raise Failure(f"{sop_instance} changes all the time; try again later", 1)
+
+
+def _copied(file: BinaryIO, target: Path, offset: int) -> str:
+    """Digest of what was copied from `offset` on. Raises OSError."""
+    digest = xxhash.xxh3_128()
+    try:
+        output = target.open("wb")
+    except FileNotFoundError as error:
+        raise Failure(f"{target}: {error.strerror}", 1) from error
+    with output:
+        output.write(file.read(offset))
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+            output.write(block)
+    return digest.hexdigest()
+
+
+@click.group()
+def quarantine() -> None:
+    """What was refused, replaced, deleted or found damaged."""
+
+
+@quarantine.command("list")
+@config_option
+@json_option
+def quarantine_list(config: Path | None, as_json: bool) -> None:
+    """Show the quarantined objects of this node with their reasons."""
+    result = ordered(config, "quarantine-list")
+    _say(
+        result,
+        as_json,
+        lambda: (
+            "\n".join(
+                f"{one['id']}  {size(one['bytes'])}  {one.get('sop_instance', '')}  {one['reason']}\n    {one['file']}"
+                for one in result["objects"]
+            )
+            or "the quarantine is empty"
+        ),
+    )
+
+
+@quarantine.command("restore")
+@config_option
+@click.argument("ids", nargs=-1, required=True)
+def quarantine_restore(config: Path | None, ids: tuple[str, ...]) -> None:
+    """Store quarantined objects again, as if they were sent anew; they leave the quarantine when that succeeded."""
+    settings = settings_of(config)
+    known = {one["id"]: Path(one["file"]) for one in ordered(config, "quarantine-list")["objects"]}
+    for one in ids:
+        if one not in known:
+            raise Failure(f"{one} isn't in the quarantine of this node", 1)
+        try:
+            restore(known[one], settings)
+        except RestoreFailed as error:
+            raise Failure(f"{one}: {error}", 1) from error
+        ordered(config, "quarantine-purge", older_than_days=0, ids=[one])
+        click.echo(f"{one}: stored")
+
+
+@quarantine.command("purge")
+@config_option
+@click.option("--older-than", "days", type=float, required=True, help="Days; 0 for all.")
+@click.confirmation_option(prompt="Delete these objects for good?")
+def quarantine_purge(config: Path | None, days: float) -> None:
+    """Delete quarantined objects for good."""
+    click.echo(f"{ordered(config, 'quarantine-purge', older_than_days=days)['purged']} objects purged")
+
+
+COMMANDS: tuple[click.Command, ...] = (volume, scrub, verify, delete, get, quarantine)

@@ -1,0 +1,1 @@
+"""For developers: structure of the code, tables of the documents."""

@@ -1,0 +1,1 @@
+"""A pair on this machine, in network namespaces."""

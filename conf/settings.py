@@ -51,7 +51,12 @@ class DicomSettings(Section):
     port: Port = Field(11112, description="TCP port")
     max_pdu_bytes: int = Field(131072, ge=4096, le=1 << 20, description="Maximum PDU length that we accept")
     max_associations: int = Field(64, ge=1, description="Established associations at once")
+    max_associations_per_address: int = Field(16, ge=1, description="Of these, from one address")
+    storing_reserve: int = Field(8, ge=0, description="Of these, kept for those who propose storage only")
     max_connections: int = Field(256, ge=1, description="TCP connections at once, with or without an association")
+    max_connections_per_address: int = Field(64, ge=1, description="Of these, from one address")
+    max_object_bytes: int = Field(16 << 30, ge=1 << 20, description="An object larger than this is refused")
+    retrieve_memory_bytes: int = Field(256 << 20, ge=16 << 20, description="Of objects on their way out, all together")
     artim_timeout_s: Seconds = Field(30.0, description="From TCP connect to a complete A-ASSOCIATE-RQ (PS3.8 9.1.5)")
     idle_timeout_s: Seconds = Field(600.0, description="Longest pause between two messages of an association")
     message_timeout_s: Seconds = Field(60.0, description="Longest time for one message, plus its size / minimum rate")
@@ -59,8 +64,15 @@ class DicomSettings(Section):
     require_called_aet: bool = Field(False, description="Reject associations that call another AE title")
     calling_aets: tuple[AETitle, ...] = Field((), strict=False, description="Calling AE titles let in; empty: all")
     any_sop_class: bool = Field(False, description="Also store SOP classes that are not known (private ones)")
+    any_transfer_syntax: bool = Field(
+        False, description="Also store in transfer syntaxes that are not known, as explicit VR little endian"
+    )
     query_limit: int = Field(20000, ge=1, description="C-FIND answers at most before 0xA700")
-    relational_queries: bool = Field(False, description="Let queries leave out unique keys above their level, unasked")
+    relational_queries: bool = Field(
+        True, description="Let queries leave out unique keys above their level without having negotiated it"
+    )
+    lenient_uids: bool = Field(False, description="Also store what isn't a UID to the letter: letters, 128 characters")
+    move_from: str = Field("", description="Address that C-MOVE comes from; default: the system's choice")
     name_matching: Literal["exact", "folded", "fuzzy"] = Field(
         "folded", description="Person names: as they are, without regard to case and accents, or word by word"
     )

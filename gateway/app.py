@@ -17,6 +17,7 @@ from conf.settings import Settings
 from gateway.dimse.reoffer import Offering
 from gateway.dimse.server import DicomServer
 from gateway.health import Health
+from gateway.metrics import Meter
 from storage.control_socket import ControlServer
 from storage.engine import Engine
 from storage.replication.effects import InvariantBroken
@@ -48,11 +49,12 @@ async def _main(settings: Settings) -> int:
     store = Store(engine)
     loop.set_exception_handler(lambda _loop, context: _unhandled(engine, context))
     control = ControlServer(engine, settings.control_socket)
-    server = DicomServer(store, settings.dicom)
+    meter = Meter()
+    server = DicomServer(store, settings.dicom, meter)
     await engine.start()
     await control.start()
     await server.start()
-    health = Health(store, settings.http)
+    health = Health(store, settings.http, meter)
     await health.start()
     server.spawn(Offering(store, settings).run())
     engine.fatal.add_done_callback(lambda _: stop.set())

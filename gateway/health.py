@@ -11,9 +11,10 @@ from typing import Final
 
 import structlog
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
 
 from conf.settings import HttpSettings
+from gateway.metrics import Meter
 from storage.store import Store
 
 log = structlog.get_logger()
@@ -28,6 +29,7 @@ GAUGES: Final = {
     "tandem_single_copy": "Objects whose only copy is on this node",
     "tandem_missing": "Copies of this node that are to be made again",
     "tandem_unreadable": "Objects without a good copy on either node",
+    "tandem_conflicts": "Studies that name more than one patient",
     "tandem_behind": "Entries that the other node lacks",
     "tandem_linked": "1 while the other node is heard",
     "tandem_etcd": "1 while etcd answers",
@@ -36,10 +38,10 @@ GAUGES: Final = {
 
 
 class Health:
-    def __init__(self, store: Store, settings: HttpSettings) -> None:
+    def __init__(self, store: Store, settings: HttpSettings, meter: Meter) -> None:
         self._store, self._settings = store, settings
         self._runner: web.AppRunner | None = None
-        self._registry = CollectorRegistry()
+        self._registry = meter.registry
         self._gauges = {name: Gauge(name, about, registry=self._registry) for name, about in GAUGES.items()}
         self._free = Gauge("tandem_volume_free_bytes", "Free space", ["path"], registry=self._registry)
         self._online = Gauge("tandem_volume_online", "1 while in service", ["path"], registry=self._registry)
@@ -97,6 +99,7 @@ class Health:
             "single_copy": status["single_copy"],
             "missing": status["healing"]["missing"],
             "unreadable": status["healing"]["unreadable"],
+            "conflicts": status["conflicts"],
             "behind": status["catch_up"]["behind"],
             "linked": status["catch_up"]["linked"],
             "etcd": status["etcd"],

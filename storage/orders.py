@@ -20,6 +20,7 @@ from storage.objects.reading import Unavailable
 from storage.objects.volume import READ_BYTES, Volume, VolumeOffline, create_marker
 from storage.replication.peering import FetchFailed
 from storage.state.model import Delete
+from storage.state.rows import belongs, identity_of
 from storage.upkeep.quarantine import kept, purge
 
 log = structlog.get_logger()
@@ -47,6 +48,7 @@ class Service:
             "verify": self._verify,
             "delete": self._delete,
             "instances": self._instances,
+            "conflicts": self._conflicts,
             "get": self._get,
             "quarantine-list": self._quarantine_list,
             "quarantine-purge": self._quarantine_purge,
@@ -220,6 +222,27 @@ class Service:
             return [one.put.sop_instance for uid in series for one in engine.catalogue.instances_of(study, uid)]
 
         return {"instances": await engine.disk.run(found)}
+
+    async def _conflicts(self, _: Progress, limit: int = 1000) -> dict[str, Any]:
+        """Studies whose instances name more than one patient: how many instances name which."""
+        engine = self._engine
+        await engine.settled()
+
+        def look(study: str) -> dict[str, Any]:
+            row = engine.catalogue.study(study)
+            patients = [identity_of(one) for one in row.patients] if row else []
+            counted = dict.fromkeys(patients, 0)
+            for series, _row in engine.catalogue.series_of(study):
+                for one in engine.catalogue.instances_of(study, series):
+                    for patient in patients:
+                        counted[patient] += bool(row and belongs(one.put.keys, row, patient))
+            rows = [{"patient_id": one, "issuer": issuer, "instances": n} for (one, issuer), n in counted.items()]
+            return {"study": study, "patients": rows}
+
+        def found() -> list[dict[str, Any]]:
+            return [look(study) for study in engine.catalogue.conflicts(limit)]
+
+        return {"studies": await engine.disk.run(found), "count": engine.catalogue.counts()["conflicts"]}
 
     async def _get(self, _: Progress, sop_instance: str) -> dict[str, Any]:
         """Where a checked copy lies on this node, made again from the peer if need be; `digest`: XXH3-128 of all after

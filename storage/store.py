@@ -15,11 +15,26 @@ from storage.objects.upload import Upload
 from storage.objects.volume import NoRoom
 from storage.replication.peering import FetchFailed
 from storage.state.model import Instance, Put, Task, TaskDone
-from storage.state.rows import SeriesRow, StudyRow
+from storage.state.rows import Identity, SeriesRow, StudyRow, belongs, identity_of, same_patient
 from storage.status import mode, node_status
 from storage.upkeep.quarantine import DIVERGED, amend, kept, purge
 
-__all__ = ["Conflict", "NoRoom", "NotServing", "Rows", "Source", "Store", "Unavailable", "Upload"]
+__all__ = [
+    "Conflict",
+    "Identity",
+    "NoRoom",
+    "NotServing",
+    "Rows",
+    "SeriesRow",
+    "Source",
+    "Store",
+    "StudyRow",
+    "Unavailable",
+    "Upload",
+    "belongs",
+    "identity_of",
+    "same_patient",
+]
 
 T = TypeVar("T")
 
@@ -32,8 +47,8 @@ class Rows(Protocol):
         """It was deleted and not stored again since."""
         ...
 
-    def patients(self) -> Iterator[list[str]]:
-        """The Study Instance UIDs of each patient."""
+    def patients(self) -> Iterator[tuple[str, list[str]]]:
+        """(Patient ID, Study Instance UIDs in which it is named), whatever its issuer."""
         ...
 
     def studies(self, patient_id: str | None = None) -> Iterator[tuple[str, StudyRow]]:
@@ -41,15 +56,19 @@ class Rows(Protocol):
         ...
 
     def study(self, uid: str) -> StudyRow | None: ...
+    def studies_of_series(self, series: str) -> list[str]: ...
     def series_of(self, study: str) -> Iterator[tuple[str, SeriesRow]]:
         """(Series Instance UID, row) of a study."""
         ...
 
     def instances_of(self, study: str, series: str) -> Iterator[Instance]: ...
     def count_instances(self, study: str, series: str | None = None) -> int: ...
-    def tasks(self) -> list[Task]:
-        """Promised and not over, oldest first."""
+    def task_ids(self) -> list[str]:
+        """Of those that were promised and aren't over."""
         ...
+
+    def task_count(self) -> int: ...
+    def task(self, task_id: str) -> Task | None: ...
 
 
 class Store:
@@ -154,6 +173,10 @@ class Store:
                 file.close()
         except OSError:
             return None
+
+    def is_unreadable(self, seq: int) -> bool:
+        """Neither node has a good copy of an instance now, as far as is known."""
+        return self._engine.healing.is_unreadable(seq)
 
     def run(self, function: Callable[..., T], *args: Any) -> "asyncio.Future[T]":
         """Do something that blocks in a thread for disks."""

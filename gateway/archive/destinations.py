@@ -1,10 +1,11 @@
 """Whom we send to, as the settings name them."""
 
+import asyncio
 import ssl
 from dataclasses import dataclass
 
 from conf.settings import Destination as DestinationSettings
-from conf.settings import DicomSettings
+from gateway.archive.live import Live
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,12 @@ class Destination:
     def timeout_s(self) -> float:
         return self.settings.timeout_s
 
-    def tls(self) -> ssl.SSLContext | None:
-        """None for a plain connection. Raises OSError."""
-        if not self.settings.tls:
-            return None
+    async def tls(self) -> ssl.SSLContext | None:
+        """None for a plain connection. Certificates are read anew each time, in a thread: that takes some 20 ms. Raises
+        OSError."""
+        return await asyncio.to_thread(self._context) if self.settings.tls else None
+
+    def _context(self) -> ssl.SSLContext:
         context = ssl.create_default_context(cafile=self.settings.ca_file)
         if self.settings.certificate:
             context.load_cert_chain(self.settings.certificate, self.settings.key)
@@ -29,10 +32,10 @@ class Destination:
 
 
 class Destinations:
-    def __init__(self, settings: DicomSettings) -> None:
-        self._settings = settings
+    def __init__(self, live: Live) -> None:
+        self._live = live
 
     def get(self, aet: str) -> Destination | None:
         """A destination by its AE title."""
-        known = self._settings.destinations.get(aet)
+        known = self._live.dicom.destinations.get(aet)
         return Destination(aet, known) if known else None

@@ -29,7 +29,7 @@ from gateway.dicom.matching import (
 from gateway.dicom.sop_classes import Model
 from storage.state import keys
 from storage.state.model import Instance
-from storage.store import Rows
+from storage.store import Identity, Rows, StudyRow, belongs, identity_of
 
 ALL_LEVELS: Final = ("PATIENT", "STUDY", "SERIES", "IMAGE")
 COUNTS: Final = {
@@ -52,6 +52,7 @@ PAIRS: Final = (
     ("PerformedProcedureStepStartDate", "PerformedProcedureStepStartTime"),
 )
 UTF_8: Final = "ISO_IR 192"
+TEXT_VRS: Final = frozenset(("PN", "LO", "SH", "LT", "ST", "UC", "UT"))
 
 Head = Callable[[Instance], Dataset | None]
 
@@ -67,10 +68,12 @@ class Extended:
 
 @dataclass
 class Row:
-    """One candidate: what the catalogue has of it, by keyword, and where its instances are."""
+    """One candidate: what the catalogue has of it, by keyword, and where its instances are. `patients`: only instances
+    of these count, of a study that names more than one; None: all."""
 
     values: dict[str, str]
     studies: list[str]
+    patients: frozenset[Identity] | None = None
     series: str = ""
     instance: Instance | None = None
     head: Dataset | None = field(default=None, repr=False)
@@ -87,9 +90,10 @@ class Query:
         extended: Extended,
         rows: Rows,
         head: Head,
+        unreadable: Callable[[int], bool] = lambda _: False,
     ) -> None:
-        """Raises BadQuery."""
-        self._settings, self._rows, self._head = settings, rows, head
+        """`unreadable(seq)`: no node has a good copy of an instance now. Raises BadQuery."""
+        self._settings, self._rows, self._head, self._unreadable = settings, rows, head, unreadable
         self.until = float("inf")  # time.monotonic()
         self._model, self.level = model, level_of(identifier, model)
         self._names = "fuzzy" if extended.fuzzy_names else settings.name_matching
@@ -150,32 +154,60 @@ class Query:
     def _patients(self) -> Iterator[Row | None]:
         wanted = self._uids["PATIENT"]
         if is_single(wanted):
-            groups: Iterator[list[str]] = iter([[uid for uid, _ in self._rows.studies(wanted[0])]])
+            groups = iter([(wanted[0], [uid for uid, _ in self._rows.studies(wanted[0])])])
         else:
             groups = self._rows.patients()
-        for studies in groups:
-            newest = self._rows.study(studies[-1]) if studies else None
-            if newest is not None and self._matches(newest.keys, "PATIENT"):
-                yield Row(dict(newest.keys), studies)
-            else:
-                yield None
+        for patient_id, studies in groups:
+            yield None  # a moment for others, also where nothing matches
+            yield from self._patients_of(patient_id, studies)
+
+    def _patients_of(self, patient_id: str, studies: list[str]) -> Iterator[Row]:
+        """Studies of one Patient ID, by issuer. A patient is answered as in his newest study."""
+        known: dict[Identity, list[tuple[tuple[str, str], dict[str, str], str]]] = {}
+        for uid in studies:
+            row = self._rows.study(uid)
+            for patient in row.patients if row else ():
+                moment = (row.keys.get("StudyDate", ""), row.keys.get("StudyTime", "")) if row else ("", "")
+                known.setdefault(identity_of(patient), []).append((moment, patient, uid))
+        for identity, found in known.items():
+            matching = [one for one in found if self._matches(one[1], "PATIENT")]
+            if matching and identity[0] == patient_id:
+                newest = max(matching, key=lambda one: one[0])
+                yield Row(dict(newest[1]), sorted({uid for _, _, uid in found}), frozenset((identity,)))
 
     def _studies(self) -> Iterator[Row | None]:
-        for uid, values in self._study_values():
-            found = {**values, "StudyInstanceUID": uid}
-            if self._matches(found, "PATIENT") and self._matches(found, "STUDY") and self._gathered_match(uid):
-                yield Row(found, [uid])
+        for uid, study in self._study_rows():
+            patients = study.patients
+            matching = [patient for patient in patients if self._matches(patient, "PATIENT")]
+            found = {**study.keys, **(matching[0] if matching else {}), "StudyInstanceUID": uid}
+            if matching and self._matches(found, "STUDY") and self._gathered_match(uid):
+                some = len(matching) < len(patients)
+                yield Row(found, [uid], frozenset(identity_of(one) for one in matching) if some else None)
             else:
                 yield None
 
-    def _study_values(self) -> Iterator[tuple[str, dict[str, str]]]:
+    def _study_rows(self) -> Iterator[tuple[str, StudyRow]]:
         patients, studies = self._uids["PATIENT"], self._uids.get("STUDY", [])
-        if studies and not any("*" in uid or "?" in uid for uid in studies):
-            rows = ((uid, self._rows.study(uid)) for uid in studies)
-            yield from ((uid, row.keys) for uid, row in rows if row is not None)
+        if not studies and "SERIES" in self._levels:
+            found = self._studies_of(self._uids.get("SERIES", []), self._uids.get("IMAGE", []))
+            if found is None:
+                return
+            studies = found
+        if studies:
+            rows = ((uid, self._rows.study(uid)) for uid in dict.fromkeys(studies))
+            yield from ((uid, row) for uid, row in rows if row is not None)
             return
-        for uid, row in self._rows.studies(patients[0] if is_single(patients) else None):
-            yield uid, row.keys
+        yield from self._rows.studies(patients[0] if is_single(patients) else None)
+
+    def _studies_of(self, series: list[str], instances: list[str]) -> list[str] | None:
+        """Relational queries: the studies in which these series or instances are, None if there are none, [] where none
+        were named."""
+        found: list[str] = []
+        if instances:
+            found = [one.put.study for uid in instances if (one := self._rows.instance(uid))]
+        elif series:
+            found = [study for uid in series for study in self._rows.studies_of_series(uid)]
+        return found or (None if series or instances else [])
 
     def _series(self) -> Iterator[Row | None]:
         for study in self._studies():
@@ -183,22 +215,26 @@ class Query:
                 yield None
                 continue
             for uid, row in self._rows.series_of(study.studies[0]):
-                found = {**study.values, **row.keys, "SeriesInstanceUID": uid}
-                if self._matches(found, "SERIES"):
-                    yield Row(found, study.studies, uid)
+                found = {**row.keys, **study.values, **self._own(row.keys), "SeriesInstanceUID": uid}
+                one = Row(found, study.studies, study.patients, uid)
+                if self._matches(found, "SERIES") and (study.patients is None or self._first(one)):
+                    yield one
                 else:
                     yield None
+
+    def _own(self, found: dict[str, str]) -> dict[str, str]:
+        return {keyword: text for keyword, text in found.items() if keyword != "SpecificCharacterSet"}
 
     def _instances(self) -> Iterator[Row | None]:
         for series in self._series():
             if series is None:
                 yield None
                 continue
-            for instance in self._rows.instances_of(series.studies[0], series.series):
+            for instance in self._members(series, series.series):
                 put = instance.put
                 found = {**series.values, **put.keys, "SOPInstanceUID": put.sop_instance, "SOPClassUID": put.sop_class}
                 if self._matches(found, "IMAGE"):
-                    yield Row(found, series.studies, series.series, instance)
+                    yield Row(found, series.studies, series.patients, series.series, instance)
                 else:
                     yield None
 
@@ -212,7 +248,7 @@ class Query:
             if LEVEL_OF[date] == level:
                 day = found.get(date, "")
                 moment = day and day + found.get(hour, "")
-                if not in_range("DT", moment, first, last):
+                if not in_range(moment, first, last):
                     return False
         return True
 
@@ -226,11 +262,19 @@ class Query:
     def _gathered(self, keyword: str, study: str) -> list[str]:
         if keyword == "ModalitiesInStudy":
             return sorted({row.keys.get("Modality", "") for _, row in self._rows.series_of(study)} - {""})
-        every = (one for series, _ in self._rows.series_of(study) for one in self._members(study, series))
+        every = (one for series, _ in self._rows.series_of(study) for one in self._rows.instances_of(study, series))
         return sorted({instance.put.sop_class for instance in every})
 
-    def _members(self, study: str, series: str) -> Iterator[Instance]:
-        return self._rows.instances_of(study, series)
+    def _members(self, row: Row, series: str) -> Iterator[Instance]:
+        """The instances of a series that are of the row's patients."""
+        for study in row.studies:
+            of_study = self._rows.study(study) if row.patients is not None else None
+            for one in self._rows.instances_of(study, series):
+                if row.patients is None or (of_study and self._is_of(one, of_study, row.patients)):
+                    yield one
+
+    def _is_of(self, instance: Instance, study: StudyRow, patients: frozenset[Identity]) -> bool:
+        return any(belongs(instance.put.keys, study, patient) for patient in patients)
 
     def _matches_file(self, row: Row) -> bool:
         if not self._from_file:
@@ -243,7 +287,7 @@ class Query:
     def _first(self, row: Row) -> Instance | None:
         for study in row.studies:
             for series in [row.series] if row.series else [uid for uid, _ in self._rows.series_of(study)]:
-                for instance in self._members(study, series):
+                for instance in self._members(row, series):
                     return instance
         return None
 
@@ -252,15 +296,43 @@ class Query:
     def _answer(self, row: Row) -> Dataset:
         answer = Dataset()
         for key in self._keys:
-            self._fill(answer, key, row)
+            try:
+                self._fill(answer, key, row)
+            except Exception:  # a stored value that isn't one of its VR: the answer goes out without it
+                if key.VR != "SQ":
+                    answer.add_new(key.tag, key.VR, None)
         answer.QueryRetrieveLevel = self.level
         answer.RetrieveAETitle = self._settings.aet
-        answer.InstanceAvailability = "ONLINE"
+        answer.InstanceAvailability = self._availability(row)
+        self._add_unique(answer, row.values)
+        character_set = self._character_set(answer, row)
+        if character_set:
+            answer.SpecificCharacterSet = character_set
+        return answer
+
+    def _add_unique(self, answer: Dataset, values: dict[str, str]) -> None:
         for level in self._levels:
             if level in self._model.levels:
-                setattr(answer, UNIQUE[level], row.values.get(UNIQUE[level], ""))
-        answer.SpecificCharacterSet = self._character_set(answer, row)
+                setattr(answer, UNIQUE[level], values.get(UNIQUE[level], ""))
+
+    def _availability(self, row: Row) -> str:
+        """PS3.3 C.4.23.1.1, for one instance; of many it isn't known without a look at each."""
+        gone = row.instance is not None and self._unreadable(row.instance.seq)
+        return "UNAVAILABLE" if gone else "ONLINE"
+
+    def in_utf_8(self, answer: Dataset) -> Dataset:
+        """The same in UTF-8, for one that can't be written in the character set of the stored data."""
+        answer.SpecificCharacterSet = UTF_8
         return answer
+
+    def bare(self, answer: Dataset) -> Dataset:
+        """Its unique keys only."""
+        made = Dataset()
+        made.QueryRetrieveLevel = self.level
+        for level in self._levels:
+            if level in self._model.levels:
+                setattr(made, UNIQUE[level], answer.get(UNIQUE[level], ""))
+        return made
 
     def _fill(self, answer: Dataset, key: DataElement, row: Row) -> None:
         keyword = key.keyword
@@ -278,23 +350,47 @@ class Query:
             answer.add_new(key.tag, key.VR, [] if key.VR == "SQ" else None)
 
     def _count(self, keyword: str, row: Row) -> int:
-        kept = self._rows
-        if keyword == "NumberOfPatientRelatedStudies":
-            return len(self._of_patient(row))
         if keyword == "NumberOfSeriesRelatedInstances":
-            return kept.count_instances(row.studies[0], row.series)
-        studies = self._of_patient(row) if COUNTS[keyword] == "PATIENT" else row.studies
+            return self._instances_in(row, row.series)
+        if COUNTS[keyword] == "PATIENT" and self.level != "PATIENT":
+            row = self._whole_patient(row)
+        if keyword == "NumberOfPatientRelatedStudies":
+            return len(row.studies)
         if keyword.endswith("RelatedSeries"):
-            return sum(1 for study in studies for _ in kept.series_of(study))
-        return sum(kept.count_instances(study) for study in studies)
+            return sum(self._has(row, uid) for study in row.studies for uid, _ in self._rows.series_of(study))
+        return self._instances_in(row, None)
 
-    def _of_patient(self, row: Row) -> list[str]:
-        if self.level == "PATIENT":
-            return row.studies
-        return [uid for uid, _ in self._rows.studies(row.values.get("PatientID", ""))]
+    def _instances_in(self, row: Row, series: str | None) -> int:
+        """Those of the row's patients; counted one by one only in a study that names several."""
+        total = 0
+        for study in row.studies:
+            of_study = self._rows.study(study) if row.patients is not None else None
+            if row.patients is None or (of_study is not None and not of_study.others):
+                total += self._rows.count_instances(study, series)
+                continue
+            every = [series] if series else [uid for uid, _ in self._rows.series_of(study)]
+            alone = Row(row.values, [study], row.patients)
+            total += sum(1 for uid in every for _ in self._members(alone, uid))
+        return total
+
+    def _has(self, row: Row, series: str) -> bool:
+        return row.patients is None or any(True for _ in self._members(row, series))
+
+    def _whole_patient(self, row: Row) -> Row:
+        """All studies of the patient of a row of a lower level."""
+        patient = identity_of(row.values)
+        studies = [
+            uid
+            for uid, study in self._rows.studies(patient[0])
+            if any(identity_of(one) == patient for one in study.patients)
+        ]
+        return Row(row.values, studies, frozenset((patient,)))
 
     def _character_set(self, answer: Dataset, row: Row) -> str | list[str]:
-        """UTF-8; or that of the stored data, if the settings say so and it can express the answer."""
+        """None is needed for plain ASCII; else UTF-8, or that of the stored data, if the settings say so and it can
+        express the answer."""
+        if all(text_of(element.value).isascii() for element in answer.iterall() if element.VR in TEXT_VRS):
+            return ""
         stored = row.values.get("SpecificCharacterSet", "")
         if self._settings.response_character_set == "utf-8" or not stored:
             return UTF_8
@@ -308,7 +404,7 @@ def _expressible(answer: Dataset, sets: list[str]) -> bool:
     try:
         encodings = convert_encodings(sets)
         for element in answer.iterall():
-            if element.VR in ("PN", "LO", "SH", "LT", "ST", "UC", "UT"):
+            if element.VR in TEXT_VRS:
                 text = text_of(element.value)
                 if not text.isascii() and not _encodes(text, encodings):
                     return False

@@ -20,28 +20,46 @@ POLL_S: Final = 1.0
 ATTEMPTS: Final = 6
 RETRY_S: Final = 5.0
 
+OPEN_MAX: Final = 1000
+OPEN_OF_ONE_MAX: Final = 100  # of one client
+RUNNING_MAX: Final = 32
+
 Handler = Callable[[Task], Awaitable[str]]  # returns the outcome, for the log
+Lane = Callable[[Task], str]
 
 
 class Jobs:
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._handlers: dict[str, Handler] = {}
+        self._handlers: dict[str, tuple[Handler, Lane]] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._lanes: dict[str, str] = {}  # of those that are running: lane -> task
+        self._owners: dict[str, str] = {}  # of those that are open, as far as was looked: task -> who it is for
         self._attended: set[str] = set()
         self._wake = asyncio.Event()
 
-    def handle(self, kind: str, handler: Handler) -> None:
-        self._handlers[kind] = handler
+    def handle(self, kind: str, handler: Handler, lane: Lane = lambda task: "") -> None:
+        """`lane(task)`: of those with the same lane one is done at a time; "" for none."""
+        self._handlers[kind] = (handler, lane)
+
+    def refuses(self, by: str) -> str:
+        """Why nothing more can be promised now, to anybody or to this client; "" if it can."""
+        if self._store.rows.task_count() >= OPEN_MAX:
+            return "too many requests are still open"
+        if sum(owner == by for owner in self._owners.values()) >= OPEN_OF_ONE_MAX:
+            return "too many requests of yours are still open"
+        return ""
 
     async def begin(self, kind: str, by: str, body: bytes) -> Task:
         """Promise something, on both nodes. The caller sees to it until it says `end` or `leave`. Raises NotServing."""
         task = Task(str(uuid.uuid4()), kind, by, body, time.time())
         self._attended.add(task.id)
+        self._owners[task.id] = by
         try:
             await self._store.commit(task)
         except BaseException:
             self._attended.discard(task.id)
+            self._owners.pop(task.id, None)
             raise
         return task
 
@@ -55,6 +73,7 @@ class Jobs:
         await self._store.commit(TaskDone(task.id, outcome))
         await self._store.settled()  # or it would be found once more
         self._attended.discard(task.id)
+        self._owners.pop(task.id, None)
         log.info("task.done", kind=task.kind, by=task.by, outcome=outcome)
 
     async def run(self) -> None:
@@ -62,9 +81,10 @@ class Jobs:
         while True:
             self._wake.clear()
             if self._store.may_serve:
-                await self._store.settled()
-                for task in self._store.rows.tasks():
-                    self._start(task)
+                try:
+                    await self._start_what_is_open()
+                except Exception as error:  # top of the loop: what was promised is looked at again
+                    log.error("tasks.not_read", error=place_of(error))
             elif self._running:
                 for running in self._running.values():
                     running.cancel()
@@ -73,17 +93,44 @@ class Jobs:
             except TimeoutError:
                 continue
 
+    async def _start_what_is_open(self) -> None:
+        await self._store.settled()
+        open_now = await self._store.run(self._store.rows.task_ids)
+        self._owners = {one: self._owners.get(one, "") for one in (*open_now, *self._attended)}
+        for task_id in open_now:
+            if len(self._running) >= RUNNING_MAX:
+                return
+            if task_id in self._running or task_id in self._attended:
+                continue
+            task = await self._store.run(self._store.rows.task, task_id)
+            if task is not None:
+                self._start(task)
+
     def _start(self, task: Task) -> None:
+        self._owners[task.id] = task.by
         if task.id in self._running or task.id in self._attended or task.kind not in self._handlers:
             return
+        lane = self._handlers[task.kind][1](task)
+        if lane in self._lanes:
+            return
+        if lane:
+            self._lanes[lane] = task.id
         running = asyncio.get_running_loop().create_task(self._do(task))
         self._running[task.id] = running
-        running.add_done_callback(lambda _: self._running.pop(task.id, None))
+
+        def ended(done: "asyncio.Task[None]") -> None:
+            self._running.pop(task.id, None)
+            self._lanes.pop(lane, None)
+            self._wake.set()
+            if not done.cancelled() and (error := done.exception()):
+                log.error("task.failed", kind=task.kind, error=place_of(error))
+
+        running.add_done_callback(ended)
 
     async def _do(self, task: Task) -> None:
         for attempt in range(ATTEMPTS):
             try:
-                await self.end(task, await self._handlers[task.kind](task))
+                await self.end(task, await self._handlers[task.kind][0](task))
                 return
             except NotServing:
                 return  # the next primary does it

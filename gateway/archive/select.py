@@ -8,7 +8,7 @@ from pydicom import Dataset
 from gateway.dicom.identifiers import UNIQUE, BadQuery, level_of, values_of
 from gateway.dicom.sop_classes import Model
 from storage.state.model import Instance
-from storage.store import Rows
+from storage.store import Rows, identity_of, same_patient
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Wanted:
 
     level: str
     keys: Mapping[str, tuple[str, ...]]  # level -> values
+    issuer: str = ""  # of the Patient ID, "" if none was named
 
 
 def wanted(identifier: Dataset, model: Model) -> Wanted:
@@ -30,13 +31,16 @@ def wanted(identifier: Dataset, model: Model) -> Wanted:
         raise BadQuery("a retrieve takes unique keys, no wild cards")
     if level == "PATIENT" and len(keys["PATIENT"]) > 1:
         raise BadQuery("one PatientID at level PATIENT")
-    return Wanted(level, {one: keys[one] for one in levels[: levels.index(level) + 1]})
+    issuer = "".join(values_of(identifier, "IssuerOfPatientID"))
+    return Wanted(level, {one: keys[one] for one in levels[: levels.index(level) + 1]}, issuer)
 
 
 def instances(rows: Rows, wanted: Wanted) -> Iterator[Instance]:
-    """What is stored of it. Blocks."""
+    """What is stored of it. Blocks. Raises BadQuery where nobody can say which patient is meant."""
+    if wanted.level == "PATIENT" and not wanted.issuer:
+        _check_issuers(rows, wanted.keys["PATIENT"][0])
     if wanted.level == "IMAGE":
-        for uid in wanted.keys["IMAGE"]:
+        for uid in dict.fromkeys(wanted.keys["IMAGE"]):
             found = rows.instance(uid)
             if found and _fits(found, wanted):
                 yield found
@@ -48,16 +52,31 @@ def instances(rows: Rows, wanted: Wanted) -> Iterator[Instance]:
                 yield from (one for one in rows.instances_of(study, series) if _fits(one, wanted))
 
 
+def _check_issuers(rows: Rows, patient_id: str) -> None:
+    """One Patient ID of several issuers is several patients."""
+    known = [identity_of(one) for _, study in rows.studies(patient_id) for one in study.patients]
+    issuers = {issuer for one, issuer in known if one == patient_id.strip() and issuer}
+    if len(issuers) > 1:
+        raise BadQuery("this PatientID has several issuers: give IssuerOfPatientID")
+
+
 def _studies(rows: Rows, wanted: Wanted) -> Iterator[str]:
     if given := wanted.keys.get("STUDY", ()):
-        yield from given
+        yield from dict.fromkeys(given)
     elif patient := wanted.keys.get("PATIENT", ()):
-        yield from (uid for uid, _ in rows.studies(patient[0]))
+        yield from (uid for one in dict.fromkeys(patient) for uid, _ in rows.studies(one))
     else:  # relational: by series alone
-        yield from (uid for uid, _ in rows.studies())
+        series = dict.fromkeys(wanted.keys.get("SERIES", ()))
+        yield from dict.fromkeys(uid for one in series for uid in rows.studies_of_series(one))
 
 
 def _fits(instance: Instance, wanted: Wanted) -> bool:
     put = instance.put
-    has = {"STUDY": put.study, "SERIES": put.series, "PATIENT": put.keys.get("PatientID", "")}
-    return all(not wanted.keys.get(level) or value in wanted.keys[level] for level, value in has.items())
+    has = {"STUDY": put.study, "SERIES": put.series}
+    if not all(not wanted.keys.get(level) or value in wanted.keys[level] for level, value in has.items()):
+        return False
+    patients = wanted.keys.get("PATIENT", ())
+    if not patients:
+        return True
+    own = identity_of(put.keys)
+    return any(same_patient((one.strip(), wanted.issuer), own) for one in patients)

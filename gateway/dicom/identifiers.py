@@ -3,6 +3,7 @@
 from io import BytesIO
 from typing import Final
 
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 from pydicom.uid import UID
@@ -11,6 +12,10 @@ from pynetdicom.dsutils import encode as encode_dataset
 
 from gateway.dicom.sop_classes import Model
 
+VALUES_MAX: Final = 4096  # of one key: a list of UIDs
+VALUE_CHARS_MAX: Final = 1024
+STARS_MAX: Final = 16  # in one value
+ELEMENTS_MAX: Final = 200_000  # a commitment has three an instance
 UNIQUE: Final = {
     "PATIENT": "PatientID",
     "STUDY": "StudyInstanceUID",
@@ -49,11 +54,32 @@ def decode_identifier(data: bytes, transfer_syntax: str) -> Dataset:
     syntax = UID(transfer_syntax)
     try:
         identifier: Dataset = decode_dataset(BytesIO(data), syntax.is_implicit_VR, syntax.is_little_endian)
-        for element in identifier.iterall():
-            element.value  # noqa: B018 - decoded on demand; what can't be read is to be found now
+        for count, element in enumerate(identifier.iterall()):
+            _check(element, count)
         return identifier
+    except BadQuery:
+        raise
     except Exception as error:  # pydicom raises whatever a malformed identifier leads it to
         raise BadQuery(f"the identifier can't be read: {type(error).__name__}") from error
+
+
+def _check(element: DataElement, count: int) -> None:
+    """Nothing that anybody means to ask is longer than this. Raises BadQuery."""
+    if count > ELEMENTS_MAX:
+        raise BadQuery("too many keys")
+    value = element.value  # decoded on demand; what can't be read is to be found now
+    values = value if isinstance(value, MultiValue | list | tuple) else [value]
+    if len(values) > VALUES_MAX and element.VR != "SQ":
+        raise BadQuery(f"{element.keyword or element.tag}: more than {VALUES_MAX} values")
+    for one in values:
+        if isinstance(one, str | bytes) and len(one) > VALUE_CHARS_MAX:
+            raise BadQuery(f"{element.keyword or element.tag}: longer than {VALUE_CHARS_MAX}")
+        if isinstance(one, str) and one.count("*") > STARS_MAX:
+            raise BadQuery(f"{element.keyword or element.tag}: more than {STARS_MAX} wild cards")
+    if element.VR == "PN" and len(str(value)) > VALUE_CHARS_MAX:
+        raise BadQuery(f"{element.keyword}: longer than {VALUE_CHARS_MAX}")
+    if element.VR == "UI" and any(WILD & set(str(one)) for one in values if one and str(one).strip("*")):
+        raise BadQuery(f"{element.keyword}: UIDs take no wild cards")
 
 
 def encode_identifier(answer: Dataset, transfer_syntax: str) -> bytes:

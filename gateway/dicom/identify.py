@@ -1,4 +1,8 @@
-"""Reads who an instance is, and its query keys, from the head of its data set."""
+"""Reads who an instance is, and its query keys, from its data set.
+
+`Identifier` looks on while the bytes come in, for a bounded price. What it can't read (odd encodings, deflated ones,
+very many elements) is read by `identify`, which takes as long as it takes and belongs in a worker.
+"""
 
 import re
 import struct
@@ -6,21 +10,23 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from io import BytesIO
 from typing import Any, BinaryIO, Final
 
 from pydicom.charset import convert_encodings, decode_bytes
 from pydicom.datadict import dictionary_VR
 from pydicom.filereader import data_element_generator
-from pydicom.uid import UID
 from pydicom.valuerep import PN_DELIMS, TEXT_VR_DELIMS
 
 from gateway.dicom.scan import GiveUp, Scanner
+from gateway.dicom.sop_classes import encoding_of
 from storage.state import keys
 
-INFLATED_BYTES_MAX: Final = 4 << 20
+READ_BYTES: Final = 256 << 10
+INFLATED_BYTES_MAX: Final = 1 << 30  # of one data set, in a worker; nothing of it is kept
+ELEMENTS_LOOKED_AT: Final = 4096  # while the bytes come in; some milliseconds
 VALUE_CHARS_MAX: Final = 1024
 SPECIFIC_CHARACTER_SET: Final = 0x00080005
+NEEDED: Final = frozenset((0x00080016, 0x00080018, 0x0020000D, 0x0020000E))
 _ESCAPES: Final = re.compile(r"\x1b\$?[()\-][0-9A-Z]")
 _TAGS: Final = {tag: keyword for keyword, tag in keys.ALL.items()}
 _WANTED: Final = frozenset((*_TAGS, SPECIFIC_CHARACTER_SET))
@@ -41,83 +47,102 @@ class Identity:
     keys: dict[str, str]  # DICOM keyword -> text, several values joined by a backslash
 
 
-def identify(
-    source: bytes | bytearray | memoryview | BinaryIO, transfer_syntax: str, *, whole: bool, default_set: str = ""
-) -> Identity | None:
-    """Identity of a data set. With `whole` false the source is only its beginning, and None means that more is needed.
+class Identifier:
+    """`default_set` is the Specific Character Set of a data set that names none."""
 
-    `default_set` is the Specific Character Set of a data set that names none. Raises Unreadable.
-    """
-    implicit, little, deflated = _encoding(transfer_syntax)
-    if not deflated and isinstance(source, bytes | bytearray | memoryview):
+    def __init__(self, transfer_syntax: str, default_set: str = "") -> None:
+        implicit, self._little, deflated = encoding_of(transfer_syntax)
+        self._default_set = default_set
+        self._scanner = _scanner(implicit, self._little, ELEMENTS_LOOKED_AT)
+        if deflated:
+            self._scanner.why = "deflated"
+
+    def feed(self, view: memoryview) -> None:
+        self._scanner.feed(view)
+
+    @property
+    def study(self) -> str:
+        """The Study Instance UID, "" while it isn't known."""
+        found = self._scanner.found.get(0x0020000D)
+        return found[1].decode("latin-1").strip(" \0") if found else ""
+
+    def identity(self) -> Identity | None:
+        """When the last byte was fed. None if it must be read anew by `identify`."""
         try:
-            scanner = Scanner(source, implicit=implicit, little=little)
-            return _identity(scanner.find(_WANTED, keys.LAST_TAG), little, default_set)
+            return _identity(self._scanner.end(), self._little, self._default_set)
         except GiveUp:
-            pass
-    return _parse(source, UID(transfer_syntax), default_set, whole=whole)
+            return None
 
 
-@lru_cache(maxsize=256)
-def _encoding(transfer_syntax: str) -> tuple[bool, bool, bool]:
-    """(implicit VR, little endian, deflated)."""
-    syntax = UID(transfer_syntax)
-    return syntax.is_implicit_VR, syntax.is_little_endian, syntax.is_deflated
+def _scanner(implicit: bool, little: bool, elements_max: int) -> Scanner:
+    return Scanner(_WANTED, NEEDED, keys.LAST_TAG, implicit=implicit, little=little, elements_max=elements_max)
 
 
-def _parse(
-    source: bytes | bytearray | memoryview | BinaryIO, syntax: UID, default_set: str, *, whole: bool
-) -> Identity | None:
-    """The thorough way, with pydicom's parser."""
-    stream = BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source
-    if syntax.is_deflated:
-        stream = BytesIO(_inflate(stream.read(INFLATED_BYTES_MAX)))
-    found: dict[int, tuple[bytes, bytes]] = {}
-    complete = whole
+def identify(source: BinaryIO, transfer_syntax: str, default_set: str = "") -> Identity:
+    """Identity of a data set, from its first byte to its last if need be. `source` must be seekable. Blocks, perhaps
+    for long. Raises Unreadable."""
+    implicit, little, deflated = encoding_of(transfer_syntax)
+    scanner = _scanner(implicit, little, 1 << 62)
+    start = source.tell()
     try:
-        for element in _elements(stream, syntax):
-            if element.tag > keys.LAST_TAG:
-                complete = True
+        for block in _inflated(source) if deflated else iter(lambda: source.read(READ_BYTES), b""):
+            scanner.feed(block)
+            if scanner.over:
                 break
-            tag, value = int(element.tag), element.value
-            if tag in _WANTED and isinstance(value, bytes | str):
-                raw = value if isinstance(value, bytes) else value.encode("utf-8")
-                found[tag] = ((element.VR or "").encode(), raw)
-    except (EOFError, struct.error, ValueError, KeyError, NotImplementedError, OSError, TypeError) as error:
-        if whole:
-            raise Unreadable(f"the data set can't be read: {type(error).__name__}") from error
-        return None
-    if not complete:
-        return None
-    return _identity(found, syntax.is_little_endian, default_set)
+        return _identity(scanner.end(), little, default_set)
+    except GiveUp as error:
+        if deflated:
+            raise Unreadable(f"the data set can't be read: {error}") from error
+    except OSError as error:
+        raise Unreadable(f"the data set can't be read: {error.strerror}") from error
+    source.seek(start)
+    return _parsed(source, implicit, little, default_set)
 
 
-def _elements(stream: BinaryIO, syntax: UID) -> Iterator[Any]:
-    yield from data_element_generator(
-        stream,
-        syntax.is_implicit_VR,
-        syntax.is_little_endian,
-        stop_when=None,
-        defer_size=1 << 16,
-        specific_tags=None,
-    )
-
-
-def _inflate(data: bytes) -> bytes:
+def _inflated(source: BinaryIO) -> Iterator[bytes]:
+    """Raises Unreadable for what isn't deflated, or is so much that nobody needs it."""
+    inflater, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
     try:
-        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, INFLATED_BYTES_MAX)
+        while not inflater.eof and (block := inflater.unconsumed_tail or source.read(READ_BYTES)):
+            out = inflater.decompress(block, READ_BYTES)
+            total += len(out)
+            if total > INFLATED_BYTES_MAX:
+                raise Unreadable("the deflated data set is too long")
+            yield out
     except zlib.error as error:
         raise Unreadable("the deflated data set can't be inflated") from error
 
 
+def _parsed(source: BinaryIO, implicit: bool, little: bool, default_set: str) -> Identity:
+    """With pydicom's parser, which knows about odd encodings."""
+    found: dict[int, tuple[bytes, bytes]] = {}
+    try:
+        elements: Iterator[Any] = data_element_generator(source, implicit, little, defer_size=1 << 16)
+        for element in elements:
+            if element.tag > keys.LAST_TAG and found.keys() >= NEEDED:
+                break
+            tag, value = int(element.tag), element.value
+            if tag in _WANTED and isinstance(value, bytes | str):
+                raw = value if isinstance(value, bytes) else value.encode("utf-8")
+                found.setdefault(tag, ((element.VR or "").encode(), raw))
+    except Exception as error:  # whatever a malformed data set leads the parser to, RecursionError included
+        raise Unreadable(f"the data set can't be read: {type(error).__name__}") from error
+    return _identity(found, little, default_set)
+
+
 def _identity(found: dict[int, tuple[bytes, bytes]], little_endian: bool, default_set: str) -> Identity:
-    character_set = found.pop(SPECIFIC_CHARACTER_SET, (b"", b""))[1].strip(b" \0").decode("ascii", "replace")
+    """Raises Unreadable."""
+    character_set = found.get(SPECIFIC_CHARACTER_SET, (b"", b""))[1].strip(b" \0").decode("ascii", "replace")
     encodings = _encodings(character_set or default_set)
     values: dict[str, str] = {"SpecificCharacterSet": character_set} if character_set else {}
-    for tag, (vr, value) in found.items():
-        text = _text(vr.decode(), value, tag, encodings, little_endian=little_endian)
-        if text:
-            values[_TAGS[tag]] = text[:VALUE_CHARS_MAX]
+    try:
+        for tag, (vr, value) in found.items():
+            if tag != SPECIFIC_CHARACTER_SET:
+                text = _text(vr.decode("latin-1"), value, tag, encodings, little_endian=little_endian)
+                if text:
+                    values[_TAGS[tag]] = text[:VALUE_CHARS_MAX]
+    except Exception as error:  # pydicom raises whatever a broken text leads it to
+        raise Unreadable(f"a key can't be read: {type(error).__name__}") from error
     return Identity(
         values.pop("SOPClassUID", ""),
         values.pop("SOPInstanceUID", ""),

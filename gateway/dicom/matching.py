@@ -40,7 +40,7 @@ def text_of(value: object) -> str:
 
 def matcher(vr: str, wanted: str, names: str = "folded") -> Matcher:
     """A test for one key. Without `wanted` everything matches, also what has no value."""
-    if wanted.strip("*") == "":
+    if wanted.strip("*\\ ") == "":
         return lambda _text: True
     if vr == "UI":
         uids = frozenset(wanted.split("\\"))
@@ -59,8 +59,8 @@ def _single(vr: str, wanted: str, names: str) -> Matcher:
     if vr == "PN":
         return _name(wanted, names)
     if vr in WILD_VRS and ("*" in wanted or "?" in wanted):
-        pattern = _glob(wanted)
-        return lambda text: bool(text) and pattern.fullmatch(text) is not None
+        pattern = glob(wanted)
+        return lambda text: bool(text) and pattern(text)
     if vr in NUMBER_VRS:
         number = _number(wanted)
         return lambda text: text == wanted or (number is not None and _number(text) == number)
@@ -74,15 +74,41 @@ def _number(text: str) -> float | None:
         return None
 
 
-@lru_cache(maxsize=256)
-def _glob(wanted: str) -> re.Pattern[str]:
-    """Only * and ? are special in DICOM (PS3.4 C.2.2.2.4). What follows a * is looked for once, from the left: time
-    grows with the length of the text, whatever is asked."""
-    first, *middle = ("".join("." if char == "?" else re.escape(char) for char in part) for part in wanted.split("*"))
+def glob(wanted: str) -> Matcher:
+    """Only * and ? are special in DICOM (PS3.4 C.2.2.2.4). What stands between two * is looked for once, from the left:
+    time grows with the length of the text, whatever is asked."""
+    first, *middle = wanted.split("*")
     if not middle:
-        return re.compile(first, re.DOTALL)
+        return lambda text: len(text) == len(first) and _at(text, first, 0)
     *inner, last = middle
-    return re.compile(first + "".join(f"(?>.*?{part})" for part in inner if part) + ".*" + last, re.DOTALL)
+    least = len(first) + len(last)
+
+    def match(text: str) -> bool:
+        end = len(text) - len(last)
+        if len(text) < least or not _at(text, first, 0) or not _at(text, last, end):
+            return False
+        at = len(first)
+        for part in inner:
+            found = _find(text, part, at, end)
+            if found < 0:
+                return False
+            at = found + len(part)
+        return at <= end
+
+    return match
+
+
+def _at(text: str, part: str, at: int) -> bool:
+    if "?" not in part:
+        return text.startswith(part, at)
+    here = text[at : at + len(part)]
+    return len(here) == len(part) and all(one in ("?", other) for one, other in zip(part, here, strict=True))
+
+
+def _find(text: str, part: str, start: int, end: int) -> int:
+    if "?" not in part:
+        return text.find(part, start, end)
+    return next((at for at in range(start, end - len(part) + 1) if _at(text, part, at)), -1)
 
 
 # -- dates and times ---------------------------------------------------------------------------------------------------
@@ -90,7 +116,7 @@ def _glob(wanted: str) -> re.Pattern[str]:
 
 def _moment(vr: str, wanted: str) -> Matcher:
     low, high = bounds(vr, wanted)
-    return lambda text: in_range(vr, text, low, high)
+    return lambda text: in_range(text, low, high)
 
 
 def bounds(vr: str, wanted: str) -> tuple[str, str]:
@@ -112,10 +138,11 @@ def _plain(text: str) -> str:
     return re.sub(r"[:\s]", "", re.sub(r"^(\d{4})\.(\d\d)\.(\d\d)", r"\1\2\3", re.sub(r"[+-]\d{4}$", "", text.strip())))
 
 
-def in_range(vr: str, text: str, low: str, high: str) -> bool:
-    """Both ends are of it, as far as they say: 10 to 12 ends at 12:59:59."""
+def in_range(text: str, low: str, high: str) -> bool:
+    """Both ends are of it, as far as they say: 10 to 12 ends at 12:59:59. So is a value as far as it says: a time of
+    1030 is of 103000 to 103059, a date of 2026 of each of its days."""
     value = _plain(text)
-    if not value or (low and value < low[: len(value)] if vr == "DA" else value < low):
+    if not value or (low and value < low[: len(value)]):
         return False
     return not high or value[: len(high)] <= high
 
@@ -123,10 +150,27 @@ def in_range(vr: str, text: str, low: str, high: str) -> bool:
 # -- names -------------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=65536)
 def folded(text: str) -> str:
-    """Without case, accents and width."""
+    """Without case and width, and without the accents of Latin and Greek letters. In other scripts marks make other
+    letters: が isn't か, й isn't и."""
     plain = unicodedata.normalize("NFKD", text.casefold())
-    return "".join(char for char in plain if not unicodedata.combining(char))
+    if plain.isascii():
+        return plain
+    kept: list[str] = []
+    bare = False  # the letter before may lose its marks
+    for char in plain:
+        if not unicodedata.combining(char):
+            bare = char.isascii() or _is_latin_or_greek(char)
+            kept.append(char)
+        elif not bare:
+            kept.append(char)
+    return "".join(kept)
+
+
+def _is_latin_or_greek(char: str) -> bool:
+    code = ord(char)
+    return code < 0x250 or 0x370 <= code < 0x400 or 0x1E00 <= code < 0x2000
 
 
 def _name(wanted: str, names: str) -> Matcher:
@@ -156,8 +200,7 @@ def _trimmed(group: str) -> str:
 
 def _group(wanted: str) -> Matcher:
     if "*" in wanted or "?" in wanted:
-        pattern = _glob(wanted)
-        return lambda group: pattern.fullmatch(group) is not None
+        return glob(wanted)
     return lambda group: group == wanted
 
 

@@ -1,71 +1,73 @@
-"""Data sets in another transfer syntax, for those who take nothing else. What is stored is never changed."""
+"""Data sets in another transfer syntax, for those who take nothing else. What is stored is never changed.
 
-from array import array
+Blocks, and decodes what strangers have sent: call it in a worker.
+"""
+
+import zlib
 from io import BytesIO
 from typing import Final
 
 from pydicom import Dataset, dcmread
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
-from pydicom.uid import UID
 
 from gateway.dicom.part10 import file_header
-from gateway.dicom.sop_classes import DEFLATED, UNCOMPRESSED
+from gateway.dicom.reencode import CannotConvert, reencode
+from gateway.dicom.sop_classes import DEFLATED, EXPLICIT_LITTLE, UNCOMPRESSED, encoding_of, is_encapsulated
 
-WORD_CODES: Final = {"OW": "H", "OF": "I", "OL": "I", "OD": "Q", "OV": "Q"}  # VRs of words, as array type codes
-TEXT_VRS: Final = frozenset(("PN", "LO", "SH", "LT", "ST", "UC", "UT"))
+__all__ = ["TARGETS", "CannotConvert", "convert"]
+
 TARGETS: Final = UNCOMPRESSED
-
-
-class CannotConvert(Exception):
-    """This data set can't be had in that transfer syntax here."""
+CONVERTED_BYTES_MAX: Final = 1 << 29
+_INFLATE_STEP: Final = 1 << 20
 
 
 def convert(data: bytes, sop_class: str, sop_instance: str, stored: str, wanted: str) -> bytes:
     """A data set in `wanted`, one of TARGETS. Raises CannotConvert."""
     try:
-        whole = file_header(sop_class, sop_instance, stored, "") + data
-        found: Dataset = dcmread(BytesIO(whole))
-        if UID(stored).is_compressed and stored != DEFLATED:
-            found.decompress(generate_instance_uid=False)
-            was_little = True
-        else:
-            was_little = UID(stored).is_little_endian
-        _check_texts(found)
-        syntax = UID(wanted)
-        if was_little != syntax.is_little_endian:
-            _swap(found)
-        return _encode(found, syntax)
+        encoding = encoding_of(stored)
+        if stored == DEFLATED:
+            data, encoding = _inflated(data), (False, True, False)
+        elif is_encapsulated(stored):
+            data, encoding = _decompressed(data, sop_class, sop_instance, stored), encoding_of(EXPLICIT_LITTLE)
+        return reencode(data, encoding, encoding_of(wanted))
+    except CannotConvert:
+        raise
     except Exception as error:  # decoders and parsers raise whatever damaged or unusual data leads them to
-        raise CannotConvert(f"{type(error).__name__}: {error}"[:200]) from error
+        raise CannotConvert(type(error).__name__) from error
 
 
-def _check_texts(found: Dataset) -> None:
-    """Converting reads all texts and writes them anew: those that aren't in their character set would come out as
-    others. Raises ValueError."""
-    sets = found.get("SpecificCharacterSet") or ""
-    if "ISO 2022 IR 58" in (sets if isinstance(sets, str) else list(sets)):
-        raise ValueError("ISO 2022 IR 58 isn't written as it was read")
-    for element in found.iterall():
-        if element.VR in TEXT_VRS and "\ufffd" in str(element.value):
-            raise ValueError("a text isn't in its character set")
+def _inflated(data: bytes) -> bytes:
+    inflater, out, total = zlib.decompressobj(-zlib.MAX_WBITS), list[bytes](), 0
+    while not inflater.eof and data:
+        part = inflater.decompress(data, _INFLATE_STEP)
+        data = inflater.unconsumed_tail
+        total += len(part)
+        if total > CONVERTED_BYTES_MAX:
+            raise CannotConvert("too long when inflated")
+        out.append(part)
+    return b"".join(out)
 
 
-def _encode(found: Dataset, syntax: UID) -> bytes:
+def _decompressed(data: bytes, sop_class: str, sop_instance: str, stored: str) -> bytes:
+    """In explicit VR little endian. Elements that aren't the pixels' are written as they were read."""
+    found: Dataset = dcmread(BytesIO(file_header(sop_class, sop_instance, stored, "") + data))
+    _check_size(found)
+    found.decompress(generate_instance_uid=False)
     buffer = DicomBytesIO()
-    buffer.is_little_endian, buffer.is_implicit_VR = syntax.is_little_endian, syntax.is_implicit_VR
+    buffer.is_little_endian, buffer.is_implicit_VR = True, False
     write_dataset(buffer, found)
     encoded: bytes = buffer.getvalue()
     return encoded
 
 
-def _swap(found: Dataset) -> None:
-    """Turn the bytes round in the words that pydicom leaves as they are."""
-    for element in found.iterall():
-        code = WORD_CODES.get(element.VR)
-        if code and isinstance(element.value, bytes) and element.value:
-            words = array(code)
-            if len(element.value) % words.itemsize == 0:
-                words.frombytes(element.value)
-                words.byteswap()
-                element.value = words.tobytes()
+def _check_size(found: Dataset) -> None:
+    """What the decoders would allocate, by what is declared."""
+    declared = [int(found.get(name) or 1) for name in ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel")]
+    size = (int(found.get("BitsAllocated") or 8) + 7) // 8
+    for number in declared:
+        if number < 0:
+            raise CannotConvert("a negative size is declared")
+        size *= number
+    if size > CONVERTED_BYTES_MAX:
+        raise CannotConvert(f"{size} bytes of pixels are too many to be converted")

@@ -6,17 +6,24 @@ result is an event or a `ProtocolError`, never another exception; after a Protoc
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
-from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RQ
-
+from gateway.dicom.associate import (
+    DEFAULT_PDU_BYTES,
+    PDU_BYTES_MAX,
+    AssociateAccept,
+    AssociateRequest,
+    Malformed,
+    decode_accept,
+    decode_request,
+)
 from gateway.dicom.states import TRANSITIONS, Action, PduType, State
 
+T = TypeVar("T")
 PDU_HEADER: Final = struct.Struct(">BxL")
 PDV_HEADER: Final = struct.Struct(">LBB")
-ASSOCIATE_BYTES_MAX: Final = 1 << 20
 TOLERANCE_BYTES: Final = 16  # some senders count the PDU header in the maximum length
 UNLIMITED_PDU_BYTES: Final = 1 << 20
 
@@ -34,12 +41,12 @@ class ProtocolError(Exception):
 
 @dataclass(frozen=True)
 class AssociationRequested:
-    request: A_ASSOCIATE_RQ
+    request: AssociateRequest
 
 
 @dataclass(frozen=True)
 class AssociationAccepted:
-    response: A_ASSOCIATE_AC
+    response: AssociateAccept
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ class UpperLayer:
     def __init__(self, max_pdu_bytes: int) -> None:
         self.state = State.STA2
         self._max_pdu_bytes = max_pdu_bytes
-        self.peer_max_pdu_bytes = 16384
+        self.peer_max_pdu_bytes = DEFAULT_PDU_BYTES
         self._head = bytearray()  # of a PDU, of a PDV, or a whole small PDU
         self._want = PDU_HEADER.size
         self._body_type: PduType | None = None  # a PDU that is collected whole
@@ -159,7 +166,7 @@ class UpperLayer:
             self._data_left = length
             self._want = PDV_HEADER.size
             return
-        limit = ASSOCIATE_BYTES_MAX if pdu_type in (PduType.ASSOCIATE_RQ, PduType.ASSOCIATE_AC) else 4
+        limit = PDU_BYTES_MAX if pdu_type in (PduType.ASSOCIATE_RQ, PduType.ASSOCIATE_AC) else 4
         if length > limit or length < 4:
             raise ProtocolError(f"{pdu_type.name} of {length} bytes", INVALID_PARAMETER)
         self._body_type = pdu_type
@@ -195,11 +202,12 @@ class UpperLayer:
         match TRANSITIONS[self.state][pdu_type]:
             case Action.ASSOCIATE:
                 self.state = State.STA3
-                return AssociationRequested(_decode_request(pdu))
+                return AssociationRequested(_decoded(decode_request, pdu))
             case Action.ACCEPTED:
-                response = _decode_response(pdu)
+                response = _decoded(decode_accept, pdu)
                 self.state = State.STA6
-                self._limit(response.to_primitive().maximum_length_received)
+                said = response.user.max_pdu_bytes
+                self._limit(DEFAULT_PDU_BYTES if said is None else said)
                 return AssociationAccepted(response)
             case Action.REJECTED:
                 self.state = State.STA13
@@ -278,21 +286,8 @@ class UpperLayer:
 _RELEASE_RP: Final = struct.pack(">BxLxxxx", PduType.RELEASE_RP, 4)
 
 
-def _decode_response(pdu: bytes) -> A_ASSOCIATE_AC:
-    response = A_ASSOCIATE_AC()
+def _decoded(decode: Callable[[bytes], T], pdu: bytes) -> T:
     try:
-        response.decode(pdu)
-        response.to_primitive()
-    except Exception as error:  # as with requests
-        raise ProtocolError(f"malformed A-ASSOCIATE-AC: {error}", INVALID_PARAMETER) from error
-    return response
-
-
-def _decode_request(pdu: bytes) -> A_ASSOCIATE_RQ:
-    request = A_ASSOCIATE_RQ()
-    try:
-        request.decode(pdu)
-        request.to_primitive()
-    except Exception as error:  # the codec raises whatever malformed items lead it to; all of it means the same
-        raise ProtocolError(f"malformed A-ASSOCIATE-RQ: {error}", INVALID_PARAMETER) from error
-    return request
+        return decode(pdu)
+    except Malformed as error:
+        raise ProtocolError(f"malformed association PDU: {error}", INVALID_PARAMETER) from error

@@ -16,8 +16,8 @@ import structlog
 from pydicom import Dataset
 from pydicom.sequence import Sequence
 
-from conf.settings import DicomSettings
 from gateway.archive.destinations import Destinations
+from gateway.archive.live import Live
 from gateway.dicom.dimse import Status, is_failure
 from gateway.dicom.identifiers import encode_identifier
 from gateway.dicom.sop_classes import COMMITMENT, COMMITMENT_INSTANCE, UNCOMPRESSED
@@ -54,8 +54,8 @@ class CommitmentBody(msgspec.Struct, frozen=True):
 class Commitments:
     """Checks what is to be committed and reports it, as the tasks of the log say."""
 
-    def __init__(self, store: Store, settings: DicomSettings, destinations: Destinations, executor: Executor) -> None:
-        self._store, self._settings, self._destinations, self._executor = store, settings, destinations, executor
+    def __init__(self, store: Store, live: Live, destinations: Destinations, executor: Executor) -> None:
+        self._store, self._live, self._destinations, self._executor = store, live, destinations, executor
         self._askers: dict[str, tuple[Peer, int]] = {}
         self._checking = asyncio.Semaphore(CHECKS_AT_ONCE)
 
@@ -65,17 +65,26 @@ class Commitments:
 
     async def carry_out(self, task: Task) -> str:
         """Check, then report. Returns the outcome; raises NotServing."""
+        try:
+            return await self._carry_out(task)
+        finally:
+            self._askers.pop(task.id, None)
+
+    async def _carry_out(self, task: Task) -> str:
         body = msgspec.msgpack.decode(task.body, type=CommitmentBody)
         store = self._store
         async with self._checking:
             failed = await self._check(store, body)
-        ends = task.at + self._settings.report_days * DAY_S
+        ends = task.at + self._live.dicom.report_days * DAY_S
         pause = FIRST_RETRY_S
         while True:
             if not store.may_serve:
                 raise NotServing("no longer the primary")
             if await self._tell_asker(task, body, failed) or await self._tell(task.by, body, failed):
                 return f"{len(body.items) - len(failed)} committed, {len(failed)} not"
+            if task.id not in self._askers and self._destinations.get(task.by) is None:
+                log.warning("commitment.unknown_requester", by=task.by, hint="name it in dicom.destinations")
+                return "checked, and the requester is gone and in no setting"
             if time.time() > ends:
                 log.error("commitment.not_reported", by=task.by, transaction=body.transaction)
                 return "checked, and nobody took the report"
@@ -87,10 +96,12 @@ class Commitments:
     async def _check(self, store: Store, body: CommitmentBody) -> Failed:
         """Failure reason (PS3.3 C.14.1.1) of each item that can't be committed."""
         await store.settled()
+        uids = [uid for _, uid in body.items]
+        found = await store.run(lambda: {uid: one for uid in uids if (one := store.rows.instance(uid))})
         failed: dict[Reference, int] = {}
         waiting: dict[Reference, Instance] = {}
         for item in body.items:
-            instance = store.rows.instance(item[1])
+            instance = found.get(item[1])
             if instance is None:
                 failed[item] = Status.NO_SUCH_SOP_INSTANCE
             elif instance.put.sop_class != item[0]:
@@ -128,23 +139,19 @@ class Commitments:
         if peer is None:
             return False
         if not peer.may_send:
-            del self._askers[task.id]
+            self._askers.pop(task.id, None)
             return False
         if not peer.quiet:
             return False
-        told = await self._send(peer, context_id, peer.contexts[context_id].transfer_syntax, body, failed)
-        if told:
-            del self._askers[task.id]
-        return told
+        return await self._send(peer, context_id, peer.contexts[context_id].transfer_syntax, body, failed)
 
     async def _tell(self, aet: str, body: CommitmentBody, failed: Failed) -> bool:
         destination = self._destinations.get(aet)
         if destination is None:
-            log.warning("commitment.unknown_requester", by=aet, hint="name it in dicom.destinations")
             return False
         contexts = [(COMMITMENT, UNCOMPRESSED)]
         try:
-            association = await Requestor.associate(self._settings.aet, destination, contexts, as_scp=True)
+            association = await Requestor.associate(self._live.dicom.aet, destination, contexts, as_scp=True)
         except Unreachable as error:
             log.warning("commitment.unreachable", by=aet, why=str(error))
             return False
@@ -161,7 +168,7 @@ class Commitments:
         self, sender: Peer | Requestor, context_id: int, syntax: str, body: CommitmentBody, failed: Failed
     ) -> bool:
         """Whether the report was taken."""
-        loop, aet = asyncio.get_running_loop(), self._settings.aet
+        loop, aet = asyncio.get_running_loop(), self._live.dicom.aet
         data = await loop.run_in_executor(self._executor, lambda: encode_identifier(_report(body, failed, aet), syntax))
         event = event_report(COMMITMENT, COMMITMENT_INSTANCE, SOME_FAILED if failed else ALL_COMMITTED)
         try:

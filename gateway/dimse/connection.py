@@ -12,6 +12,8 @@ from gateway.dicom.states import State
 from gateway.dicom.upper_layer import Event, ProtocolError, UpperLayer
 
 RECEIVE_BYTES: Final = 256 << 10
+FIRST_BYTES: Final = 4 << 10  # until there is an association: a connection alone costs next to nothing
+WRITE_AHEAD_BYTES: Final = 1 << 20
 MESSAGE_ID_MAX: Final = 0xFFFF
 CLOSE_S: Final = 5.0
 
@@ -23,7 +25,8 @@ class AssociationEnded(Exception):
 class Connection(asyncio.BufferedProtocol):
     def __init__(self, max_pdu_bytes: int) -> None:
         self._loop = asyncio.get_running_loop()
-        self._buffer = memoryview(bytearray(RECEIVE_BYTES))
+        self._buffer = memoryview(bytearray(FIRST_BYTES))
+        self.bytes_sent = 0
         self._upper = UpperLayer(max_pdu_bytes)
         self._assembler = Assembler()
         self._transport: asyncio.Transport | None = None
@@ -54,6 +57,8 @@ class Connection(asyncio.BufferedProtocol):
                 waiting.exception()  # seen here; whoever still waits sees it too
 
     def get_buffer(self, sizehint: int) -> memoryview:
+        if len(self._buffer) < RECEIVE_BYTES and self._upper.state is State.STA6:
+            self._buffer = memoryview(bytearray(RECEIVE_BYTES))
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -76,6 +81,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _write(self, data: bytes) -> None:
         if self._transport and not self._transport.is_closing():
+            self.bytes_sent += len(data)
             self._transport.write(data)
 
     def _close(self) -> None:
@@ -113,8 +119,16 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self._write(out)
 
-    async def drained(self) -> None:
-        await self._writable.wait()
+    async def drained(self, timeout_s: float) -> None:
+        """Wait until the other side has taken most of what it was sent. One that doesn't read is cut off. Raises
+        AssociationEnded."""
+        try:
+            await asyncio.wait_for(self._writable.wait(), timeout_s)
+        except TimeoutError:
+            self._cut()
+            raise AssociationEnded("the other side reads nothing") from None
+        if not self.may_send:
+            raise AssociationEnded("the association has ended")
 
     async def invoke(
         self, context_id: int, elements: dict[int, int | str], data: AsyncIterator[memoryview], timeout_s: float
@@ -164,7 +178,11 @@ class Connection(asyncio.BufferedProtocol):
                 break
         self._given_up.discard(self._message_id)
         answer = self._outstanding[self._message_id] = self._loop.create_future()
+        self._answer_awaited()
         return self._message_id, answer
+
+    def _answer_awaited(self) -> None:
+        """A request of ours is about to go out."""
 
     async def _send_piece(self, context_id: int, piece: memoryview, timeout_s: float, *, last: bool) -> None:
         if not self.may_send:

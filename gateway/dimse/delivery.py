@@ -7,18 +7,19 @@ from typing import Final, Protocol
 
 import structlog
 
-from gateway.archive.converting import Converter
+from gateway.archive.converting import CannotConvert
 from gateway.dicom.dimse import Request, is_failure
-from gateway.dicom.transcode import TARGETS, CannotConvert
+from gateway.dicom.sop_classes import UNCOMPRESSED
 from gateway.dimse.connection import AssociationEnded
+from gateway.dimse.context import Context
 from gateway.dimse.requestor import store_request, whole
 from storage.state.model import Instance
-from storage.store import Source, Store, Unavailable
+from storage.store import Unavailable
 
 log = structlog.get_logger()
 
 READ_AHEAD: Final = 2
-CONVERTED_BYTES_MAX: Final = 1 << 29
+IN_MEMORY_BYTES: Final = 4 << 20  # of an object on its way out, whatever its length
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Delivery:
 
     def context_of(self, sop_class: str, transfer_syntax: str) -> tuple[int, str] | None:
         """(context, transfer syntax): as stored if that was agreed on, or else something to convert to."""
-        for syntax in (transfer_syntax, *TARGETS):
+        for syntax in (transfer_syntax, *UNCOMPRESSED):
             number = self.contexts.get((sop_class, syntax))
             if number is not None:
                 return number, syntax
@@ -83,13 +84,12 @@ class Sending:
     def __init__(
         self,
         delivery: Delivery,
-        store: Store,
-        converter: Converter,
+        context: Context,
         tally: Tally,
         stop: Callable[[], bool],
         progress: Callable[[], None],
     ) -> None:
-        self._delivery, self._store, self._converter = delivery, store, converter
+        self._delivery, self._context = delivery, context
         self._tally, self._stop, self._progress = tally, stop, progress
         self._turn = asyncio.Semaphore(delivery.window)
         self._ahead = asyncio.Semaphore(delivery.window + READ_AHEAD)
@@ -113,19 +113,28 @@ class Sending:
             if agreed is None:
                 self._failed(put.sop_instance, "no presentation context for it was agreed on")
                 return
-            source = await self._store.open(instance)
-            context_id, syntax = agreed
-            data = source.blocks() if syntax == put.transfer_syntax else whole(await self._converted(source, syntax))
-            async with self._turn:
-                if self._ended or self._stop():
-                    self.unsent.append(instance)
-                    return
-                await self._send(context_id, put.sop_class, put.sop_instance, data)
-        except (Unavailable, CannotConvert, OSError) as error:
+            async with self._context.memory.taken(min(put.length, IN_MEMORY_BYTES)):
+                await self._read_and_send(instance, *agreed)
+        except (Unavailable, CannotConvert) as error:
             self._failed(put.sop_instance, str(error))
+        except OSError as error:  # its own text names the file, and with it the patient
+            self._failed(put.sop_instance, error.strerror or type(error).__name__)
         finally:
             self._ahead.release()
         self._progress()
+
+    async def _read_and_send(self, instance: Instance, context_id: int, syntax: str) -> None:
+        put = instance.put
+        source = await self._context.store.open(instance)
+        if syntax == put.transfer_syntax:
+            data = source.blocks()
+        else:
+            data = whole(await self._context.converter.convert(source, syntax))
+        async with self._turn:
+            if self._ended or self._stop():
+                self.unsent.append(instance)
+                return
+            await self._send(context_id, put.sop_class, put.sop_instance, data)
 
     async def _send(self, context_id: int, sop_class: str, sop_instance: str, data: AsyncIterator[memoryview]) -> None:
         delivery = self._delivery
@@ -134,7 +143,8 @@ class Sending:
             answer = await delivery.sender.invoke(context_id, command, data, delivery.timeout_s)
         except (AssociationEnded, TimeoutError, OSError) as error:
             self._ended = True  # a data set that broke off, or an answer that may come late: start anew
-            self._failed(sop_instance, str(error) or "no answer in time")
+            why = str(error) if isinstance(error, AssociationEnded) else _reason(error)
+            self._failed(sop_instance, why)
             return
         if is_failure(answer.status):
             log.warning("retrieve.refused", status=f"0x{answer.status:04X}")
@@ -144,10 +154,7 @@ class Sending:
         log.warning("retrieve.failed", sop_instance=sop_instance, why=why)
         self._tally.fail(sop_instance)
 
-    async def _converted(self, source: Source, syntax: str) -> bytes:
-        put = source.put
-        if put.length > CONVERTED_BYTES_MAX:
-            raise CannotConvert(f"{put.length} bytes are too many to be converted")
-        async with self._converter.turn:
-            data = await source.whole()
-            return await self._converter.convert(data, put.sop_class, put.sop_instance, put.transfer_syntax, syntax)
+
+def _reason(error: OSError) -> str:
+    """An OSError's own text names the file, and with it the patient."""
+    return "no answer in time" if isinstance(error, TimeoutError) else error.strerror or type(error).__name__

@@ -3,36 +3,40 @@
 import asyncio
 import time
 from collections.abc import Iterator
-from io import BytesIO
 from typing import Final
 
-from pydicom import Dataset, dcmread
+import structlog
+from pydicom import Dataset
 
+from conf.telling import place_of
 from gateway.archive.find import Extended, Query
 from gateway.dicom.dimse import Status, encode_response
+from gateway.dicom.heads import HEAD_BYTES_MAX, read_head
 from gateway.dicom.identifiers import BadQuery, encode_identifier
 from gateway.dicom.sop_classes import FIND_MODELS
 from gateway.dimse.service import Collector
 from storage.state.model import Instance
 from storage.store import NotServing, Store
 
+log = structlog.get_logger()
+
 FIND_BATCH: Final = 100
-HEAD_BYTES_MAX: Final = 4 << 20
 SLICE_S: Final = 0.2  # of a query thread, before others have their turn and a cancel is looked at
 
 
 class Finder(Collector):
     async def respond(self) -> None:
-        call, context = self._call, self._context
+        call, context = self.call, self._context
         agreed = call.peer.negotiated.extended if call.peer.negotiated else {}
         try:
-            query = Query(
-                await self._identifier(),
+            query = await self._read(
+                Query,
                 FIND_MODELS[call.abstract_syntax],
                 context.settings,
                 agreed.get(call.abstract_syntax, Extended()),
                 context.store.rows,
                 lambda instance: head(context.store, instance),
+                context.store.is_unreadable,
             )
         except BadQuery as error:
             call.answer(Status.DATA_SET_MISMATCH, str(error))
@@ -41,8 +45,8 @@ class Finder(Collector):
         await self._answer(query)
 
     async def _answer(self, query: Query) -> None:
-        call, context = self._call, self._context
-        loop, limit = asyncio.get_running_loop(), context.settings.query_limit
+        call, context = self.call, self._context
+        loop, settings = asyncio.get_running_loop(), context.settings
         answers, sent, ended = query.run(), 0, False
         pending = Status.PENDING_OPTIONAL_KEYS if query.ignored else Status.PENDING
         response = encode_response(call.request, pending, has_data=True)
@@ -53,11 +57,12 @@ class Finder(Collector):
                 return
             if not context.store.may_read:  # looked at after reading: a stopped process must not tell old news
                 raise NotServing("no longer the primary")
-            for answer in batch[: limit - sent]:
+            for answer in batch[: settings.query_limit - sent]:
                 call.peer.send(call.context_id, response, answer)
-            await call.peer.drained()
+            await call.peer.drained(settings.message_timeout_s)
             sent += len(batch)
-            if sent > limit:
+            call.outcome.count = min(sent, settings.query_limit)
+            if sent > settings.query_limit:
                 call.answer(Status.OUT_OF_RESOURCES, "more matches than the limit; narrow the query")
                 return
         call.answer(Status.SUCCESS)
@@ -68,18 +73,25 @@ class Finder(Collector):
         batch: list[bytes] = []
         for answer in answers:
             if answer is not None:
-                batch.append(encode_identifier(answer, self._call.transfer_syntax))
+                encoded = self._encoded(query, answer)
+                if encoded is not None:
+                    batch.append(encoded)
             if len(batch) >= FIND_BATCH or time.monotonic() > query.until:
                 return batch, False
         return batch, True
+
+    def _encoded(self, query: Query, answer: Dataset) -> bytes | None:
+        """One stored value that can't be said never ends a query: that answer has its unique keys only, or is left
+        out."""
+        for made in (lambda one: one, query.in_utf_8, query.bare):
+            try:
+                return encode_identifier(made(answer), self.call.transfer_syntax)
+            except Exception as error:  # pydicom raises whatever a strange value leads it to
+                log.error("query.answer", error=place_of(error))
+        return None
 
 
 def head(store: Store, instance: Instance) -> Dataset | None:
     """The attributes of a stored instance but for its pixels, from this node's copy. Blocks."""
     raw = store.beginning(instance, HEAD_BYTES_MAX)
-    if raw is None:
-        return None
-    try:
-        return dcmread(BytesIO(raw), stop_before_pixels=True, defer_size=1 << 16)
-    except Exception:  # pydicom raises whatever a strange data set leads it to; then it has no such attributes
-        return None
+    return None if raw is None else read_head(raw, instance.put.offset, instance.put.transfer_syntax)

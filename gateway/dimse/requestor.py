@@ -1,22 +1,17 @@
 """Associations that this node asks for: to send instances (C-MOVE) and to report commitments.
 
-The codec of the PDUs is pynetdicom's; the bytes of data sets go out as they are stored.
+The bytes of data sets go out as they are stored.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Final
 
 import structlog
-from pynetdicom.pdu import A_ASSOCIATE_RQ
-from pynetdicom.pdu_primitives import (
-    A_ASSOCIATE,
-    AsynchronousOperationsWindowNegotiation,
-    SCP_SCU_RoleSelectionNegotiation,
-)
-from pynetdicom.presentation import PresentationContext, build_context
 
 from gateway.archive.destinations import Destination
+from gateway.dicom.associate import ACCEPTANCE, CONTEXTS_MAX, AssociateRequest, Proposed, about_us, encode_request
 from gateway.dicom.dimse import CommandReceived, encode_response
 from gateway.dicom.states import State
 from gateway.dicom.upper_layer import (
@@ -29,11 +24,9 @@ from gateway.dicom.upper_layer import (
     ReleaseRequested,
 )
 from gateway.dimse.connection import AssociationEnded, Connection, is_response
-from gateway.dimse.negotiate import about_us
 
 log = structlog.get_logger()
 
-CONTEXTS_MAX: Final = 128
 WINDOW: Final = 8  # operations that we would have under way at once
 MAX_PDU_BYTES: Final = 131072
 
@@ -52,16 +45,23 @@ class Requestor(Connection):
 
     @classmethod
     async def associate(
-        cls, own_aet: str, to: Destination, contexts: Sequence[tuple[str, Sequence[str]]], *, as_scp: bool = False
+        cls,
+        own_aet: str,
+        to: Destination,
+        contexts: Sequence[tuple[str, Sequence[str]]],
+        *,
+        as_scp: bool = False,
+        source: str = "",
     ) -> "Requestor":
         """Ask for an association with these presentation contexts (abstract syntax, transfer syntaxes), at most 128.
-        `as_scp`: we play the SCP's part. Raises Unreachable."""
+        `as_scp`: we play the SCP's part; `source`: the address to come from. Raises Unreachable."""
+        local = (source, 0) if source else None
         loop = asyncio.get_running_loop()
         connection = None
         host, port = to.settings.host, to.settings.port
         try:
             async with asyncio.timeout(to.timeout_s):
-                _, connection = await loop.create_connection(cls, host, port, ssl=to.tls())
+                _, connection = await loop.create_connection(cls, host, port, ssl=await to.tls(), local_addr=local)
                 connection._ask(own_aet, to.aet, contexts, as_scp=as_scp)
                 await connection._ready
         except asyncio.CancelledError:
@@ -78,20 +78,17 @@ class Requestor(Connection):
         return connection
 
     def _ask(self, own: str, called: str, contexts: Sequence[tuple[str, Sequence[str]]], *, as_scp: bool) -> None:
-        proposed: list[PresentationContext] = []
-        for number, (abstract, transfer) in enumerate(contexts[:CONTEXTS_MAX]):
-            context = build_context(abstract, list(transfer))
-            context.context_id = 2 * number + 1
-            proposed.append(context)
-        self._proposed = {context.context_id: str(context.abstract_syntax) for context in proposed}
-        asked = A_ASSOCIATE()
-        asked.application_context_name = "1.2.840.10008.3.1.1.1"
-        asked.calling_ae_title, asked.called_ae_title = own, called
-        asked.presentation_context_definition_list = proposed
-        asked.user_information = _user_information({abstract for abstract, _ in contexts} if as_scp else set())
-        pdu = A_ASSOCIATE_RQ()
-        pdu.from_primitive(asked)
-        self._write(self._upper.request(pdu.encode()))
+        proposed = tuple(
+            Proposed(2 * number + 1, abstract, tuple(transfer))
+            for number, (abstract, transfer) in enumerate(contexts[:CONTEXTS_MAX])
+        )
+        self._proposed = {context.context_id: context.abstract_syntax for context in proposed}
+        user = about_us(MAX_PDU_BYTES)
+        if as_scp:
+            user = replace(user, roles={abstract: (False, True) for abstract, _ in contexts})
+        else:
+            user = replace(user, window=(WINDOW, 1))
+        self._write(self._upper.request(encode_request(AssociateRequest(called, own, proposed, user))))
 
     def context_for(self, abstract: str) -> int | None:
         """An accepted context of a SOP class."""
@@ -121,16 +118,11 @@ class Requestor(Connection):
                     self._on_command(received)
 
     def _accepted(self, event: AssociationAccepted) -> None:
-        answer = event.response.to_primitive()
-        for context in answer.presentation_context_definition_results_list:
-            if context.result == 0 and context.context_id in self._proposed:
-                self.contexts[context.context_id] = (
-                    self._proposed[context.context_id],
-                    str(context.transfer_syntax[0]),
-                )
-        for item in answer.user_information:
-            if isinstance(item, AsynchronousOperationsWindowNegotiation):
-                self.window = min(WINDOW, item.maximum_number_operations_invoked or WINDOW)
+        for result in event.response.results:
+            if result.result == ACCEPTANCE and result.context_id in self._proposed:
+                self.contexts[result.context_id] = (self._proposed[result.context_id], result.transfer_syntax)
+        if event.response.user.window:
+            self.window = min(WINDOW, event.response.user.window[0] or WINDOW)
         if not self._ready.done():
             self._ready.set_result(None)
 
@@ -176,20 +168,6 @@ class Requestor(Connection):
         if self._transport is not None and self._upper.state is not State.STA13:
             self._abort(0, 0, "aborted")
         self._close()
-
-
-def _user_information(as_scp: set[str]) -> list[object]:
-    items: list[object] = about_us(MAX_PDU_BYTES)
-    if as_scp:
-        for abstract in sorted(as_scp):
-            role = SCP_SCU_RoleSelectionNegotiation()
-            role.sop_class_uid, role.scu_role, role.scp_role = abstract, False, True
-            items.append(role)
-    else:
-        window = AsynchronousOperationsWindowNegotiation()
-        window.maximum_number_operations_invoked, window.maximum_number_operations_performed = WINDOW, 1
-        items.append(window)
-    return items
 
 
 async def whole(data: bytes) -> AsyncIterator[memoryview]:

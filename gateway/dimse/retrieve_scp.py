@@ -11,13 +11,13 @@ from pydicom import Dataset
 
 from gateway.archive.destinations import Destination
 from gateway.archive.select import Wanted, instances, wanted
+from gateway.dicom.associate import CONTEXTS_MAX
 from gateway.dicom.dimse import Status, encode_response
 from gateway.dicom.identifiers import BadQuery, encode_identifier
-from gateway.dicom.sop_classes import GET_MODELS, MOVE_MODELS
-from gateway.dicom.transcode import TARGETS
+from gateway.dicom.sop_classes import GET_MODELS, MOVE_MODELS, UNCOMPRESSED
 from gateway.dimse.context import Context
 from gateway.dimse.delivery import Delivery, Sending, Tally
-from gateway.dimse.requestor import CONTEXTS_MAX, Requestor, Unreachable
+from gateway.dimse.requestor import Requestor, Unreachable
 from gateway.dimse.service import Collector
 from storage.state.model import Instance, Task
 from storage.store import NotServing
@@ -49,14 +49,18 @@ class Retriever(Collector):
     models: ClassVar = {**GET_MODELS, **MOVE_MODELS}
 
     async def respond(self) -> None:
-        call = self._call
+        call = self.call
         try:
-            asked = wanted(await self._identifier(), self.models[call.abstract_syntax])
+            asked = await self._read(wanted, self.models[call.abstract_syntax])
         except BadQuery as error:
             call.answer(Status.DATA_SET_MISMATCH, str(error))
             return
         await self._context.store.settled()
-        found = await _found(self._context, asked)
+        try:
+            found = await _found(self._context, asked)
+        except BadQuery as error:
+            call.answer(Status.DATA_SET_MISMATCH, str(error))
+            return
         if not self._context.store.may_read:  # looked at after reading: a stopped process must not tell old news
             raise NotServing("no longer the primary")
         await self._retrieve(asked, found)
@@ -65,15 +69,15 @@ class Retriever(Collector):
         raise NotImplementedError
 
     def _pending(self, tally: Tally) -> None:
-        if tally.remaining and self._call.peer.may_send:
-            response = encode_response(self._call.request, Status.PENDING, counts=tally.counts)
-            self._call.peer.send(self._call.context_id, response)
+        if tally.remaining and self.call.peer.may_send:
+            response = encode_response(self.call.request, Status.PENDING, counts=tally.counts)
+            self.call.peer.send(self.call.context_id, response)
 
     def _stop(self) -> bool:
         return self._cancelled() or not self._context.store.may_read
 
     def _cancelled(self) -> bool:
-        return self._call.peer.cancelled(self._call.request.message_id)
+        return self.call.peer.cancelled(self.call.request.message_id)
 
     def _final(self, tally: Tally) -> None:
         status, comment = Status.SUCCESS, ""
@@ -87,25 +91,26 @@ class Retriever(Collector):
         if tally.failed_uids:
             failed = Dataset()
             failed.FailedSOPInstanceUIDList = tally.failed_uids
-            data = encode_identifier(failed, self._call.transfer_syntax)
+            data = encode_identifier(failed, self.call.transfer_syntax)
         response = encode_response(
-            self._call.request, status, has_data=data is not None, comment=comment, counts=tally.counts
+            self.call.request, status, has_data=data is not None, comment=comment, counts=tally.counts
         )
-        self._call.peer.send(self._call.context_id, response, data)
+        self.call.outcome.count = tally.completed + tally.warning
+        self.call.respond(status, response, data, comment)
 
 
 class Getter(Retriever):
     """C-GET: over the association that asked, on the contexts for which it took the SCP's part."""
 
     async def _retrieve(self, asked: Wanted, found: list[Instance]) -> None:
-        peer, context, tally = self._call.peer, self._context, Tally(len(found))
+        peer, context, tally = self.call.peer, self._context, Tally(len(found))
         contexts = {
             (context.abstract_syntax, context.transfer_syntax): number
             for number, context in peer.contexts.items()
             if context.may_store
         }
-        delivery = Delivery(peer, contexts, 1, context.settings.message_timeout_s, self._call.request.priority, None)
-        sending = Sending(delivery, context.store, context.converter, tally, self._stop, lambda: self._pending(tally))
+        delivery = Delivery(peer, contexts, 1, context.settings.message_timeout_s, self.call.request.priority, None)
+        sending = Sending(delivery, context, tally, self._stop, lambda: self._pending(tally))
         await sending.run(found)
         if not context.store.may_read:
             raise NotServing("no longer the primary")
@@ -119,10 +124,13 @@ class Mover(Retriever):
     """C-MOVE: to a configured destination. The promise is in the replicated log, a failover doesn't end it."""
 
     async def _retrieve(self, asked: Wanted, found: list[Instance]) -> None:
-        request, context = self._call.request, self._context
+        request, context = self.call.request, self._context
         destination = context.destinations.get(request.move_destination)
         if destination is None:
-            self._call.answer(Status.MOVE_DESTINATION_UNKNOWN, "not in the settings: dicom.destinations")
+            self.call.answer(Status.MOVE_DESTINATION_UNKNOWN, "not in the settings: dicom.destinations")
+            return
+        if why := context.jobs.refuses(self.call.peer.calling_ae):
+            self.call.answer(Status.CANNOT_PERFORM, why)
             return
         tally = Tally(len(found))
         body = MoveBody(
@@ -130,12 +138,12 @@ class Mover(Retriever):
             asked.level,
             dict(asked.keys),
             request.priority,
-            self._call.peer.calling_ae,
+            self.call.peer.calling_ae,
             request.message_id,
         )
         jobs, task = context.jobs, None
         if found and context.store.may_serve:  # a standby serves it without a promise
-            task = await jobs.begin(MOVE_TASK, self._call.peer.calling_ae, msgspec.msgpack.encode(body))
+            task = await jobs.begin(MOVE_TASK, self.call.peer.calling_ae, msgspec.msgpack.encode(body))
         try:
             await deliver(context, destination, body, found, tally, self._stop, lambda: self._pending(tally))
             if not context.store.may_read:
@@ -147,6 +155,11 @@ class Mover(Retriever):
                 jobs.leave(task)
             raise
         self._final(tally)
+
+
+def lane_of(task: Task) -> str:
+    """One C-MOVE that nobody waits for at a time to each destination."""
+    return f"move to {msgspec.msgpack.decode(task.body, type=MoveBody).destination}"
 
 
 async def finish_move(context: Context, task: Task) -> str:
@@ -196,7 +209,9 @@ async def deliver(
         group = groups.pop(0)
         before = tally.completed + tally.warning
         try:
-            association = await Requestor.associate(context.settings.aet, destination, _contexts(_kinds(group)))
+            association = await Requestor.associate(
+                context.settings.aet, destination, _contexts(_kinds(group)), source=context.settings.move_from
+            )
         except Unreachable as error:
             log.warning("retrieve.unreachable", destination=destination.aet, why=str(error))
             for instance in (one for each in (group, *groups) for one in each):
@@ -205,7 +220,7 @@ async def deliver(
         contexts = {agreed: number for number, agreed in association.contexts.items()}
         originator = (body.originator, body.message_id)
         delivery = Delivery(association, contexts, association.window, destination.timeout_s, body.priority, originator)
-        sending = Sending(delivery, context.store, context.converter, tally, stop, progress)
+        sending = Sending(delivery, context, tally, stop, progress)
         try:
             await sending.run(group)
         finally:
@@ -230,7 +245,7 @@ def _groups(found: list[Instance]) -> list[list[Instance]]:
     kinds: set[Kind] = set()
     for instance in found:
         kind = (instance.put.sop_class, instance.put.transfer_syntax)
-        if not groups or len(_contexts({*kinds, kind})) > CONTEXTS_MAX:
+        if not groups or (kind not in kinds and len(_contexts({*kinds, kind})) > CONTEXTS_MAX):
             groups.append([])
             kinds = set()
         kinds.add(kind)
@@ -241,5 +256,5 @@ def _groups(found: list[Instance]) -> list[list[Instance]]:
 def _contexts(kinds: Iterable[Kind]) -> list[tuple[str, tuple[str, ...]]]:
     """One context for each SOP class and transfer syntax that is stored, and those for what may be converted to."""
     stored = list(dict.fromkeys(kinds))
-    others = [(sop_class, syntax) for sop_class in dict.fromkeys(kind[0] for kind in stored) for syntax in TARGETS]
+    others = [(sop_class, syntax) for sop_class in dict.fromkeys(kind[0] for kind in stored) for syntax in UNCOMPRESSED]
     return [(sop_class, (syntax,)) for sop_class, syntax in dict.fromkeys(stored + others)]

@@ -5,15 +5,26 @@ responses.
 """
 
 import asyncio
-from dataclasses import dataclass
-from typing import Protocol
-
-from pydicom import Dataset
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 from gateway.dicom.dimse import Request, encode_response
 from gateway.dicom.identifiers import BadQuery, decode_identifier
 from gateway.dimse.context import Context
 from gateway.dimse.peer import Peer
+
+T = TypeVar("T")
+
+
+@dataclass
+class Outcome:
+    """How a request ended, for log and metrics. `status` is None until it is answered."""
+
+    status: int | None = None
+    comment: str = ""
+    bytes: int = 0
+    count: int = 0  # answers, or sub-operations
 
 
 @dataclass(frozen=True)
@@ -25,12 +36,21 @@ class Call:
     abstract_syntax: str
     transfer_syntax: str
     request: Request
+    outcome: Outcome = field(default_factory=Outcome)
 
     def answer(self, status: int, comment: str = "") -> None:
-        self.peer.send(self.context_id, encode_response(self.request, status, comment=comment))
+        """The final response."""
+        self.respond(status, encode_response(self.request, status, comment=comment), comment=comment)
+
+    def respond(self, status: int, response: bytes, data: bytes | None = None, comment: str = "") -> None:
+        """The final response, encoded."""
+        self.outcome.status, self.outcome.comment = status, comment
+        self.peer.send(self.context_id, response, data)
 
 
 class Receiver(Protocol):
+    @property
+    def call(self) -> Call: ...
     def feed(self, view: memoryview) -> None: ...
     @property
     def backlogged(self) -> bool: ...
@@ -43,7 +63,7 @@ class Refuser:
     """Reads a request to its end and answers with a fixed status."""
 
     def __init__(self, call: Call, status: int, comment: str = "") -> None:
-        self._call, self._status, self._comment = call, status, comment
+        self.call, self._status, self._comment = call, status, comment
 
     backlogged = False
 
@@ -54,7 +74,7 @@ class Refuser:
         pass
 
     async def respond(self) -> None:
-        self._call.answer(self._status, self._comment)
+        self.call.answer(self._status, self._comment)
 
     async def abandon(self) -> None:
         pass
@@ -78,13 +98,17 @@ class Collector(Refuser):
     def too_long(self) -> bool:
         return len(self._collected) > self.bytes_max
 
-    async def _identifier(self) -> Dataset:
-        """Raises BadQuery."""
+    async def _read(self, make: Callable[..., T], *arguments: Any) -> T:
+        """`make(identifier, *arguments)`, in a thread. Raises BadQuery."""
         if self.too_long:
             raise BadQuery("too long")
         loop = asyncio.get_running_loop()
-        data, syntax = bytes(self._collected), self._call.transfer_syntax
-        return await loop.run_in_executor(self._context.executor, decode_identifier, data, syntax)
+        data, syntax = bytes(self._collected), self.call.transfer_syntax
+
+        def read() -> T:
+            return make(decode_identifier(data, syntax), *arguments)
+
+        return await loop.run_in_executor(self._context.executor, read)
 
 
 class Ignorer(Refuser):

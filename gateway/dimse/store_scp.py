@@ -2,30 +2,33 @@
 
 import contextlib
 import time
-from typing import BinaryIO
 
 import structlog
 
 from gateway.dicom.dimse import Status
-from gateway.dicom.identify import Identity, Unreadable, identify
+from gateway.dicom.identify import Identifier, Identity, Unreadable
 from gateway.dicom.part10 import file_header
 from gateway.dicom.sop_classes import is_storage_class
 from gateway.dicom.uids import is_uid
 from gateway.dimse.context import Context
 from gateway.dimse.service import Call, Receiver, Refuser
+from gateway.workers.pool import WorkFailed
 from storage.state.model import Put
 from storage.store import Conflict, NoRoom, NotServing, Upload
 
 log = structlog.get_logger()
+
+IDENTIFY_S = 30.0  # for a data set that has to be read by a worker
 
 
 class Storer:
     """C-STORE (PS3.4 B.2): bytes to the disk and the peer as they come; Success once both hold them durably."""
 
     def __init__(self, call: Call, context: Context, upload: Upload) -> None:
-        self._call, self._context, self._upload = call, context, upload
-        self._identity: Identity | None = None
-        self._looked = False
+        self.call, self._context, self._upload = call, context, upload
+        self._identifier = Identifier(call.transfer_syntax, context.settings.default_character_set)
+        self._placed = self._too_long = False
+        self._bytes = 0
 
     @property
     def backlogged(self) -> bool:
@@ -35,45 +38,38 @@ class Storer:
         await self._upload.room()
 
     def feed(self, view: memoryview) -> None:
-        incoming = self._upload.incoming
-        incoming.feed(view)
-        if not self._looked and incoming.first is not None:
-            self._look(whole=False)
-
-    def _look(self, *, whole: bool) -> None:
-        """Read the identity from the first chunk, if it is in there."""
-        self._looked = True
-        incoming = self._upload.incoming
-        try:
-            self._identity = identify(
-                incoming.first or b"",
-                self._call.transfer_syntax,
-                whole=whole,
-                default_set=self._context.settings.default_character_set,
-            )
-        except Unreadable:
-            return  # found again, and answered, when the object is complete
-        if self._identity:
+        self._bytes += len(view)
+        if self._bytes > self._context.settings.max_object_bytes:
+            if not self._too_long:
+                self._too_long = True
+                self._context.spawn(self._upload.discard())
+            return
+        self._upload.feed(view)
+        self._identifier.feed(view)
+        if not self._placed and (study := self._identifier.study):
+            self._placed = True
             with contextlib.suppress(NoRoom):  # then it stays on the volume it was begun on
-                self._upload.place(self._identity.study)
+                self._upload.place(study)
 
     async def respond(self) -> None:
+        if self._too_long:
+            self.call.answer(Status.OUT_OF_RESOURCES, "larger than dicom.max_object_bytes")
+            return
         try:
             await self._store()
         except NoRoom as error:
             await self._upload.discard()
-            self._call.answer(Status.OUT_OF_RESOURCES, str(error))
+            self.call.answer(Status.OUT_OF_RESOURCES, str(error))
         except OSError as error:
             log.error("store.disk", error=error.strerror)
-            self._call.answer(Status.OUT_OF_RESOURCES, "a disk failed or is full; try again")
+            await self._upload.discard()
+            self.call.answer(Status.OUT_OF_RESOURCES, "a disk failed or is full; try again")
 
     async def _store(self) -> None:
-        upload, incoming, store = self._upload, self._upload.incoming, self._context.store
-        incoming.complete()
-        if not self._looked:
-            self._look(whole=True)
+        upload, store = self._upload, self._context.store
+        upload.complete()
         try:
-            identity = self._identity or await self._identify_spooled()
+            identity = self._identifier.identity() or await self._identify_anew()
         except Unreadable as error:
             await self._refuse(Status.CANNOT_UNDERSTAND, str(error))
             return
@@ -88,54 +84,57 @@ class Storer:
                 sop_class=identity.sop_class,
                 study=identity.study,
                 series=identity.series,
-                transfer_syntax=self._call.transfer_syntax,
+                transfer_syntax=self.call.transfer_syntax,
                 digest=digest,
                 length=length,
-                offset=incoming.offset,
+                offset=upload.offset,
                 keys=identity.keys,
-                calling_ae=self._call.peer.calling_ae,
+                calling_ae=self.call.peer.calling_ae,
                 received=time.time(),
             )
 
+        self.call.outcome.bytes = self._bytes
         try:
             await store.put(upload, make)
         except Conflict:
-            self._call.answer(Status.DUPLICATE_SOP_INSTANCE, "UID is stored with other bytes; yours is in quarantine")
+            self.call.answer(Status.DUPLICATE_SOP_INSTANCE, "UID is stored with other bytes; yours is in quarantine")
             return
-        self._call.answer(Status.SUCCESS)
+        self.call.answer(Status.SUCCESS)
 
-    async def _identify_spooled(self) -> Identity:
-        """For a data set whose head is longer than the first chunk, or that can't be read."""
-        await self._upload.incoming.finish()
-
-        def read(file: BinaryIO) -> Identity | None:
-            default_set = self._context.settings.default_character_set
-            return identify(file, self._call.transfer_syntax, whole=True, default_set=default_set)
-
-        identity = await self._upload.read(read)
-        if identity is None:
-            raise Unreadable("the data set has no identity")
-        return identity
+    async def _identify_anew(self) -> Identity:
+        """What the scan on the way in couldn't read: deflated, odd, or of very many elements. Raises Unreadable."""
+        try:
+            found = await self._context.readers.ask(
+                "identify",
+                await self._upload.source(),
+                self.call.transfer_syntax,
+                self._context.settings.default_character_set,
+                timeout_s=IDENTIFY_S,
+            )
+        except WorkFailed as error:
+            raise Unreadable(f"the data set can't be read: {error}"[:64]) from error
+        return Identity(*found)
 
     def _problem(self, identity: Identity) -> tuple[int, str] | None:
+        lenient = self._context.settings.lenient_uids
         for name, uid in (
             ("SOP Instance UID", identity.sop_instance),
             ("Study Instance UID", identity.study),
             ("Series Instance UID", identity.series),
         ):
-            if not is_uid(uid):
+            if not is_uid(uid, lenient=lenient):
                 return Status.DATA_SET_MISMATCH, f"{name} is missing or isn't a UID"
-        request = self._call.request
+        request = self.call.request
         if request.sop_instance != identity.sop_instance or request.sop_class != identity.sop_class:
             return Status.DATA_SET_MISMATCH, "command and data set name different SOP UIDs"
         return None
 
     async def _refuse(self, status: int, why: str) -> None:
         """Keep what can't be stored in quarantine, then say so."""
-        await self._upload.incoming.finish()
-        await self._upload.set_aside(why, self._call.request.sop_instance)
-        log.warning("store.refused", status=f"0x{status:04X}", why=why, calling_ae=self._call.peer.calling_ae)
-        self._call.answer(status, why)
+        uid = self.call.request.sop_instance
+        await self._upload.set_aside(why, uid if is_uid(uid, lenient=True) else "")
+        log.warning("store.refused", status=f"0x{status:04X}", why=why, **self.call.peer.who)
+        self.call.answer(status, why)
 
     async def abandon(self) -> None:
         await self._upload.discard()

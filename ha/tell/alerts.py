@@ -92,6 +92,9 @@ def _of_status(
     if status["healing"]["unreadable"]:
         count = status["healing"]["unreadable"]
         found["unreadable"] = ("unreadable", f"{count} objects have no good copy on either node")
+    if status.get("conflicts"):
+        text = f"{status['conflicts']} studies name more than one patient; `tandem conflicts` lists them"
+        found["conflicts"] = ("conflict", text)
     volumes = status["nodes"][node]["volumes"]
     for volume in volumes:
         if str(volume["state"]).startswith(BAD_STATES):

@@ -10,7 +10,7 @@ import contextlib
 import time
 import weakref
 from collections.abc import Callable
-from typing import BinaryIO, Final, Protocol, TypeVar
+from typing import Final, Protocol
 
 import xxhash
 
@@ -23,7 +23,6 @@ CHUNK_BYTES: Final = 64 << 10  # what goes to the peer at once
 WRITE_BYTES: Final = 1 << 20  # what goes to the disk at once; up to this an object stays in memory until it is durable
 BACKLOG_BYTES_MAX: Final = 2 * WRITE_BYTES
 
-T = TypeVar("T")
 Tee = Callable[[bytearray], None]
 
 
@@ -57,7 +56,6 @@ class Incoming:
         self._finishing: asyncio.Future[bytes] | None = None
         self._digested = False
         self._given_up = False
-        self.first: bytearray | None = None  # the first chunk of the data set, kept to read the identity from
         self.on_drained: Callable[[], None] | None = None
 
     @property
@@ -95,8 +93,6 @@ class Incoming:
     def feed_chunk(self, chunk: bytearray) -> None:
         """Take over a whole chunk without copying it."""
         self.length += len(chunk)
-        if self.first is None:
-            self.first = chunk
         if self._failed or self._given_up:
             return
         if self._tee:
@@ -166,6 +162,13 @@ class Incoming:
     def digest(self) -> bytes:
         """Of what was digested up to now: of the whole object after `finish` or `digest_at_once`."""
         return self._digest.digest()
+
+    def bytes_in_memory(self) -> bytes | None:
+        """The whole data set, if none of it was written yet."""
+        if not self.in_memory:
+            return None
+        self.complete()
+        return b"".join(self._queue[1:] if self.offset else self._queue) if self.in_memory else None
 
     @property
     def in_memory(self) -> bool:
@@ -266,15 +269,10 @@ class Incoming:
     def _quarantine(self, reason: str, detail: dict[str, str]) -> None:
         set_aside(self.volume, f"spool/{self.spool}", reason, detail)
 
-    async def read(self, function: Callable[[BinaryIO], T]) -> T:
-        """`function` on the data set of a finished object, in a thread. Raises OSError."""
-
-        def read() -> T:
-            with (self.volume.path / "spool" / self.spool).open("rb") as file:
-                file.seek(self.offset)
-                return function(file)
-
-        return await self._workers.run(read)
+    @property
+    def file(self) -> str:
+        """Where it lies before it is published."""
+        return str(self.volume.path / "spool" / self.spool)
 
     @property
     def location(self) -> Location:

@@ -45,6 +45,11 @@ class Source:
         finally:
             file.close()
 
+    @property
+    def file(self) -> str:
+        """Where it lies now, for another process on this node; it may be moved at any time."""
+        return str(self.volume.path / self.name)
+
     async def whole(self) -> bytes:
         return self.data if self.data is not None else b"".join([bytes(block) async for block in self.blocks()])
 

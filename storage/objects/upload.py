@@ -2,12 +2,9 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import BinaryIO, TypeVar
 
 from storage.objects.incoming import Incoming
 from storage.replication.peering import Peering
-
-T = TypeVar("T")
 
 
 class Upload:
@@ -36,9 +33,28 @@ class Upload:
         self.incoming.complete()
         self._peering.end_stream(self.stream)
 
-    async def read(self, function: Callable[[BinaryIO], T]) -> T:
-        """`function` on the data set of a finished object, in a thread. Raises OSError."""
-        return await self.incoming.read(function)
+    def feed(self, view: memoryview) -> None:
+        """Take over bytes of the data set; they are copied."""
+        self.incoming.feed(view)
+
+    @property
+    def placed(self) -> bool:
+        """Something was written: it stays on the volume that was chosen."""
+        return self.incoming.placed
+
+    async def source(self) -> bytes | tuple[str, int]:
+        """What is complete, to be read by another process: the data set if it isn't long, else (file, where it begins).
+        Raises OSError."""
+        data = self.incoming.bytes_in_memory()
+        if data is not None:
+            return data
+        await self.incoming.finish()
+        return self.incoming.file, self.incoming.offset
+
+    @property
+    def offset(self) -> int:
+        """Bytes before the data set."""
+        return self.incoming.offset
 
     @property
     def backlogged(self) -> bool:
@@ -66,8 +82,9 @@ class Upload:
         await self.incoming.discard()
 
     async def set_aside(self, reason: str, sop_instance: str) -> None:
-        """Keep a refused object in quarantine. It must be finished."""
+        """Keep a refused object in quarantine. Raises OSError."""
         if self._kept:
             raise RuntimeError("an entry of the log names it")
+        await self.incoming.finish()
         self._peering.abort_stream(self.stream)
         await self.incoming.set_aside(reason, {"sop_instance": sop_instance})

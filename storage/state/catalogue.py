@@ -32,7 +32,7 @@ from storage.state.model import (
     decode_task,
     encode,
 )
-from storage.state.rows import SeriesRow, StudyRow, patient_key, series_row, study_row
+from storage.state.rows import SeriesRow, StudyRow, identity_of, patient_key, series_row, study_row
 from storage.upkeep.quarantine import DIVERGED
 
 T = TypeVar("T")
@@ -49,7 +49,9 @@ TABLES: Final = (
     "series",
     "study",
     "member",
-    "patient",
+    "patient",  # Patient ID, study -> nothing
+    "series_study",  # series, study -> nothing
+    "conflict",  # studies that name more than one patient
     "task",  # ID -> Task that isn't over
 )
 
@@ -196,17 +198,38 @@ class Catalogue:
             found = [decode_task(value) for _, value in txn.scan("task")]
         return sorted(found, key=lambda task: task.at)
 
-    def patients(self) -> Iterator[list[str]]:
-        """The Study Instance UIDs of each patient."""
+    def task_ids(self) -> list[str]:
+        """Of those that were promised and aren't over."""
+        with self._kv.read() as txn:
+            return [key.decode() for key, _ in txn.scan("task")]
+
+    def task_count(self) -> int:
+        with self._kv.read() as txn:
+            return txn.count("task")
+
+    def task(self, task_id: str) -> Task | None:
+        with self._kv.read() as txn:
+            value = txn.get("task", task_id.encode())
+        return decode_task(value) if value is not None else None
+
+    def patients(self) -> Iterator[tuple[str, list[str]]]:
+        """(Patient ID, Study Instance UIDs in which it is named), whatever its issuer."""
         size, studies, before = len(patient_key("")), list[str](), b""
         for key in self._paged("patient", b"", lambda txn, key, value: key):
             if key[:size] != before and studies:
-                yield studies
+                yield from self._patient(before, studies)
                 studies = []
             before = key[:size]
             studies.append(key[size:].decode())
         if studies:
-            yield studies
+            yield from self._patient(before, studies)
+
+    def _patient(self, key: bytes, studies: list[str]) -> Iterator[tuple[str, list[str]]]:
+        row = self.study(studies[0])
+        for patient in row.patients if row else ():
+            if patient_key(identity_of(patient)[0]) == key:
+                yield identity_of(patient)[0], studies
+                return
 
     # -- instances and above -----------------------------------------------------------------------------------
 
@@ -231,6 +254,17 @@ class Catalogue:
             return
         for key, value in self._paged("study", b"", lambda txn, key, value: (key, value)):
             yield key.decode(), msgspec.msgpack.decode(value, type=StudyRow)
+
+    def studies_of_series(self, series: str) -> list[str]:
+        """The Study Instance UIDs in which a series is; more than one only where a sender used its UID twice."""
+        prefix = series.encode() + b"\0"
+        with self._kv.read() as txn:
+            return [key[len(prefix) :].decode() for key in _below(txn, "series_study", prefix)]
+
+    def conflicts(self, limit: int) -> list[str]:
+        """Studies whose instances name more than one patient."""
+        with self._kv.read() as txn:
+            return [key.decode() for key, _ in islice(txn.scan("conflict"), limit)]
 
     def study(self, uid: str) -> StudyRow | None:
         with self._kv.read() as txn:
@@ -279,6 +313,7 @@ class Catalogue:
                 "studies": txn.count("study"),
                 "bytes": int(_meta(txn, "bytes", 0)),
                 "missing": txn.count("missing"),
+                "conflicts": txn.count("conflict"),
             }
 
     def folders(self, put: Put, fresh: dict[str, str]) -> tuple[str, str]:
@@ -436,6 +471,8 @@ def _apply_put(txn: Transaction, seq: int, put: Put, location: Location | None) 
     if raw is not None and (old := decode_instance(raw)).seq != seq:
         grown -= rows.remove(txn, old.put)
         _supersede(txn, old.seq, old.put, "replaced by a newer version")
+        if not rows.says_the_same(old.put, put):
+            rows.made_anew(txn, old.put.study)
     if location is not None and txn.get("missing", seq_key(seq)) is None:
         txn.put("location", seq_key(seq), encode(location))
     rows.add(txn, seq, put)
@@ -449,6 +486,7 @@ def _apply_delete(txn: Transaction, seq: int, delete: Delete) -> int:
         shrunk += rows.remove(txn, old.put)
         _supersede(txn, old.seq, old.put, f"deleted: {delete.reason}")
         txn.put("tombstone", old.put.sop_instance.encode(), encode(Tombstone(seq, delete.reason, delete.at)))
+    rows.made_anew(txn, delete.study)
     return -shrunk
 
 

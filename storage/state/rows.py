@@ -1,4 +1,11 @@
-"""The rows of the catalogue above the log: instance, series, study and patient, and how they come and go."""
+"""The rows of the catalogue above the log: instance, series, study and patient, and how they come and go.
+
+A patient is an ID together with its issuer. A study belongs to the patient of its first instance; an instance that
+names another one is kept in the study, and the study is then found under both (`StudyRow.others`) and stands in the
+table `conflict` until the contradiction is gone.
+"""
+
+from collections.abc import Iterator
 
 import msgspec
 import xxhash
@@ -8,11 +15,22 @@ from storage.state import keys
 from storage.state.kv import Transaction
 from storage.state.model import Delete, Instance, Put, decode_instance, encode
 
+Identity = tuple[str, str]  # (Patient ID, its issuer)
+
 
 class StudyRow(msgspec.Struct, frozen=True):
+    """`keys`: of the patient and the study, what came first, filled up by what came later. `others`: the patient keys
+    of further patients that instances of it name."""
+
     keys: dict[str, str]
     patient_folder: str
     folder: str
+    others: tuple[dict[str, str], ...] = ()
+
+    @property
+    def patients(self) -> list[dict[str, str]]:
+        """The patient keys of each patient of it, its own first."""
+        return [{name: self.keys[name] for name in keys.PATIENT if name in self.keys}, *self.others]
 
 
 class SeriesRow(msgspec.Struct, frozen=True):
@@ -23,6 +41,25 @@ class SeriesRow(msgspec.Struct, frozen=True):
 def patient_key(patient_id: str) -> bytes:
     """Patient IDs of any length as a key of fixed length."""
     return xxhash.xxh3_128_digest(patient_id.strip().encode("utf-8", "surrogatepass"))
+
+
+def identity_of(found: dict[str, str]) -> Identity:
+    """(Patient ID, issuer) by query keys."""
+    return found.get("PatientID", "").strip(), found.get("IssuerOfPatientID", "").strip()
+
+
+def same_patient(one: Identity, other: Identity) -> bool:
+    """The same ID, and no two issuers that contradict each other."""
+    return one[0] == other[0] and (one[1] == other[1] or not one[1] or not other[1])
+
+
+def belongs(found: dict[str, str], row: StudyRow, patient: Identity) -> bool:
+    """An instance of this study, by its query keys, is of this patient, one of the study's."""
+    known = [identity_of(one) for one in row.patients]
+    own = identity_of(found)
+    if own in known:
+        return own == patient
+    return next((one for one in known if same_patient(one, own)), own) == patient
 
 
 def study_row(put: Put) -> StudyRow:
@@ -38,16 +75,61 @@ def series_row(put: Put) -> SeriesRow:
 
 
 def add(txn: Transaction, seq: int, put: Put) -> None:
-    uid, study = put.sop_instance.encode(), put.study.encode()
+    uid = put.sop_instance.encode()
     series = f"{put.study}\0{put.series}".encode()
     txn.put("instance", uid, encode(Instance(seq, put)))
-    if txn.get("study", study) is None:
-        row = study_row(put)
-        txn.put("study", study, msgspec.msgpack.encode(row))
-        txn.put("patient", patient_key(row.keys.get("PatientID", "")) + study, b"")
-    if txn.get("series", series) is None:
-        txn.put("series", series, msgspec.msgpack.encode(series_row(put)))
     txn.put("member", series + b"\0" + uid, b"")
+    join(txn, put)
+
+
+def join(txn: Transaction, put: Put) -> None:
+    """Bring the rows of study, series and patient up to date with one instance."""
+    study = put.study.encode()
+    series = f"{put.study}\0{put.series}".encode()
+    raw = txn.get("study", study)
+    row = _joined(msgspec.msgpack.decode(raw, type=StudyRow), put) if raw is not None else study_row(put)
+    encoded = msgspec.msgpack.encode(row)
+    if encoded != raw:
+        txn.put("study", study, encoded)
+        for one in row.patients:
+            txn.put("patient", patient_key(identity_of(one)[0]) + study, b"")
+        if row.others:
+            txn.put("conflict", study, b"")
+    raw = txn.get("series", series)
+    if raw is None:
+        txn.put("series", series, msgspec.msgpack.encode(series_row(put)))
+        txn.put("series_study", f"{put.series}\0{put.study}".encode(), b"")
+        return
+    known = msgspec.msgpack.decode(raw, type=SeriesRow)
+    filled = _filled(known.keys, put, keys.SERIES)
+    if filled is not known.keys:
+        txn.put("series", series, msgspec.msgpack.encode(SeriesRow(filled, known.folder)))
+
+
+def _joined(row: StudyRow, put: Put) -> StudyRow:
+    own, known = identity_of(put.keys), [identity_of(one) for one in row.patients]
+    if same_patient(known[0], own):
+        filled = _filled(_filled(row.keys, put, keys.STUDY), put, keys.PATIENT)
+        return row if filled is row.keys else msgspec.structs.replace(row, keys=filled)
+    filled = _filled(row.keys, put, keys.STUDY)
+    others = row.others
+    if not any(same_patient(one, own) for one in known[1:]):
+        wanted = (*keys.PATIENT, *keys.OF_ALL)
+        others = (*others, {name: put.keys[name] for name in wanted if name in put.keys})
+    if filled is row.keys and others is row.others:
+        return row
+    return msgspec.structs.replace(row, keys=filled, others=others)
+
+
+def _filled(known: dict[str, str], put: Put, level: dict[str, int]) -> dict[str, str]:
+    """`known` with what it lacks and an instance has; the same object if that is nothing. Texts in another character
+    set are left out: the row has one for all."""
+    more = {name: put.keys[name] for name in level if name in put.keys and name not in known}
+    if not more:
+        return known
+    if put.keys.get("SpecificCharacterSet", "") != known.get("SpecificCharacterSet", ""):
+        more = {name: text for name, text in more.items() if text.isascii()}
+    return {**known, **more} if more else known
 
 
 def remove(txn: Transaction, put: Put) -> int:
@@ -58,13 +140,52 @@ def remove(txn: Transaction, put: Put) -> int:
     txn.delete("member", series + b"\0" + uid)
     if not _any(txn, "member", series + b"\0"):
         txn.delete("series", series)
+        txn.delete("series_study", f"{put.series}\0{put.study}".encode())
     if not _any(txn, "series", study + b"\0"):
-        raw = txn.get("study", study)
-        if raw is not None:
-            row = msgspec.msgpack.decode(raw, type=StudyRow)
-            txn.delete("patient", patient_key(row.keys.get("PatientID", "")) + study)
-            txn.delete("study", study)
+        _forget_study(txn, study)
     return put.length
+
+
+def _forget_study(txn: Transaction, study: bytes) -> None:
+    raw = txn.get("study", study)
+    if raw is not None:
+        for one in msgspec.msgpack.decode(raw, type=StudyRow).patients:
+            txn.delete("patient", patient_key(identity_of(one)[0]) + study)
+        txn.delete("study", study)
+        txn.delete("conflict", study)
+
+
+def made_anew(txn: Transaction, study: str) -> None:
+    """Fill a study's rows from the instances that are left, after one of them has gone. Its folders stay."""
+    key = study.encode()
+    raw = txn.get("study", key)
+    if raw is None:
+        return
+    before = msgspec.msgpack.decode(raw, type=StudyRow)
+    _forget_study(txn, key)
+    folders = {}
+    for series, value in list(_below(txn, "series", key + b"\0")):
+        folders[series] = msgspec.msgpack.decode(value, type=SeriesRow).folder
+        txn.delete("series", series)
+    for one in sorted(matching(txn, Delete(study, "", "", "", "", 0.0)), key=lambda instance: instance.seq):
+        join(txn, one.put)
+    raw = txn.get("study", key)
+    if raw is not None:
+        row = msgspec.msgpack.decode(raw, type=StudyRow)
+        row = msgspec.structs.replace(row, patient_folder=before.patient_folder, folder=before.folder)
+        txn.put("study", key, msgspec.msgpack.encode(row))
+    for series, folder in folders.items():
+        if (made := txn.get("series", series)) is not None:
+            filled = msgspec.msgpack.decode(made, type=SeriesRow)
+            txn.put("series", series, msgspec.msgpack.encode(SeriesRow(filled.keys, folder)))
+
+
+def says_the_same(one: Put, other: Put) -> bool:
+    """Of the same study and series, and nothing in the rows above depends on which of them is there."""
+    above = (*keys.PATIENT, *keys.STUDY, *keys.SERIES, *keys.OF_ALL)
+    return (one.study, one.series) == (other.study, other.series) and all(
+        one.keys.get(name) == other.keys.get(name) for name in above
+    )
 
 
 def matching(txn: Transaction, delete: Delete) -> list[Instance]:
@@ -74,13 +195,16 @@ def matching(txn: Transaction, delete: Delete) -> list[Instance]:
         found = [decode_instance(raw)] if raw is not None else []
         return [one for one in found if one.put.study == delete.study]
     prefix = delete.study.encode() + b"\0" + (delete.series.encode() + b"\0" if delete.series else b"")
-    uids = []
-    for key, _ in txn.scan("member", prefix):
-        if not key.startswith(prefix):
-            break
-        uids.append(key.rpartition(b"\0")[2])
+    uids = [key.rpartition(b"\0")[2] for key, _ in _below(txn, "member", prefix)]
     rows = (txn.get("instance", uid) for uid in uids)
     return [decode_instance(raw) for raw in rows if raw is not None]
+
+
+def _below(txn: Transaction, table: str, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
+    for key, value in txn.scan(table, prefix):
+        if not key.startswith(prefix):
+            return
+        yield key, value
 
 
 def _any(txn: Transaction, table: str, prefix: bytes) -> bool:

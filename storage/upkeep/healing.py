@@ -98,6 +98,10 @@ class Healing:
         """Objects of which neither node has a good copy now."""
         return len(self._unreadable)
 
+    def is_unreadable(self, seq: int) -> bool:
+        """Neither node has a good copy of this entry's bytes now."""
+        return seq in self._unreadable
+
     @property
     def rate(self) -> float:
         """Copies made again a second, over the last half minute."""

@@ -58,6 +58,12 @@ def _lines(path: Path, request: Line, timeout_s: float | None) -> Generator[Line
                 yield decode_line(line)
 
 
+def printable(text: str) -> str:
+    """What came from outside, for a terminal: without control characters, escape sequences and signs that turn or hide
+    text."""
+    return "".join(char if char.isprintable() or char == " " else "?" for char in text)
+
+
 def size(count: float) -> str:
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1000:
@@ -83,6 +89,8 @@ def render(status: dict[str, Any]) -> str:
     if status["trouble"]:
         lines.append(f"TROUBLE: {status['trouble']}")
     lines += [f"ALARM: {alarm}" for alarm in status["alarms"]]
+    if status.get("conflicts"):
+        lines.append(f"{status['conflicts']} studies name more than one patient: `tandem conflicts`")
     behind = status["catch_up"]["behind"]
     if behind:
         lines.append(f"the other node is {behind} entries behind")

@@ -13,7 +13,7 @@ import xxhash
 
 from conf.settings import Settings
 from storage.objects.volume import MARKER, READ_BYTES, create_marker
-from tools.cli.client import OrderFailed, order, size
+from tools.cli.client import OrderFailed, order, printable, size
 from tools.cli.options import CONFIG_VARIABLE, Failure, config_option, give_to_gateway, owner_differs, settings_of
 from tools.cli.quarantine import RestoreFailed, restore
 
@@ -227,6 +227,35 @@ def _copied(file: BinaryIO, target: Path, offset: int) -> str:
     return digest.hexdigest()
 
 
+@click.command()
+@config_option
+@json_option
+def conflicts(config: Path | None, as_json: bool) -> None:
+    """Studies whose instances name more than one patient, and how many instances name which. Exit 4 if there are any.
+
+    Each is found under every patient it names, and never sent as somebody else's. Delete what is wrong, or have the
+    modality send it again.
+    """
+    result = ordered(config, "conflicts")
+
+    def text() -> str:
+        lines = []
+        for one in result["studies"]:
+            lines.append(one["study"])
+            for row in one["patients"]:
+                issuer = f" ({row['issuer']})" if row["issuer"] else ""
+                lines.append(
+                    f"    {printable(row['patient_id']) or 'no ID'}{printable(issuer)}: {row['instances']} instances"
+                )
+        if result["count"] > len(result["studies"]):
+            lines.append(f"... {result['count']} in all")
+        return "\n".join(lines) or "no study names more than one patient"
+
+    _say(result, as_json, text)
+    if result["count"]:
+        sys.exit(EXIT_DIFFERENT)
+
+
 @click.group()
 def quarantine() -> None:
     """What was refused, replaced, deleted or found damaged."""
@@ -243,7 +272,8 @@ def quarantine_list(config: Path | None, as_json: bool) -> None:
         as_json,
         lambda: (
             "\n".join(
-                f"{one['id']}  {size(one['bytes'])}  {one.get('sop_instance', '')}  {one['reason']}\n    {one['file']}"
+                printable(f"{one['id']}  {size(one['bytes'])}  {one.get('sop_instance', '')}  {one['reason']}")
+                + f"\n    {printable(one['file'])}"
                 for one in result["objects"]
             )
             or "the quarantine is empty"
@@ -278,4 +308,4 @@ def quarantine_purge(config: Path | None, days: float) -> None:
     click.echo(f"{ordered(config, 'quarantine-purge', older_than_days=days)['purged']} objects purged")
 
 
-COMMANDS: tuple[click.Command, ...] = (volume, scrub, verify, delete, get, quarantine)
+COMMANDS: tuple[click.Command, ...] = (volume, scrub, verify, delete, get, conflicts, quarantine)

@@ -14,13 +14,12 @@ from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_file_meta_info
 
 from conf.settings import Settings
-from gateway.dicom.identify import Unreadable, identify
+from gateway.dicom.identify import Identifier, Unreadable, identify
 from storage.objects.volume import FOLDERS, LocalVolume, read_marker
 from storage.state.catalogue import Batch, Catalogue
 from storage.state.model import Entry, Location, Put
 from tools.cli.options import give_to_gateway
 
-HEAD_BYTES: Final = 64 << 10
 CHUNK_FILES: Final = 64
 BATCH_ENTRIES: Final = 1000
 META_AT: Final = 132
@@ -69,21 +68,21 @@ def read_one(root: str, path: str) -> Put | None:
         meta = read_file_meta_info(name)
         offset = META_AT + 12 + int(meta.FileMetaInformationGroupLength)
         digest = xxhash.xxh3_128()
+        syntax = str(meta.TransferSyntaxUID)
+        identifier = Identifier(syntax)
         with open(name, "rb", buffering=0) as file:
             status = os.fstat(file.fileno())
             file.seek(offset)
-            head = block = file.read(HEAD_BYTES)
-            while block:
+            while block := file.read(READ_BYTES):
                 digest.update(block)
-                block = file.read(READ_BYTES)
-            syntax = str(meta.TransferSyntaxUID)
-            identity = identify(head, syntax, whole=status.st_size <= offset + len(head))
+                identifier.feed(memoryview(block))
+            identity = identifier.identity()
             if identity is None:
                 file.seek(offset)
-                identity = identify(file, syntax, whole=True)
+                identity = identify(file, syntax)
     except (OSError, Unreadable, InvalidDicomError, AttributeError, ValueError, EOFError, NotImplementedError):
         return None
-    if identity is None or not identity.sop_instance or not identity.study or not identity.series:
+    if not identity.sop_instance or not identity.study or not identity.series:
         return None
     return Put(
         identity.sop_instance,

@@ -132,7 +132,7 @@ def file_set(staged: Path, folder: Path) -> dict[str, str]:
 @click.command("hash-password")
 def hash_password() -> None:
     """Ask for a password and print what stands for it under [dicom] users."""
-    from gateway.dimse.negotiate import hash_password as hashed
+    from gateway.archive.users import hash_password as hashed
 
     given = getpass.getpass() if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
     if not given:

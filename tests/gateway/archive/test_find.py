@@ -12,11 +12,12 @@ from pydicom import Dataset
 
 from conf.settings import DicomSettings
 from gateway.archive.find import LEVEL_OF, Extended, Query
+from gateway.archive.select import instances, wanted
 from gateway.dicom.identifiers import BadQuery
 from gateway.dicom.matching import matcher
 from gateway.dicom.sop_classes import PATIENT_ROOT, PATIENT_STUDY_ONLY, STUDY_ROOT, Model
 from storage.state.catalogue import Batch, Catalogue
-from storage.state.model import Entry, Location, Put
+from storage.state.model import Delete, Entry, Location, Put
 from tests.simulation.machine import MemoryKv
 
 
@@ -54,6 +55,20 @@ from tests.simulation.machine import MemoryKv
         ("TM", "08-09", "091500.25", True),
         ("TM", "0915", "091500.25", True),
         ("TM", "09:15", "0915", True),
+        ("TM", "103000-110000", "1030", True),
+        ("TM", "103000-", "1030", True),
+        ("TM", "103000", "1030", True),
+        ("TM", "100000-120000", "10", True),
+        ("TM", "093100-", "0930", False),
+        ("LO", "\\", "anything", True),
+        ("LO", "*a*a*b", "xaxaxb", True),
+        ("LO", "*a*a*b", "xaxb", False),
+        ("LO", "a*?b", "ab", False),
+        ("LO", "a*a", "a", False),
+        ("PN", "か", "が", False),
+        ("PN", "и", "й", False),
+        ("PN", "หน", "หนู", False),
+        ("PN", "ｶﾞ", "ガ", True),
         ("TM", "0915-", "0914", False),
         ("DT", "2020-2021", "20210303101500", True),
         ("DT", "20200101-0500", "20200101", True),
@@ -99,9 +114,15 @@ class Answers(Query):
         return (answer for answer in super().run() if answer is not None)
 
 
-def query(asked: Dataset, model: Model = STUDY_ROOT, catalogue: Catalogue | None = None, **extended: bool) -> Query:
+def query(
+    asked: Dataset,
+    model: Model = STUDY_ROOT,
+    catalogue: Catalogue | None = None,
+    settings: DicomSettings | None = None,
+    **extended: bool,
+) -> Query:
     made = catalogue or Catalogue(MemoryKv())
-    return Answers(asked, model, DicomSettings(), Extended(**extended), made, lambda instance: None)
+    return Answers(asked, model, settings or DicomSettings(), Extended(**extended), made, lambda instance: None)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +140,115 @@ def query(asked: Dataset, model: Model = STUDY_ROOT, catalogue: Catalogue | None
 )
 def test_identifiers_that_do_not_fit(model: Model, bad: dict[str, str]) -> None:
     with pytest.raises(BadQuery):
-        query(identifier(**bad), model)
+        query(identifier(**bad), model, settings=DicomSettings(relational_queries=False))
+
+
+def test_unique_keys_above_may_be_left_out_unless_the_settings_say_otherwise() -> None:
+    catalogue = conflicting()
+    for asked in (
+        {"QueryRetrieveLevel": "STUDY", "StudyInstanceUID": "1.1"},
+        {"QueryRetrieveLevel": "SERIES", "StudyInstanceUID": "1.1\\1.9"},
+        {"QueryRetrieveLevel": "SERIES", "SeriesInstanceUID": "1.1.1"},
+    ):
+        answers = list(query(identifier(**asked), PATIENT_ROOT, catalogue).run())
+        assert [answer.StudyInstanceUID for answer in answers] == ["1.1"]
+    asked = identifier(QueryRetrieveLevel="IMAGE", SOPInstanceUID="1.1.1.2")
+    assert [answer.PatientID for answer in query(asked, PATIENT_ROOT, catalogue).run()] == ["REAL1"]
+
+
+# -- more than one patient in a study ----------------------------------------------------------------------------------
+
+
+def instance(number: int, patient: str, study: str = "1.1", **keys: str) -> dict[str, str]:
+    return {
+        "SOPInstanceUID": f"{study}.1.{number}",
+        "StudyInstanceUID": study,
+        "SeriesInstanceUID": f"{study}.1",
+        "PatientID": patient,
+        "Modality": "CT",
+        **keys,
+    }
+
+
+def conflicting() -> Catalogue:
+    return catalogue_of([instance(1, "TMP1"), instance(2, "REAL1"), instance(3, "REAL1")])
+
+
+def counts(catalogue: Catalogue, level: str, **asked: str) -> list[tuple[str, int]]:
+    name = "NumberOfPatientRelatedInstances" if level == "PATIENT" else "NumberOfStudyRelatedInstances"
+    asking = identifier(QueryRetrieveLevel=level, **{"PatientID": "", name: None, **asked})
+    return sorted((answer.PatientID, answer[name].value) for answer in query(asking, PATIENT_ROOT, catalogue).run())
+
+
+def fetched(catalogue: Catalogue, level: str, **asked: str) -> list[str]:
+    found = wanted(identifier(QueryRetrieveLevel=level, **asked), PATIENT_ROOT)
+    return sorted(one.put.sop_instance for one in instances(catalogue, found))
+
+
+def test_a_study_that_names_two_patients_is_found_under_both_and_never_mixed() -> None:
+    catalogue = conflicting()
+    assert catalogue.counts()["conflicts"] == 1
+    assert catalogue.conflicts(10) == ["1.1"]
+    for patient, uids in (("TMP1", ["1.1.1.1"]), ("REAL1", ["1.1.1.2", "1.1.1.3"])):
+        assert counts(catalogue, "STUDY", PatientID=patient) == [(patient, len(uids))]
+        assert counts(catalogue, "PATIENT", PatientID=patient) == [(patient, len(uids))]
+        assert fetched(catalogue, "PATIENT", PatientID=patient) == uids
+        assert fetched(catalogue, "STUDY", PatientID=patient, StudyInstanceUID="1.1") == uids
+    assert counts(catalogue, "STUDY", StudyInstanceUID="1.1") == [("TMP1", 3)]
+    assert len(fetched(catalogue, "STUDY", StudyInstanceUID="1.1")) == 3
+    assert counts(catalogue, "PATIENT") == [("REAL1", 2), ("TMP1", 1)]
+
+
+def test_a_conflict_ends_when_the_instance_that_made_it_goes() -> None:
+    catalogue = conflicting()
+    gone = Entry(1, 4, Delete("1.1", "1.1.1", "1.1.1.1", "wrong patient", "test", 0.0))
+    catalogue.write(Batch(appends=[(gone, None)], applies=[(gone, None)]))
+    assert catalogue.counts()["conflicts"] == 0
+    assert counts(catalogue, "STUDY", StudyInstanceUID="1.1") == [("REAL1", 2)]
+    assert counts(catalogue, "STUDY", PatientID="TMP1") == []
+
+
+def test_one_patient_id_of_two_issuers_is_two_patients() -> None:
+    catalogue = catalogue_of(
+        [
+            instance(1, "7", "1.1", IssuerOfPatientID="NORTH", PatientName="Alice"),
+            instance(1, "7", "1.2", IssuerOfPatientID="SOUTH", PatientName="Bob"),
+        ]
+    )
+    names = {"PatientName": ""}
+    asked = identifier(QueryRetrieveLevel="PATIENT", PatientID="7", IssuerOfPatientID="", **names)
+    answers = {str(one.IssuerOfPatientID): str(one.PatientName) for one in query(asked, PATIENT_ROOT, catalogue).run()}
+    assert answers == {"NORTH": "Alice", "SOUTH": "Bob"}
+    with pytest.raises(BadQuery, match="issuer"):
+        fetched(catalogue, "PATIENT", PatientID="7")
+    assert fetched(catalogue, "PATIENT", PatientID="7", IssuerOfPatientID="SOUTH") == ["1.2.1.1"]
+    assert catalogue.counts()["conflicts"] == 0
+
+
+def test_what_came_first_and_said_less_is_filled_up() -> None:
+    catalogue = catalogue_of([instance(1, "7"), instance(2, "7", StudyDescription="Thorax", PatientName="Doe^Jane")])
+    row = catalogue.study("1.1")
+    assert row is not None
+    assert (row.keys["StudyDescription"], row.keys["PatientName"]) == ("Thorax", "Doe^Jane")
+
+
+def test_a_patient_is_answered_as_in_the_newest_study_that_matches() -> None:
+    catalogue = catalogue_of(
+        [
+            instance(1, "7", "1.9", PatientName="Alice^Old", StudyDate="20200101"),
+            instance(1, "7", "1.2", PatientName="Alice^New", StudyDate="20250101"),
+        ]
+    )
+    asked = identifier(QueryRetrieveLevel="PATIENT", PatientName="Alice*")
+    assert [str(one.PatientName) for one in query(asked, PATIENT_ROOT, catalogue).run()] == ["Alice^New"]
+    asked = identifier(QueryRetrieveLevel="PATIENT", PatientName="*Old")
+    assert [str(one.PatientName) for one in query(asked, PATIENT_ROOT, catalogue).run()] == ["Alice^Old"]
+
+
+def test_one_bad_value_never_ends_a_query() -> None:
+    catalogue = catalogue_of([instance(1, "7", InstanceNumber="1A"), instance(2, "7", InstanceNumber="2")])
+    asked = identifier(QueryRetrieveLevel="IMAGE", InstanceNumber="", SOPInstanceUID="")
+    assert len(list(query(asked, STUDY_ROOT, catalogue).run())) == 2
 
 
 def test_relational_queries_need_no_unique_keys_above() -> None:

@@ -44,8 +44,7 @@ def test_association_request_however_split(step: int) -> None:
     [event] = feed(upper, ECHO_RQ, step)
     assert isinstance(event, AssociationRequested)
     assert upper.state is State.STA3
-    asked = event.request.to_primitive()
-    assert asked.calling_ae_title.strip() == "ECHOSCU"
+    assert event.request.calling_aet == "ECHOSCU"
 
 
 @pytest.mark.parametrize("step", [0, 1, 3, 11])
@@ -90,7 +89,7 @@ def test_data_longer_than_the_maximum() -> None:
 def test_every_pdu_in_every_state(state: State, code: int) -> None:
     upper = UpperLayer(16384)
     upper.state = state
-    data = ECHO_RQ if code == 1 else pdu(code, pdv(1, 2, b"x") if code == 4 else bytes(4))
+    data = bytes((code,)) + ECHO_RQ[1:] if code in (1, 2) else pdu(code, pdv(1, 2, b"x") if code == 4 else bytes(4))
     known = code in set(PduType)
     refused = state is not State.STA13 and (not known or TRANSITIONS[state][PduType(code)].name == "ABORT")
     if refused:

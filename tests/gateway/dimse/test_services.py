@@ -32,7 +32,9 @@ from pynetdicom.sop_class import (
 )
 
 from conf.settings import DicomSettings
-from gateway.dimse.negotiate import Negotiated, hash_password, negotiate
+from gateway.archive.users import hash_password
+from gateway.dicom.associate import decode_request
+from gateway.dimse.negotiate import Negotiated, negotiate
 from tests.builders import dataset, encoded
 from tests.conftest import Gateway, free_port, wait_for
 from tests.interop.clients import Scp
@@ -411,8 +413,7 @@ def test_destination_that_stops_reading(new_gateway: Callable[..., Gateway]) -> 
     def accept_and_sleep(listener: socket.socket) -> None:
         connection, _ = listener.accept()
         head = connection.recv(6, socket.MSG_WAITALL)
-        request = A_ASSOCIATE_RQ()
-        request.decode(head + connection.recv(int.from_bytes(head[2:], "big"), socket.MSG_WAITALL))
+        request = decode_request(head + connection.recv(int.from_bytes(head[2:], "big"), socket.MSG_WAITALL))
         answer = negotiate(request, DicomSettings())
         assert isinstance(answer, Negotiated)
         connection.sendall(answer.response)

@@ -12,7 +12,7 @@ from typing import Any
 from pydicom import dcmread
 from pydicom.fileset import FileSet
 
-from gateway.dimse.negotiate import is_password
+from gateway.archive.users import is_password
 from tests.conftest import ROOT, Gateway
 from tools.cli.dicom_files import read_object
 from tools.lab.samples import copies, distinct_files, sop_instance

@@ -1,0 +1,119 @@
+"""Worker processes, started when they are first needed, killed when they hang, started anew when they have ended."""
+
+import asyncio
+import contextlib
+import os
+import sys
+from typing import Any, Final
+
+import msgspec
+import structlog
+
+log = structlog.get_logger()
+
+START_S: Final = 60.0
+ANSWER_BYTES_MAX: Final = 1 << 30
+WAITING_MAX: Final = 256
+
+
+class WorkFailed(Exception):
+    """`kind`: "unreadable", "cannot", or "failed" for a worker that crashed, hung, or ran out of memory."""
+
+    def __init__(self, kind: str, why: str) -> None:
+        super().__init__(why)
+        self.kind = kind
+
+
+class Worker:
+    """One process."""
+
+    def __init__(self) -> None:
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def ask(self, job: bytes, timeout_s: float) -> Any:
+        """Raises WorkFailed."""
+        try:
+            process = await self._started()
+        except (OSError, TimeoutError, EOFError) as error:
+            await self.stop()
+            raise WorkFailed("failed", "no worker process can be started") from error
+        try:
+            async with asyncio.timeout(timeout_s):
+                answer = await self._exchange(process, job)
+        except TimeoutError:
+            await self.stop()
+            raise WorkFailed("failed", f"it takes longer than {timeout_s:.0f} s") from None
+        except (OSError, EOFError, msgspec.DecodeError) as error:
+            await self.stop()
+            raise WorkFailed("failed", "the worker process ended over it") from error
+        except asyncio.CancelledError:
+            await self.stop()  # nobody wants the answer, and it would be taken for that of the next job
+            raise
+        if answer[0] == "ok":
+            return answer[1]
+        raise WorkFailed(answer[1], answer[2])
+
+    async def _started(self) -> asyncio.subprocess.Process:
+        if self._process is None or self._process.returncode is not None:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-m", "gateway.workers.worker"),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            )
+            assert self._process.stdout is not None
+            async with asyncio.timeout(START_S):
+                await self._process.stdout.readexactly(5)
+        return self._process
+
+    async def _exchange(self, process: asyncio.subprocess.Process, job: bytes) -> Any:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(len(job).to_bytes(4, "big") + job)
+        await process.stdin.drain()
+        size = int.from_bytes(await process.stdout.readexactly(4), "big")
+        if size > ANSWER_BYTES_MAX:
+            raise EOFError
+        return msgspec.msgpack.decode(await process.stdout.readexactly(size))
+
+    async def stop(self) -> None:
+        process, self._process = self._process, None
+        if process is not None and process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+
+class Pool:
+    """`ask` waits for a free worker; jobs beyond WAITING_MAX are turned down at once."""
+
+    def __init__(self, count: int) -> None:
+        self._all = [Worker() for _ in range(count)]
+        self._free: asyncio.Queue[Worker] = asyncio.Queue()
+        for worker in self._all:
+            self._free.put_nowait(worker)
+        self._waiting = 0
+
+    async def ask(self, name: str, *arguments: Any, timeout_s: float = 30.0) -> Any:
+        """Raises WorkFailed."""
+        if self._waiting >= WAITING_MAX:
+            raise WorkFailed("failed", "too much is waiting to be read")
+        self._waiting += 1
+        try:
+            worker = await self._free.get()
+        finally:
+            self._waiting -= 1
+        try:
+            return await worker.ask(msgspec.msgpack.encode([name, arguments]), timeout_s)
+        except WorkFailed as error:
+            if error.kind == "failed":
+                log.error("worker.failed", job=name, why=str(error))
+            raise
+        finally:
+            self._free.put_nowait(worker)
+
+    async def stop(self) -> None:
+        for worker in self._all:
+            await worker.stop()

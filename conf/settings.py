@@ -95,7 +95,12 @@ class StorageSettings(Section):
         "replace-same-source", description="Other bytes under a stored SOP Instance UID: who may replace what is stored"
     )
     slow_io_s: Seconds = Field(5.0, description="A disk that takes longer for one object is avoided for a while")
-    reprotect_after_s: Seconds = Field(600.0, description="A volume absent at start is written off after this")
+    hang_s: Seconds = Field(
+        5.0, description="A disk that doesn't answer for so long is left, and what goes to it with it"
+    )
+    reprotect_after_s: Seconds = Field(
+        600.0, description="A volume that is absent, or doesn't answer, is written off after this"
+    )
     scrub_days: float = Field(30.0, ge=0, description="Check every copy against its digest in so many days; 0: never")
     verify_tail: bool = Field(True, description="Check entries since the last checkpoint against their bytes at start")
 
@@ -193,7 +198,7 @@ class ShareSettings(Section):
     name: str = Field("archive", pattern=r"^[A-Za-z0-9_-]{1,40}$", description="Name of the share")
     port: Port = Field(445, description="TCP port of SMB")
     netbios_name: str = Field("TANDEM", pattern=r"^[A-Z0-9-]{1,15}$", description="Server name shown to clients")
-    guest: bool = Field(True, description="Let everybody read; false: only users known to Samba")
+    guest: bool = Field(False, description="Let everybody read; false: only users known to Samba")
     hosts_allow: tuple[str, ...] = Field((), strict=False, description="Networks let in, 10.0.0.0/24; empty: all")
     folder: FolderPath = Field(Path("/var/lib/tandem-share"), description="smbd's own files: users, locks, logs")
 

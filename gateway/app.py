@@ -7,13 +7,15 @@ import resource
 import signal
 import sys
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
 import structlog
 import uvloop
 
 from conf.notify import keep_alive, notify
 from conf.settings import Settings
+from conf.telling import place_of, set_level
 from gateway.dimse.reoffer import Offering
 from gateway.dimse.server import DicomServer
 from gateway.health import Health
@@ -29,18 +31,18 @@ EXIT_FATAL = 70
 SWITCH_INTERVAL_S = 0.0001
 
 
-def run(settings: Settings) -> int:
-    """Run until SIGTERM or SIGINT; returns the exit code."""
+def run(settings: Settings, read_again: Callable[[], Settings]) -> int:
+    """Run until SIGTERM or SIGINT; returns the exit code. SIGHUP: the settings are read anew with `read_again`."""
     # A disk thread that was handed work gets the interpreter at once, and not only when the event loop next waits.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     warnings.filterwarnings("ignore", module="pydicom")  # they name values, of patients too
     logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)  # as do its tracebacks; we say ourselves what went wrong
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a lack of descriptors must not look like a bad disk
-    return uvloop.run(_main(settings))
+    return uvloop.run(_main(settings, read_again))
 
 
-async def _main(settings: Settings) -> int:
+async def _main(settings: Settings, read_again: Callable[[], Settings]) -> int:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -59,6 +61,7 @@ async def _main(settings: Settings) -> int:
     server.spawn(Offering(store, settings).run())
     engine.fatal.add_done_callback(lambda _: stop.set())
     server.spawn(keep_alive())
+    loop.add_signal_handler(signal.SIGHUP, lambda: reload(settings, read_again, server))
     notify("READY=1")
     await stop.wait()
     if engine.fatal.done():
@@ -72,9 +75,30 @@ async def _main(settings: Settings) -> int:
     return 0
 
 
+# What holds only from the next start on, besides whole sections.
+FIXED: Final = ("bind", "port", "max_pdu_bytes", "retrieve_memory_bytes", "standby_reads", "isolated_reads")
+FIXED_SECTIONS: Final = ("node", "storage", "cluster", "share", "http", "alerts")
+
+
+def reload(settings: Settings, read_again: Callable[[], Settings], server: DicomServer) -> None:
+    """Take over what can be taken over while running, and say what can't. Certificates are read anew for each
+    connection anyway."""
+    try:
+        found = read_again()
+    except Exception as error:  # wrong settings must not end what runs by the right ones
+        log.error("settings.not_reloaded", why=getattr(error, "message", None) or str(error))
+        return
+    kept = {name: getattr(server.settings, name) for name in FIXED}
+    waits = [f"dicom.{name}" for name, value in kept.items() if getattr(found.dicom, name) != value]
+    waits += [name for name in FIXED_SECTIONS if getattr(found, name) != getattr(settings, name)]
+    server.reload(found.dicom.model_copy(update=kept))
+    set_level(found.log.level)
+    log.info("settings.reloaded", restart_needed_for=waits)
+
+
 def _unhandled(engine: Engine, context: dict[str, Any]) -> None:
     error = context.get("exception")
-    log.error("loop.unhandled", message=context.get("message"), error=repr(error))
+    log.error("loop.unhandled", message=context.get("message"), error=place_of(error) if error else "")
     if isinstance(error, InvariantBroken) and not engine.fatal.done():
         with contextlib.suppress(asyncio.InvalidStateError):
             engine.fatal.set_exception(error)

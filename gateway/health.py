@@ -7,7 +7,8 @@
 /metrics          Prometheus
 """
 
-from typing import Final
+import time
+from typing import Any, Final
 
 import structlog
 from aiohttp import web
@@ -19,6 +20,7 @@ from storage.store import Store
 
 log = structlog.get_logger()
 
+STATUS_S: Final = 1.0  # however often somebody asks
 GAUGES: Final = {
     "tandem_primary": "1 on the node that serves",
     "tandem_in_sync": "Nodes that hold everything that was acknowledged",
@@ -41,6 +43,8 @@ class Health:
     def __init__(self, store: Store, settings: HttpSettings, meter: Meter) -> None:
         self._store, self._settings = store, settings
         self._runner: web.AppRunner | None = None
+        self._status: dict[str, Any] = {}
+        self._looked_at = float("-inf")
         self._registry = meter.registry
         self._gauges = {name: Gauge(name, about, registry=self._registry) for name, about in GAUGES.items()}
         self._free = Gauge("tandem_volume_free_bytes", "Free space", ["path"], registry=self._registry)
@@ -88,7 +92,10 @@ class Health:
         return self._store.mode
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        status = self._store.status()
+        now = time.monotonic()
+        if now - self._looked_at > STATUS_S:
+            self._looked_at, self._status = now, self._store.status()
+        status = self._status
         values = {
             "primary": self._store.may_serve,
             "in_sync": len(status["in_sync"]),

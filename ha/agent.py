@@ -10,12 +10,12 @@ import json
 import math
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 import msgspec
 import structlog
 
 from conf import VERSION
+from conf.telling import place_of
 from ha.decide import (
     Acquire,
     Action,
@@ -32,6 +32,7 @@ from ha.decide import (
     decide,
 )
 from ha.etcd import Compare, DeleteKey, Etcd, EtcdError, PutKey
+from ha.ports import GatewayLink, Site
 from ha.records import MemberValue, Records, StateValue, Takeover, chronicle, encode, read
 from storage.control import NEVER, Member, Report, Tell
 
@@ -39,72 +40,11 @@ log = structlog.get_logger()
 
 DECIDE_INTERVAL_S = 0.2
 RESIGN_S = 2.0
+UNKNOWN_GRANT_S = 2.5  # a promise of the other node that an agent before this one may have counted on
 TROUBLE_S = 600.0  # a node that was in trouble isn't trusted for so long: else two such nodes would hand over for ever
 STARTS_S = 60.0
 HISTORY_MAX = 500
 MARGIN_S = 0.3  # of the lease, for clocks that run at slightly different speeds and for work between look and act
-
-
-class GatewayLink(Protocol):
-    """The gateway on this node: its last report, None while it is away, and a way to tell it its role."""
-
-    @property
-    def report(self) -> Report | None: ...
-
-    @property
-    def dead(self) -> bool:
-        """The process that reported last has ended, for certain."""
-        ...
-
-    async def tell(self, tell: Tell) -> None: ...
-
-
-class Site(Protocol):
-    """What makes clients reach this node: addresses, fence, share."""
-
-    @property
-    def up(self) -> bool: ...
-    @property
-    def dark(self) -> bool:
-        """Nothing of the primary's addresses answers here, for certain."""
-        ...
-
-    @property
-    def reads_dark(self) -> bool: ...
-    @property
-    def reads_wanted(self) -> bool: ...
-    @property
-    def reads_able(self) -> bool:
-        """The addresses for reading can be brought up here, as far as is known."""
-        ...
-
-    @property
-    def vips(self) -> tuple[str, ...]: ...
-    @property
-    def share(self) -> bool: ...
-    @property
-    def trouble(self) -> str:
-        """Why this node can't serve well, "" if it can."""
-        ...
-
-    @property
-    def alarms(self) -> tuple[str, ...]: ...
-    @property
-    def parts(self) -> dict[str, float]:
-        """Seconds that the last taking of the addresses took, by part."""
-        ...
-
-    def look_ahead(self) -> None:
-        """The primary's addresses may soon be taken here; doesn't wait."""
-        ...
-
-    async def serve(self, seconds: float) -> None:
-        """Be here, let through by the kernel for `seconds` from now unless refreshed."""
-        ...
-
-    async def leave(self) -> None: ...
-    async def serve_reads(self, seconds: float) -> None: ...
-    async def leave_reads(self) -> None: ...
 
 
 Mutation = CreateState | Acquire | Bump | Change | Release | TakeReads | GiveReads
@@ -138,6 +78,7 @@ class Agent:
         self._starts_max = gateway_starts
         self._starts: list[tuple[float, int]] = []  # when another incarnation of the gateway was first heard
         self._trouble, self._trouble_at = "", NEVER
+        self._draining_since: float | None = None
         self._said_as_member: MemberValue | None = None
         self._started_at = clock()
         self._lease = 0
@@ -145,6 +86,8 @@ class Agent:
         self.records = Records()
         self._reads_given = 0  # revision of the key `reader` that this node has begun to give back: never used again
         self._reads_able_at = NEVER
+        # Until when the gateway was ever told that it may serve; the agent before this one may have told it so much.
+        self._told_until = clock() + ttl_s + UNKNOWN_GRANT_S
         self._resigned = 0  # the epoch in which the gateway was last told to resign: it never leads in it again
         self._leader_absent_since: float | None = None
         self._reader_absent_since: float | None = None
@@ -239,7 +182,8 @@ class Agent:
         await self._say_as_member()
 
     async def _say_as_member(self) -> None:
-        value = MemberValue(self.node, self._trouble, VERSION)
+        report = self._gateway.report
+        value = MemberValue(self.node, self._trouble, VERSION, report.features if report else 0)
         if value != self._said_as_member:
             await self._etcd.txn((), (PutKey(f"{self.prefix}members/{self.node}", encode(value), self._lease),))
             self._said_as_member = value
@@ -290,6 +234,7 @@ class Agent:
             paused=records.paused,
             peer_present=peer is not None and not peer.trouble and self.peer not in records.maintained,
             trouble=self._trouble,
+            draining_since=self._draining_since,
             maintained=self.node in records.maintained,
             reads_wanted=self._site.reads_wanted,
             reads_able=self._site.reads_able,
@@ -352,6 +297,12 @@ class Agent:
         match action:
             case Tell():
                 told = self._informed(action, view)
+                if not told.drain:
+                    self._draining_since = None
+                elif self._draining_since is None:
+                    self._draining_since = view.now
+                if told.role == "lead":
+                    self._told_until = max(self._told_until, told.serve_until)
                 if told.resign and view.gateway is not None:
                     self._resigned = max(self._resigned, view.gateway.leading)
                 await self._gateway.tell(told)
@@ -380,6 +331,7 @@ class Agent:
             tell,
             resign=tell.resign and self._site.dark,
             cluster_id=state.cluster_id if state else "",
+            lineage=state.lineage if state else "",
             primary=view.leader.node if view.leader else "",
             members=tuple(member.node for member in state.in_sync) if state else (),
             vips=self._site.vips,
@@ -390,9 +342,7 @@ class Agent:
         )
 
     async def _mutate(self, action: Mutation, view: View) -> None:
-        # Whatever becomes of a release, it may still arrive: what it gives up isn't used any more in the meantime.
-        if isinstance(action, Release) and view.state is not None:
-            self._resigned = max(self._resigned, view.state.epoch)
+        # It may still arrive, whatever becomes of it: what it gives up isn't used any more in the meantime.
         if isinstance(action, GiveReads) and view.reader is not None:
             self._reads_given = view.reader.revision
         try:
@@ -401,6 +351,8 @@ class Agent:
             await self._look()
         except EtcdError as error:
             log.warning("write.unknown", action=type(action).__name__, error=str(error))
+        except Exception as error:  # whatever it was, the next decision looks anew
+            log.error("write.failed", action=type(action).__name__, error=place_of(error))
         self.wake.set()
 
     async def _write(self, action: Mutation, view: View) -> bool:
@@ -413,15 +365,17 @@ class Agent:
             if view.gateway is None:
                 return False
             me = Member(self.node, view.gateway.store_id, view.gateway.incarnation)
-            value = StateValue(self._new_id(), 0, "", (me,), self._new_id())
+            lineage = view.gateway.lineage or self._new_id()  # a log that was begun alone goes on
+            value = StateValue(self._new_id(), 0, "", (me,), self._new_id(), lineage)
             return await self._etcd.txn((Compare(state, "create", 0),), (PutKey(state, encode(value)),))
         if view.state is None:
             return False
         old, unchanged = view.state, Compare(state, "mod", view.state.revision)
+        lineage = old.lineage or (view.gateway.lineage if view.gateway else "")
         if isinstance(action, Change):
-            value = StateValue(old.cluster_id, old.epoch, self.node, action.in_sync, action.nonce)
+            value = StateValue(old.cluster_id, old.epoch, self.node, action.in_sync, action.nonce, lineage)
         else:
-            value = StateValue(old.cluster_id, old.epoch + 1, self.node, action.in_sync, self._new_id())
+            value = StateValue(old.cluster_id, old.epoch + 1, self.node, action.in_sync, self._new_id(), lineage)
         puts: list[PutKey | DeleteKey] = [PutKey(state, encode(value))]
         row = chronicle(action, old, view, time.time())
         if value.epoch != old.epoch:
@@ -451,13 +405,31 @@ class Agent:
         return Compare(self._leader_key, "create", view.leader.revision if view.leader else 0)
 
     async def _write_release(self, action: Release, view: View) -> bool:
-        if not self._site.dark:
+        if not (self._site.dark and await self._gateway_stopped(view)):
             return False  # it is tried again, and the lease is kept until then
+        # Whatever becomes of it, it may still arrive: what it gives up isn't used any more in the meantime.
+        if view.state is not None:
+            self._resigned = max(self._resigned, view.state.epoch)
         still = [self._held(view)]
         if view.state is not None:  # a release that comes late must not end the next epoch
             still.append(Compare(f"{self.prefix}state", "mod", view.state.revision))
         dead = [PutKey(f"{self.prefix}released", str(action.dead_in))] if action.dead_in else []
         return await self._etcd.txn(still, (DeleteKey(self._leader_key), *dead))
+
+    async def _gateway_stopped(self, view: View) -> bool:
+        """The gateway answers nobody by this lease any more: it says so, it is dead, or the last moment that it was
+        told is over. A silent one may go on until then."""
+        deadline = self._clock() + RESIGN_S
+        while True:
+            report = self._gateway.report
+            if (report is not None and report.leading == 0) or (report is None and self._gateway.dead):
+                return True
+            if self._clock() >= self._told_until:
+                return True
+            if self._clock() >= deadline:
+                log.warning("release.waits", why="the gateway hasn't stopped serving")
+                return False
+            await asyncio.sleep(0.02)
 
     async def _write_reader(self, action: TakeReads | GiveReads, view: View) -> bool:
         key = f"{self.prefix}reader"

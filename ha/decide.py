@@ -21,7 +21,7 @@ from storage.control import NEVER, Member, Report, Tell
 
 READS_PATIENCE_S = 1.0  # the primary leaves the addresses for reading to the standby, where there is one
 READS_HOLD_S = 2.0
-DRAIN_S = 5.0  # a switchover waits this long for requests that are under way
+DRAIN_S = 5.0  # whoever hands over waits this long for requests that are under way
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class State:
     in_sync: tuple[Member, ...]
     nonce: str  # marks the write that set this, so that a lost reply can be told from a lost request
     revision: int  # mod_revision, compared by every change
+    lineage: str = ""  # which log the members hold; "" where it was never said
 
     def member(self, node: str) -> Member | None:
         return next((member for member in self.in_sync if member.node == node), None)
@@ -78,6 +79,7 @@ class View:
     paused: bool = False  # `pause` in etcd: nobody takes over by itself
     peer_present: bool = True  # the other node's agent keeps its lease, and has no trouble
     trouble: str = ""  # why this node can't serve well: share, addresses or gateway keep failing
+    draining_since: float | None = None  # since when the gateway is told to take no new requests
     maintained: bool = False  # this node is being worked on: it isn't to take over while the other one can
     reads_wanted: bool = False  # there are addresses for reading
     reads_able: bool = True  # they can be brought up here
@@ -246,7 +248,9 @@ def _as_leader(view: View, gateway: Report, state: State) -> list[Action]:
         actions = _lead_on(view, gateway, names, state.epoch)
         if _hands_over(view, gateway, state):
             drained = not gateway.busy and gateway.last == gateway.peer_last
-            if drained or view.switchover is None or view.now - view.switchover.since > DRAIN_S:
+            since = view.switchover.since if view.switchover else view.draining_since
+            # What was proposed and isn't there yet would make this log the longer one, and the other node wait for it.
+            if drained or (since is not None and view.now - since > DRAIN_S):
                 return [Serve(False), Tell("follow", resign=True), Release(view.trouble or "switchover")]
             actions = [msgspec.structs.replace(one, drain=True) if isinstance(one, Tell) else one for one in actions]
         if gateway.asked and gateway.asked.nonce != state.nonce:
@@ -298,17 +302,55 @@ def _acquire(view: View, gateway: Report, state: State) -> list[Action]:
     return [Acquire(_with_me(me, state) if gateway.linked else (me,))]
 
 
+@dataclass(frozen=True)
+class Condition:
+    """Something that must hold before this node leads, and how it is. `hard`: else it never leads by itself."""
+
+    name: str
+    holds: bool
+    says: str
+    hard: bool = True
+
+
+def conditions(view: View, gateway: Report, state: State) -> list[Condition]:
+    """All that `decide` asks before this node takes a free lease, in words; `tandem why` shows them."""
+    member, names = state.member(view.node), ", ".join(one.node for one in state.in_sync) or "nobody"
+    known = gateway.cluster_id in ("", state.cluster_id)
+    same_log = gateway.lineage == state.lineage or not gateway.lineage or not state.lineage
+    restored = f"etcd knows {state.epoch}: was it restored from a backup?"
+    old = f"this gateway has promised epoch {gateway.promised}, {restored}"
+    ahead = f"the other node has promised epoch {gateway.peer_promised}, {restored}"
+    whole = "yes" if gateway.whole else "no better copy is there" if _whole_enough(view, gateway, state) else "not yet"
+    fit = gateway.fit or state.member(view.peer) is None
+    return [
+        Condition("cluster", known, state.cluster_id if known else "etcd's is another cluster than this node's"),
+        Condition("log", same_log, "the cluster's" if same_log else "this node holds another log than the cluster's"),
+        Condition("in sync", member is not None, names),
+        Condition("same store", member is None or member.store_id == gateway.store_id, gateway.store_id),
+        Condition(
+            "not an older image",
+            member is None or member.incarnation <= gateway.incarnation,
+            f"start {gateway.incarnation}, in sync since start {member.incarnation if member else '-'}",
+        ),
+        Condition("epoch", gateway.promised <= state.epoch, "known" if gateway.promised <= state.epoch else old),
+        Condition(
+            "the other node's epoch",
+            not gateway.linked or gateway.peer_promised <= state.epoch,
+            ahead if gateway.linked and gateway.peer_promised > state.epoch else "known",
+        ),
+        Condition("complete copy", _whole_enough(view, gateway, state), whole),
+        Condition("a disk", fit, "in service" if gateway.fit else "none in service"),
+        Condition("no trouble", not view.trouble, view.trouble or "none", hard=False),
+        Condition("no maintenance", not view.maintained, "none" if not view.maintained else "under way", hard=False),
+        Condition(
+            "not paused", not view.paused or state.primary == view.node, "paused" if view.paused else "no", hard=False
+        ),
+    ]
+
+
 def _candidate(view: View, gateway: Report, state: State) -> bool:
-    """In the in-sync set with the store it had then, not an older image of it, complete."""
-    member = state.member(view.node)
-    return (
-        member is not None
-        and member.store_id == gateway.store_id
-        and member.incarnation <= gateway.incarnation
-        and gateway.promised <= state.epoch
-        and _whole_enough(view, gateway, state)
-        and (gateway.fit or state.member(view.peer) is None)
-    )
+    """In the in-sync set with the store it had then, not an older image of it, of this log, complete."""
+    return all(one.holds for one in conditions(view, gateway, state) if one.hard)
 
 
 def _whole_enough(view: View, gateway: Report, state: State) -> bool:

@@ -25,6 +25,7 @@ class StateValue(msgspec.Struct, frozen=True):
     primary: str
     in_sync: tuple[Member, ...]
     nonce: str
+    lineage: str = ""
 
 
 class MemberValue(msgspec.Struct, frozen=True):
@@ -33,6 +34,7 @@ class MemberValue(msgspec.Struct, frozen=True):
     node: str
     trouble: str = ""  # why it can't serve well
     version: str = ""
+    features: int = 0  # of its gateway
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def _state(kv: KeyValue | None) -> State | None:
     if kv is None:
         return None
     value = msgspec.json.decode(kv.value, type=StateValue)
-    return State(value.cluster_id, value.epoch, value.primary, value.in_sync, value.nonce, kv.mod_revision)
+    known = (value.cluster_id, value.epoch, value.primary, value.in_sync, value.nonce)
+    return State(*known, kv.mod_revision, value.lineage)
 
 
 def _holder(kv: KeyValue | None) -> Leader | None:

@@ -57,6 +57,11 @@ class Report(msgspec.Struct, frozen=True, tag="report"):
     pid: int = 0
     reads: bool = False  # it may answer queries: it serves, or is a complete standby that follows
     answered_at: float = NEVER  # when the first change of the present epoch was acknowledged, to a fraction of a second
+    lineage: str = ""  # which log it holds, "" for none
+    peer_promised: int = 0  # the linked peer's
+    peer_leads: bool = False
+    foreign: bool = False  # the linked peer's log is another one
+    features: int = 0  # what this gateway can carry out
 
 
 class Tell(msgspec.Struct, frozen=True, tag="tell"):
@@ -72,6 +77,7 @@ class Tell(msgspec.Struct, frozen=True, tag="tell"):
     released: int = 0  # with "follow": whoever led in this epoch is dead for certain, promises to it bind no more
     resign: bool = False  # with "follow": address and share are down, the peer may take over at once
     cluster_id: str = ""
+    lineage: str = ""  # which log the cluster has
     primary: str = ""  # this and the following for status only
     members: tuple[str, ...] = ()
     vips: tuple[str, ...] = ()

@@ -14,66 +14,64 @@ import msgspec
 import structlog
 
 from conf.settings import Settings
+from conf.telling import reason_of
 from storage import crash
 from storage.control import Report, Tell
 from storage.environment import Surroundings, real
-from storage.ingest import Ingest, NotServing
-from storage.journal import Journal
-from storage.objects.copies import Copies
-from storage.objects.reading import Reading
+from storage.ingest import NotServing
 from storage.objects.upload import Upload
-from storage.objects.view import Showing
-from storage.objects.volumes import Volumes
-from storage.replication.duty import Duty
+from storage.objects.volume import NoRoom
+from storage.parts import DISK_THREADS, Parts
 from storage.replication.effects import (
     Adopt,
     DropLink,
     Effect,
     InvariantBroken,
-    Limits,
     Persist,
     Publish,
     Send,
     SteppedDown,
     Transmit,
 )
-from storage.replication.epochs import Epochs
-from storage.replication.follower import Follower
 from storage.replication.messages import Ack, AnyMessage, Pong, Prepare
-from storage.replication.network import Network
-from storage.replication.peering import Peering
 from storage.replication.pending import Pending, Pendings
-from storage.replication.replica import Replica
-from storage.state.catalogue import Batch
+from storage.state.formats import bring_up_to_date
 from storage.state.model import Delete, Entry, Put, Task, TaskDone, encode
 from storage.state.soundness import closed
-from storage.upkeep.healing import Healing
 from storage.upkeep.recovery import recover
-from storage.upkeep.scrub import Scrub
-from storage.upkeep.tidying import Tidying
+from storage.workers import within
 
 log = structlog.get_logger()
 
-DISK_THREADS: Final = 16
 TICK_S: Final = 0.1
+STATE_LOOK_TICKS: Final = 10
+STATE_RESERVE_BYTES: Final = 48 << 20  # kept free where catalogue and log are
+LAPSED_S: Final = 2.0
 
 
-class Engine:
+class Engine(Parts):
     def __init__(self, settings: Settings, surroundings: Surroundings | None = None) -> None:
-        """Raises CatalogueDamaged, OSError."""
+        """Raises InUse, CatalogueDamaged, FormatUnknown, OSError."""
         around = surroundings or real(settings)
+        self._lock = around.lock()  # before anything is opened: nobody else may have it
         self.settings, self.clock = settings, around.clock
         self.told = Tell("follow")
         self.fatal: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.on_change: Callable[[], None] = lambda: None
         self.on_stepped_down: Callable[[], None] = lambda: None
         self.on_drain: Callable[[], None] = lambda: None
+        self._state_full = False
+        self._lapsed_at: float | None = None
+        self._free_state_bytes = around.free_state_bytes
         self._barriers: list[tuple[int, asyncio.Future[None]]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._pendings = Pendings()
         self.catalogue = around.open_catalogue()
         self.cluster_id = str(self.catalogue.meta("cluster_id", ""))
+        bring_up_to_date(self.catalogue, self.cluster_id)
         self.pair_seq = int(self.catalogue.meta("pair_seq", 0))
+        self.pair_with = str(self.catalogue.meta("pair_with", ""))  # store of the other node that `pair_seq` is about
+        self.peer_missing = int(self.catalogue.meta("peer_missing", 0))  # copies that it said it lacks, when last heard
         self.volumes = self._open_volumes(around)
         view = around.view([volume.path / "archive" for volume in self.volumes])
         recovered = recover(self.catalogue, self.volumes, verify=settings.storage.verify_tail)
@@ -83,134 +81,27 @@ class Engine:
         self._queued = self.journal.applied
         self._standing = self.duty.standing()
 
-    def _open_volumes(self, around: Surroundings) -> Volumes:
-        """Those of the settings, and those added while running."""
-        storage = self.settings.storage
-        added = [Path(path) for path in self.catalogue.meta("volume_paths", ())]
-        return Volumes(
-            list(dict.fromkeys((*storage.volumes, *added))),
-            storage.reserve_bytes,
-            slow_io_s=storage.slow_io_s,
-            open_volume=around.open_volume,
-            clock=around.clock,
-        )
-
-    def _furnish(self, around: Surroundings, view: Showing, away: frozenset[str]) -> None:
-        """The parts, each with what it works with."""
-        storage = self.settings.storage
-        kept = (self.catalogue, self.volumes)
-        self.journal = Journal(
-            *kept,
-            view,
-            around.workers,
-            on_durable=self._durable,
-            on_applied=self._applied,
-            on_stuck=self._not_kept,
-            on_failed=self._die,
-        )
-        self.copies = Copies(*kept, self.disk, self._pendings, lambda: self.core.commit)
-        self.peering = self._new_peering(around.networks)
-        self.follower = Follower(self.peering, self.journal, *kept, self.disk, self._stuck)
-        self.healing = Healing(
-            self.core,
-            *kept,
-            self.journal,
-            self.follower,
-            self.peering,
-            self.copies,
-            self.disk,
-            clock=self.clock,
-            away=away,
-            reprotect_after_s=storage.reprotect_after_s,
-            not_kept=self._not_kept,
-        )
-        self.reading = Reading(self.copies, self.healing, self.disk)
-        self.scrub = Scrub(*kept, self.journal, self.copies, self.healing, self.disk, storage.scrub_days)
-        self.tidying = Tidying(*kept, self.journal, self.disk, in_use=self._spools_in_use, clock=self.clock)
-        self.duty = Duty(
-            self.core,
-            clock=self.clock,
-            persist_promise=lambda epoch: self.journal.record(promised=epoch),
-            abandon=self._abandon,
-            flush=self.flush,
-            fit=lambda: self.volumes.usable > 0,
-            standby_reads=self.settings.dicom.standby_reads,
-            isolated_reads=self.settings.dicom.isolated_reads,
-        )
-        self.ingest = Ingest(
-            self.core,
-            self.duty,
-            self.settings.cluster,
-            *kept,
-            self.disk,
-            self.peering,
-            self.journal,
-            self._pendings,
-            self.copies,
-            peer_room=lambda: int(self._peer_info().get("room", 1)),
-            flush=self.flush,
-            clock=self.clock,
-            duplicates=storage.duplicates,
-            examine=self.healing.examine,
-            not_kept=self._not_kept,
-        )
-
-    def _new_core(self, whole: bool) -> Replica:
-        store_id = self.catalogue.meta("store_id", "") or str(uuid.uuid4())
-        incarnation = int(self.catalogue.meta("incarnation", 0)) + 1
-        self.catalogue.write(Batch(meta={"store_id": store_id, "incarnation": incarnation}))
-        cluster = self.settings.cluster
-        limits = Limits()
-        if cluster:
-            limits = Limits(peer_timeout_s=cluster.peer_timeout_s, ack_timeout_s=cluster.ack_timeout_s)
-        core = Replica(
-            self.settings.node.name,
-            cluster.peer if cluster else None,
-            cluster.name if cluster else "",
-            store_id,
-            incarnation,
-            int(self.catalogue.meta("promised", 0)),
-            Epochs(self.catalogue.epochs.pairs),
-            self.catalogue.epochs.last[1],
-            int(self.catalogue.meta("applied", 0)),
-            whole or cluster is None,  # alone there is no better copy to follow; what is lost is in log and status
-            limits,
-        )
-        if cluster:
-            core.granted_until = self.clock() + limits.grant_s  # a promise given before a restart still holds
-        return core
-
-    def _new_peering(self, networks: tuple[Network, ...]) -> Peering:
-        cluster = self.settings.cluster
-        return Peering(
-            dial=cluster is not None and self.settings.node.name < cluster.peer,
-            networks=networks,
-            volumes=self.volumes,
-            workers=self.disk,
-            find=self.copies.find,
-            lacks=self.copies.lacks,
-            list_copies=self.copies.listing,
-            on_up=self._link_up,
-            on_down=self._link_down,
-            on_message=self._message,
-            on_suspect=lambda seq: self.healing.suspect(seq),
-        )
-
     # -- life --------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
+        self.peering.on_progress = lambda: self.core.progress(self.clock())
         self._queue_applies(self.core.commit)
         if self.settings.cluster:
             await self.peering.start()
         else:
-            epoch = self.core.promised + 1
-            self.tell(Tell("lead", epoch, (self.core.node,), serve_until=float("inf")))
-            await self.duty.led()
+            await self._lead_alone()
         self._spawn(self._ticking())
         self._spawn(self.healing.run())
-        self._spawn(self.healing.watch_volumes())
+        self._spawn(self.disks.run())
         self._spawn(self.tidying.run())
         self._spawn(self.scrub.run())
+
+    async def _lead_alone(self) -> None:
+        """Without another node this one is primary for ever, in a new epoch after each start and each failure."""
+        lineage = self.core.lineage or str(uuid.uuid4())
+        epoch = self.core.promised + 1
+        self.tell(Tell("lead", epoch, (self.core.node,), serve_until=float("inf"), lineage=lineage))
+        await self.duty.led()
 
     async def stop(self) -> None:
         for task in list(self._tasks):
@@ -222,6 +113,9 @@ class Engine:
         self.disk.stop()
         self.catalogue.close()
         closed(self.settings.storage.state / "catalogue")
+        self.volumes.close()
+        if self._lock:
+            self._lock.close()
 
     def _spawn(self, coroutine: Any) -> None:
         task: asyncio.Task[None] = asyncio.ensure_future(coroutine)
@@ -243,12 +137,45 @@ class Engine:
         count = 0
         while True:
             self.core.peer_unfit = self._peer_info().get("usable", 1) == 0
+            self.core.missing = self.catalogue.missing_count()
+            self._note_pair()
+            if self.peering.heard():
+                self.core.alive(self.clock())
             self.core.tick(self.clock())
             self.flush()
+            self._fail_without_authority()
             count += 1
+            if count % STATE_LOOK_TICKS == 0:
+                self.peering.expire()
+                self._spawn(self._look_at_state())
             if count % 2 == 0:
                 self.on_change()
             await asyncio.sleep(TICK_S)
+
+    async def _look_at_state(self) -> None:
+        """Nothing new is taken while the disk of catalogue and log is nearly full: what was taken must find room."""
+        try:
+            free = await within(self.disk.run(self._free_state_bytes), self.settings.storage.hang_s)
+        except OSError as error:
+            log.error("state.not_looked_at", error=error.strerror)
+            return
+        full = free < STATE_RESERVE_BYTES
+        if full != self._state_full:
+            log.error("state.full", free_bytes=free) if full else log.info("state.has_room", free_bytes=free)
+        self._state_full = full
+        if not full:
+            await self.disk.run(self.catalogue.kv.keep_reserve)
+
+    def _fail_without_authority(self) -> None:
+        """A primary whose lease has run out, and that nobody else can help, answers those who wait: what becomes of
+        their objects isn't known."""
+        core = self.core
+        if not core.leading or core.peer is None or not self.duty.serving or self.duty.may_serve:
+            self._lapsed_at = None
+        elif self._lapsed_at is None:
+            self._lapsed_at = self.clock()
+        elif self.clock() - self._lapsed_at > LAPSED_S:
+            self._pendings.fail(NoRoom("neither the other node nor etcd answers; send it again"))
 
     # -- role --------------------------------------------------------------------------------------------------
 
@@ -286,12 +213,13 @@ class Engine:
         return await self.ingest.put(upload, make)
 
     async def delete(self, delete: Delete) -> int:
-        """Delete a study, series or instance on both nodes. Returns how many instances it was. Raises NotServing."""
+        """Delete a study, series or instance on both nodes. Returns how many instances it was when it was asked for.
+        Raises NotServing."""
         await self.settled()
-        before = self.catalogue.counts()["instances"]
+        count = await self.disk.run(self.catalogue.count_matching, delete)
         await self.ingest.commit(delete)
         await self.settled()
-        return before - self.catalogue.counts()["instances"]
+        return count
 
     async def commit(self, operation: Task | TaskDone) -> None:
         """Have both nodes note a task, or its end. Raises NotServing."""
@@ -346,8 +274,8 @@ class Engine:
                     self._transmit(session, seq)
             case Persist():
                 self.follower.persist(effect)
-            case Adopt(epoch, match):
-                self._spawn(self._adopt(epoch, match))
+            case Adopt(epoch, match, lineage):
+                self._spawn(self._adopt(epoch, match, lineage))
             case Publish(seq):
                 self._publish(seq)
             case SteppedDown():
@@ -362,7 +290,7 @@ class Engine:
             return message
         info = {
             "room": self.volumes.free_bytes(),
-            "usable": self.volumes.usable,
+            "usable": 0 if self.disks.state_hangs else self.volumes.usable,
             "volumes": self.volumes.status(),
             **self.catalogue.counts(),
         }
@@ -378,8 +306,11 @@ class Engine:
         # A stream belongs to the link it was sent on; after a reconnect the follower doesn't know it and fetches.
         self.peering.send(Prepare(self.core.epoch, session, seq, epoch, self.core.commit, raw, stream))
 
-    async def _adopt(self, epoch: int, match: int) -> None:
-        await self.journal.record(truncate_after=match, promised=max(epoch, self.core.promised))
+    async def _adopt(self, epoch: int, match: int, lineage: str) -> None:
+        facts: dict[str, Any] = {"promised": max(epoch, self.core.promised)}
+        if lineage and not self.core.lineage:
+            facts["lineage"] = lineage
+        await self.journal.record(truncate_after=match, **facts)
         self._forget_after(match)
         self.core.adopted(epoch, match)
         self.flush()
@@ -406,6 +337,8 @@ class Engine:
         self._pendings.fail(NotServing("another node has taken over"))
         self._spawn(self._abandon_soon())
         self.on_stepped_down()
+        if self.settings.cluster is None:
+            self._spawn(self._lead_alone())
 
     # -- what happened -----------------------------------------------------------------------------------------
 
@@ -427,16 +360,19 @@ class Engine:
         self._note_pair()
 
     def _note_pair(self) -> None:
-        """Remember up to where both nodes hold everything, for the count of single copies."""
-        cluster = self.settings.cluster
-        if cluster is None:
+        """Remember up to where which store of the other node holds everything, for the count of single copies."""
+        cluster, hello = self.settings.cluster, self.core.peer_hello
+        if cluster is None or hello is None:
             return
         both = (
             self.core.commit if not self.core.leading or cluster.peer in self.core.confirmed else self.core.peer_acked
         )
-        if both > self.pair_seq:
-            self.pair_seq = both
-            self.journal.note(pair_seq=both)
+        other = hello.store_id != self.pair_with
+        missing = int(self._peer_info().get("missing", 0)) if self.core.leading else self.core.leader_missing
+        if other or both > self.pair_seq or missing != self.peer_missing:
+            self.pair_with, self.pair_seq = hello.store_id, both if other else max(both, self.pair_seq)
+            self.peer_missing = missing
+            self.journal.note(pair_seq=self.pair_seq, pair_with=self.pair_with, peer_missing=missing)
 
     def _abandon(self) -> None:
         """Give up entries of a lost leader that can't be completed, once the journal is at rest."""
@@ -456,12 +392,12 @@ class Engine:
     def _not_kept(self, seq: int, error: Exception) -> None:
         """No disk of this node takes the bytes of an entry. A leader stops: it will lead again without the entry, or
         the other node with it. A follower stops following, and is out of the set unless it soon does better."""
-        log.error("entry.not_kept", seq=seq, error=str(error))
+        log.error("entry.not_kept", seq=seq, error=reason_of(error))
         if self.core.leading:
             self.core.follow()
             self.flush()
         else:
-            self._stuck(str(error))
+            self._stuck(reason_of(error))
 
     def _stuck(self, why: str) -> None:
         self.peering.drop(f"an entry can't be kept here: {why}")

@@ -1,5 +1,6 @@
 """What a store stands on: clock, threads, disks, database and network. The simulation gives it others."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import structlog
 from conf.settings import ClusterSettings, Settings
 from conf.tls import MutualTls
 from storage.control import boottime
+from storage.objects.locks import Lock, lock_state
 from storage.objects.view import Showing, View
 from storage.objects.volume import LocalVolume
 from storage.objects.volumes import OpenVolume
@@ -30,6 +32,8 @@ class Surroundings:
     clock: Callable[[], float] = boottime
     workers: WorkersFactory = Workers
     open_volume: OpenVolume = LocalVolume
+    lock: Callable[[], Lock | None] = lambda: None  # on the state folder; raises InUse
+    free_state_bytes: Callable[[], int] = lambda: 1 << 40  # where the catalogue is
 
 
 def real(settings: Settings) -> Surroundings:
@@ -45,7 +49,14 @@ def real(settings: Settings) -> Surroundings:
         networks=_networks(cluster) if cluster else (),
         view=view,
         open_catalogue=lambda: open_or_set_aside(settings),
+        lock=lambda: lock_state(state),
+        free_state_bytes=lambda: free_bytes(state),
     )
+
+
+def free_bytes(folder: Path) -> int:
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
 
 
 def _networks(cluster: ClusterSettings) -> tuple[Network, ...]:

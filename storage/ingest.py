@@ -29,6 +29,7 @@ from storage.state.model import Delete, Entry, Location, Operation, Put, Task, T
 from storage.workers import Threads
 
 STUDIES_REMEMBERED_MAX: Final = 4096
+COMMIT_S: Final = 60.0  # longer than any change of the in-sync set takes
 
 
 class NotServing(Exception):
@@ -59,6 +60,7 @@ class Ingest:
         duplicates: str,
         examine: Callable[[int], Awaitable[bool]],
         not_kept: Callable[[int, Exception], None],
+        state_is_full: Callable[[], bool],
     ) -> None:
         """`examine(seq)` reads this node's copy of an entry, sets a bad one aside and says whether it was good;
         `not_kept(seq, error)`: no disk of this node takes the bytes of an entry that was proposed."""
@@ -67,6 +69,7 @@ class Ingest:
         self._peering, self._journal, self._pendings, self._copies = peering, journal, pendings, copies
         self._peer_room, self._flush, self._clock, self._duplicates = peer_room, flush, clock, duplicates
         self._examine, self._not_kept = examine, not_kept
+        self._state_is_full = state_is_full
         self._study_volume: dict[str, str] = {}
 
     def begin(self, header: bytes) -> Upload:
@@ -75,6 +78,8 @@ class Ingest:
             raise NotServing("not the primary")
         if self._peer_is_full() or self._degraded():
             raise NoRoom("the second copy can't be kept now")
+        if self._state_is_full():
+            raise NoRoom("the disk of the catalogue is full")
         volume = self._volumes.choose()
         stream = self._peering.open_stream(header) if self._core.live else 0
         tee = (lambda chunk: self._peering.chunk(stream, chunk)) if stream else None
@@ -103,7 +108,10 @@ class Ingest:
         pending, waiting = self._pend(operation, 0)
         self._journal.append(pending.entry, None)
         self._flush()
-        await asyncio.shield(waiting)
+        try:
+            await self._committed(waiting)
+        except NoRoom as error:
+            raise NotServing(str(error)) from error
 
     async def put(self, upload: Upload, make: Callable[[bytes, int], Put]) -> bool:
         """Commit a finished object. `make(digest, length)` gives its record.
@@ -123,7 +131,11 @@ class Ingest:
         put = make(digest, incoming.length)
         known = self._known(put)
         if known is not None:
-            await incoming.finish()
+            try:
+                await incoming.finish()
+            except (OSError, NoRoom):
+                await upload.discard()
+                raise
             if not self._replaces(put, known[0]):
                 return await self._again(upload, put, *known)
             put = msgspec.structs.replace(put, replaces=True)
@@ -176,7 +188,7 @@ class Ingest:
         if put.offset != known.offset:
             await upload.set_aside("the stored copy of it can't be read here now", put.sop_instance)
             raise OSError(errno.EIO, "the stored copy can't be read now")
-        upload.keep()  # it came just in time: these bytes become this node's copy
+        upload.keep_here()  # it came just in time: these bytes become this node's copy, and not the peer's
         if not await self._journal.move({seq: upload.incoming.location}):
             raise OSError(errno.EIO, "the disk failed at the last moment")
         return False
@@ -185,15 +197,29 @@ class Ingest:
         pending, waiting = self._pend(put, upload.stream)
         incoming = upload.incoming
         if incoming.in_memory and self._journal.idle:
-            self._journal.append_landing(pending.entry, lambda: self._land(pending, incoming))
+            self._journal.append_landing(
+                pending.entry, lambda: self._land(pending, incoming), lambda: incoming.volume.id, incoming.restart
+            )
         elif incoming.begin_finish().done():
             self._landed(pending, incoming)
         else:
             incoming.begin_finish().add_done_callback(lambda _: self._landed(pending, incoming))
         crash.point("primary.before_prepare")
         self._flush()
-        await asyncio.shield(waiting)
+        await self._committed(waiting)
         crash.point("primary.before_answer")
+
+    async def _committed(self, waiting: "asyncio.Future[None]") -> None:
+        """Wait for a commit, within bounds. Whatever is raised, the outcome isn't known. Raises NotServing, NoRoom."""
+        try:
+            async with asyncio.timeout(COMMIT_S):
+                await asyncio.shield(waiting)
+        except TimeoutError:
+            raise NoRoom("not committed in time; send it again") from None
+        core = self._core
+        if core.peer is not None and core.required == {core.node} and not self._duty.may_serve:
+            # Nobody else has it, and by now another node may have taken over without it.
+            raise NotServing("the lease ran out before it could be acknowledged")
 
     def _pend(self, operation: Operation, stream: int) -> "tuple[Pending, asyncio.Future[None]]":
         """Propose an entry. Its bytes are still to land, and the effects to be carried out."""

@@ -6,8 +6,10 @@ rows) comes in batches of its own rhythm: when a reader waits, after a moment, o
 
 import asyncio
 import errno
+import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import structlog
@@ -38,6 +40,8 @@ class Ready:
     entry: Entry
     location: Location | None
     land: Land | None = None
+    aim: Callable[[], str] | None = None  # the volume on which `land` would put it now
+    restart: Callable[[], None] | None = None  # before `land` is tried again on another volume; raises OSError, NoRoom
 
 
 @dataclass
@@ -48,6 +52,11 @@ class Work:
     batch: Batch
     waiters: list["asyncio.Future[None]"]
     stuck: tuple[int, Exception] | None = None
+    committed: bool = False
+
+
+class LeftBehind(Exception):
+    """This thread was held by a disk for so long that another one does its work."""
 
 
 class Journal:
@@ -64,12 +73,18 @@ class Journal:
         on_applied: Callable[[int], None],
         on_stuck: Callable[[int, Exception], None],
         on_failed: Callable[[BaseException], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`on_stuck(seq, error)`: no disk took the bytes of this entry; it and those after it are forgotten."""
         self._catalogue, self._volumes, self._view = catalogue, volumes, view
         self._on_durable, self._on_applied = on_durable, on_applied
-        self._on_stuck, self._on_failed = on_stuck, on_failed
+        self._on_stuck, self._on_failed, self._clock = on_stuck, on_failed, clock
+        self._workers = workers
         self._thread: Threads = workers(1, "journal")
+        self._generation = 0  # of the thread; one that a disk holds is left behind
+        self._gate = threading.Lock()  # held while a batch is committed: it isn't left behind then
+        self._doing: tuple[str, float] | None = None  # (volume, "" for the state folder; since when)
+        self._work: Work | None = None  # under way
         self._appends: list[Ready] = []
         self._early: dict[int, Ready] = {}  # bytes are durable, an entry before it isn't
         self._next_seq = catalogue.epochs.last[1] + 1
@@ -80,7 +95,9 @@ class Journal:
         self._due = False  # what is committed is to be published with the next batch
         self._broken: BaseException | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._publishing: set[asyncio.Future[None]] = set()  # one by one, beside the batches
         self._touched: dict[str, set[str]] = {}
+        self._syncing: dict[str, set[str]] = {}  # those that a batch under way syncs
         self._checkpointed_at = 0.0
         self._appended_at = float("-inf")
         self._checkpointed = 0
@@ -111,9 +128,10 @@ class Journal:
         """Write an entry whose bytes are durable, once all those before it are written."""
         self._append(Ready(entry, location))
 
-    def append_landing(self, entry: Entry, land: Land) -> None:
-        """Land the bytes and write the entry in one go: the shortest way while the journal has nothing else to do."""
-        self._append(Ready(entry, None, land))
+    def append_landing(self, entry: Entry, land: Land, aim: Callable[[], str], restart: Callable[[], None]) -> None:
+        """Land the bytes and write the entry in one go: the shortest way while the journal has nothing else to do.
+        `aim()` is the volume that it goes to; `restart()` comes before another try, on another one."""
+        self._append(Ready(entry, None, land, aim, restart))
 
     def _append(self, ready: Ready) -> None:
         self._early[ready.entry.seq] = ready
@@ -172,8 +190,20 @@ class Journal:
         await self._flushed()
 
     async def publish_again(self, location: Location) -> None:
-        """Move a copy into the tree that is recorded there and wasn't moved."""
-        await self._thread.run(self._publish, "", location)
+        """Move a copy into the tree that is recorded there and wasn't moved. Raises OSError if its disk hangs."""
+
+        generation = self._generation
+
+        def publish() -> None:
+            self._publish("", location, generation)
+            self._doing = None
+
+        job = self._thread.run(publish)
+        self._publishing.add(job)
+        try:
+            await job
+        finally:
+            self._publishing.discard(job)
 
     async def lose(self, lost: dict[int, tuple[str, Location]]) -> None:
         """Note that copies of this node are gone: seq -> (why, where it was)."""
@@ -230,11 +260,19 @@ class Journal:
         if self._checkpointed < self.applied and loop.time() - self._checkpointed_at > CHECKPOINT_INTERVAL_S:
             self._checkpointed_at = loop.time()
             batch.meta["checkpoint"] = self._checkpointed = self.applied
-        job = self._thread.run(self._write, work, loop)
-        job.add_done_callback(lambda done: self._written(done, work))
+        self._hand_over(work, loop)
 
-    def _written(self, job: "asyncio.Future[None]", work: Work) -> None:
-        self._running = False
+    def _hand_over(self, work: Work, loop: asyncio.AbstractEventLoop) -> None:
+        generation, self._work = self._generation, work
+        job = self._thread.run(self._write, work, loop, generation)
+        job.add_done_callback(lambda done: self._written(done, work, generation))
+
+    def _written(self, job: "asyncio.Future[None]", work: Work, generation: int) -> None:
+        if generation != self._generation:
+            if not job.cancelled():
+                job.exception()  # left behind; what it did is done anew
+            return
+        self._running, self._doing, self._work = False, None, None
         if job.cancelled():
             return
         if error := job.exception():
@@ -244,6 +282,9 @@ class Journal:
                     waiter.set_exception(error)
             self._on_failed(error)
             return
+        self._completed(work)
+
+    def _completed(self, work: Work) -> None:
         for waiter in work.waiters:
             if not waiter.done():
                 waiter.set_result(None)
@@ -257,44 +298,119 @@ class Journal:
         self._kick()
         self._set_timer()
 
+    # -- disks that hang ---------------------------------------------------------------------------------------
+
+    def hangs(self, seconds: float) -> str | None:
+        """What has held the thread for so long: a volume, "" for the disk of the state folder; None for nothing."""
+        doing = self._doing
+        return doing[0] if doing is not None and self._clock() - doing[1] > seconds else None
+
+    def leave_thread(self) -> None:
+        """The volume that holds the thread is out of service: another thread does the work anew without it."""
+        work = self._work
+        if not self._gate.acquire(blocking=False):
+            return  # it is committing at this moment
+        try:
+            self._generation += 1
+        finally:
+            self._gate.release()
+        log.error("journal.left_thread", entries=len(work.ready) if work else 0)
+        self._thread, self._doing = self._workers(1, "journal"), None
+        for job in self._publishing:
+            if not job.done():
+                job.set_exception(OSError(errno.ETIMEDOUT, "the disk doesn't answer"))
+        self._publishing.clear()
+        if work is None:
+            return
+        loop = asyncio.get_running_loop()
+        if work.committed:  # only names in the tree are still to be made; the sweep makes them
+            self._running, self._work = False, None
+            self._completed(work)
+            return
+        batch = replace(work.batch, appends=[], moved=dict(work.batch.moved))
+        if batch.meta.pop("checkpoint", None) is not None:  # the next one, with all that was to be synced for this
+            self._checkpointed, self._checkpointed_at = 0, float("-inf")
+            for volume_id, directories in self._syncing.items():
+                self._touched.setdefault(volume_id, set()).update(directories)
+        again = Work(work.ready, batch, work.waiters)
+        for number, ready in enumerate(work.ready):
+            try:
+                self._ready_again(ready)
+            except (OSError, NoRoom) as error:
+                again.ready, again.stuck = work.ready[:number], (ready.entry.seq, error)
+                break
+        self._hand_over(again, loop)
+
+    def _ready_again(self, ready: Ready) -> None:
+        """Raises OSError or NoRoom if its bytes can't be had any more."""
+        if ready.restart:
+            ready.restart()
+        elif ready.location:
+            try:
+                self._volumes.get(ready.location.volume)
+            except LookupError as error:
+                raise OSError(errno.ETIMEDOUT, "its disk doesn't answer") from error
+
     # -- the thread's side -------------------------------------------------------------------------------------
 
-    def _write(self, work: Work, loop: asyncio.AbstractEventLoop) -> None:
-        self._land(work)
+    def _write(self, work: Work, loop: asyncio.AbstractEventLoop, generation: int) -> None:
+        self._land(work, generation)
         batch = work.batch
-        self._sync_names(work)
+        self._sync_names(work, generation)
         self._place_all(batch)
         if "checkpoint" in batch.meta:
-            self._sync_tree()
+            self._sync_tree(generation)
         crash.point("journal.before_commit")
-        self._catalogue.write(batch)
+        with self._gate:
+            self._check(generation)
+            self._doing = ("", self._clock())
+            self._catalogue.write(batch)
+            work.committed, self._syncing = True, {}
         crash.point("journal.after_commit")
         if batch.appends:
             loop.call_soon_threadsafe(self._on_durable, batch.appends[-1][0].seq)
         for entry, location in batch.applies:
             if location and isinstance(entry.operation, Put):
-                self._publish(entry.operation.study, location)
+                self._publish(entry.operation.study, location, generation)
         for location in batch.moved.values():
             if location.path:
-                self._publish("", location)
+                self._publish("", location, generation)
+        self._doing = None
         crash.point("journal.after_publish")
 
-    def _land(self, work: Work) -> None:
+    def _check(self, generation: int, volume_id: str = "", error: Exception | None = None) -> None:
+        """Go no further in a thread that was left behind. What its disk said in the end counts all the same: nobody
+        will be told of that error again. Raises LeftBehind."""
+        if generation != self._generation:
+            if isinstance(error, OSError):
+                self._volumes.failed(volume_id, error)
+            raise LeftBehind
+
+    def _land(self, work: Work, generation: int) -> None:
         for ready in work.ready:
             try:
+                self._doing = (self._volume_of(ready), self._clock())
                 location = ready.land() if ready.land else ready.location
+                self._check(generation)
             except (OSError, NoRoom) as error:
+                self._check(generation)  # `land` has told of it
                 work.stuck = (ready.entry.seq, error)
                 return
             work.batch.appends.append((ready.entry, location))
 
-    def _sync_names(self, work: Work) -> None:
+    def _volume_of(self, ready: Ready) -> str:
+        return ready.location.volume if ready.location else ready.aim() if ready.aim else "?"
+
+    def _sync_names(self, work: Work, generation: int) -> None:
         batch = work.batch
         named = [location for _, location in batch.appends if location] + list(batch.moved.values())
         for volume_id in {location.volume for location in named}:
             try:
+                self._doing = (volume_id, self._clock())
                 self._volumes.get(volume_id).sync_spool()
+                self._check(generation)
             except (OSError, LookupError) as error:
+                self._check(generation, volume_id, error)
                 failure = error if isinstance(error, OSError) else OSError(errno.EIO, str(error))
                 self._volumes.failed(volume_id, failure)
                 self._without(work, volume_id, failure)
@@ -309,12 +425,15 @@ class Journal:
                 del batch.appends[number:]
                 return
 
-    def _sync_tree(self) -> None:
+    def _sync_tree(self, generation: int) -> None:
         """All renames of applied entries were done before; after this sync recovery needn't look at them again."""
         touched, self._touched = self._touched, {}
+        self._syncing = touched
         for volume_id, directories in touched.items():
             try:
+                self._doing = (volume_id, self._clock())
                 self._volumes.get(volume_id).sync_directories(directories)
+                self._check(generation)
             except (OSError, LookupError) as error:
                 # A dead disk: its copies are noted as lost and made again; until then nothing on it is relied on.
                 log.error("tree.not_synced", volume=volume_id, error=type(error).__name__)
@@ -356,11 +475,14 @@ class Journal:
             path = self._catalogue.path_of(entry, fresh, own_name=True)
         return Location(location.volume, location.spool, path)
 
-    def _publish(self, study: str, location: Location) -> None:
+    def _publish(self, study: str, location: Location, generation: int | None = None) -> None:
         folder = "/".join(location.path.split("/")[:2])
         try:
             volume = self._volumes.get(location.volume)
+            self._doing = (location.volume, self._clock())
             touched = volume.publish(location.spool, location.path)
+            if generation is not None:
+                self._check(generation)
         except (OSError, LookupError) as error:
             log.error("publish.failed", spool=location.spool, error=type(error).__name__)
             return

@@ -45,6 +45,7 @@ class Service:
             "volume-drain": self._volume_drain,
             "volume-retire": self._volume_retire,
             "scrub": self._scrub,
+            "scrub-status": self._scrub_status,
             "verify": self._verify,
             "delete": self._delete,
             "instances": self._instances,
@@ -155,6 +156,11 @@ class Service:
 
     async def _scrub(self, progress: Progress, study: str = "") -> dict[str, Any]:
         return await self._engine.scrub.now(study, progress)
+
+    async def _scrub_status(self, _: Progress) -> dict[str, Any]:
+        """How far the node's own round is."""
+        scrub = self._engine.scrub
+        return {"at": scrub.at, "checked": scrub.checked, "bad": scrub.bad}
 
     async def _verify(self, progress: Progress, read: bool = True) -> dict[str, Any]:
         """Compare the two nodes entry by entry, and each copy with its digest."""

@@ -34,7 +34,7 @@ def node_status(engine: Engine) -> dict[str, Any]:
     if core.peer:
         nodes[core.peer] = _peer(engine)
     behind = max(0, core.commit - core.peer_acked) if core.leading and core.peer else 0
-    single = _single_copy(engine)
+    single = _single_copy(engine, counts["instances"])
     in_sync = sorted(core.confirmed) if core.leading else sorted(engine.told.members)
     return {
         "cluster": settings.cluster.name if settings.cluster else "",
@@ -48,7 +48,7 @@ def node_status(engine: Engine) -> dict[str, Any]:
         "share": engine.told.share,
         "etcd": engine.told.etcd_ok,
         "heard": dict(engine.journal.heard),
-        "trouble": engine.told.trouble,
+        "trouble": engine.told.trouble or _foreign(engine),
         "alarms": list(engine.told.alarms),
         "peer_version": engine.peering.routes.peer_version,
         "links": engine.peering.routes.status(),
@@ -59,6 +59,8 @@ def node_status(engine: Engine) -> dict[str, Any]:
         "store_id": core.store_id,
         "incarnation": core.incarnation,
         "whole": core.whole,
+        "lineage": core.lineage,
+        "foreign": core.peer_foreign,
         "catch_up": {"behind": behind, "linked": core.linked, "missing": counts["missing"]},
         "healing": {
             "missing": counts["missing"],
@@ -91,21 +93,40 @@ def _peer(engine: Engine) -> dict[str, Any]:
     return {"role": role if core.linked else "away", "seq": seq, "volumes": [], **info}
 
 
+def _known_of_peer(engine: Engine) -> int:
+    """Up to which entry the other node's present store is known to hold everything."""
+    hello = engine.core.peer_hello
+    same = hello is None or hello.store_id == engine.pair_with
+    return max(engine.core.peer_acked if engine.core.leading else 0, engine.pair_seq if same else 0)
+
+
 def _oldest_single(engine: Engine) -> float | None:
-    """When the oldest object with one copy was received, wall clock."""
+    """When the oldest object with one copy was received, wall clock; None where it is an older one that was lost."""
     core = engine.core
-    first = 1 if core.peer is None else max(core.peer_acked, engine.pair_seq) + 1
+    first = 1 if core.peer is None else _known_of_peer(engine) + 1
     for entry in engine.catalogue.entries(first, 100):
         if isinstance(entry.operation, Put):
             return entry.operation.received
     return None
 
 
-def _single_copy(engine: Engine) -> int:
-    """Committed objects that only this node is known to hold."""
+def _single_copy(engine: Engine, instances: int) -> int:
+    """Objects whose only copy is here, by copies: what the other node's store lacks by its own word, and what it hasn't
+    acknowledged."""
     core = engine.core
     if core.peer is None:
-        return core.commit
-    if not core.leading:
-        return 0
-    return 0 if core.peer in core.confirmed else max(0, core.commit - max(core.peer_acked, engine.pair_seq))
+        return instances
+    in_sync = core.peer in core.confirmed if core.leading else core.joined
+    unsent = 0 if in_sync else max(0, core.commit - _known_of_peer(engine))
+    return min(instances, unsent + engine.peer_missing)
+
+
+def _foreign(engine: Engine) -> str:
+    """Two logs that are never matched: one of them has to go."""
+    core = engine.core
+    if not core.peer_foreign:
+        return ""
+    return (
+        f"node {core.peer} holds another log than this one; on the node whose data are to go to quarantine: stop it, "
+        "`tandem rebuild-index --from peer`"
+    )

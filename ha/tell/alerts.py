@@ -13,7 +13,7 @@ from conf.settings import AlertSettings
 MAINTENANCE_S: Final = 8 * 3600.0
 OWN: Final = ("quorum", "quarantine", "certificate", "gateway", "maintenance")  # known without the gateway
 EXPIRES_SOON_S: Final = 30 * 86400.0
-BAD_STATES: Final = ("failed", "offline", "foreign", "read-only")
+BAD_STATES: Final = ("failed", "offline", "foreign", "read-only", "hung")
 
 State = Literal["begins", "lasts", "over", "event"]
 

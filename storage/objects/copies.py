@@ -13,6 +13,7 @@ from storage.state.model import Entry, Location, Put, Void
 from storage.workers import Threads
 
 LISTING_ENTRIES: Final = 200
+LOOKS: Final = 3
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True):
@@ -28,11 +29,16 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
 
 class Copies:
     def __init__(
-        self, catalogue: Catalogue, volumes: Volumes, workers: Threads, pendings: Pendings, commit: Callable[[], int]
+        self,
+        catalogue: Catalogue,
+        volumes: Volumes,
+        workers: Threads,
+        pendings: Pendings,
+        awaited: Callable[[Entry], bool],
     ) -> None:
-        """`commit()`: the last entry that is committed."""
+        """`awaited(entry)`: it isn't committed, and a sender may still hear of Success once it is."""
         self._catalogue, self._volumes, self._workers, self._pendings = catalogue, volumes, workers, pendings
-        self._commit = commit
+        self._awaited = awaited
 
     def entry(self, seq: int) -> Entry | None:
         """The entry with this number, logged or on its way."""
@@ -62,20 +68,22 @@ class Copies:
         """There is no copy here and won't be one soon: it is lost, or no longer wanted since something later deleted or
         replaced it. An entry just proposed isn't lacking, its bytes may land in a moment. Blocks."""
         entry = self.entry(seq)
-        return (seq <= self._commit() and self._catalogue.is_missing(seq)) or (
-            entry is not None and isinstance(entry.operation, Void)
-        )
+        if entry is None:
+            return False
+        return isinstance(entry.operation, Void) or (not self._awaited(entry) and self._catalogue.is_missing(seq))
 
     def good(self, seq: int) -> bool | None:
         """The copy's bytes are those of the record; None if there is no copy. Blocks. Raises OSError."""
-        found = self.find(seq)
-        if found is None:
-            return None
-        volume, name, put = found
-        try:
-            return holds(volume, name, put)
-        except FileNotFoundError:
-            return None  # moved meanwhile
+        for _ in range(LOOKS):
+            found = self.find(seq)
+            if found is None:
+                return None
+            volume, name, put = found
+            try:
+                return holds(volume, name, put)
+            except FileNotFoundError:
+                continue  # moved between the look and the opening, into the tree perhaps
+        return None
 
     def set_aside(self, seq: int, location: Location, reason: str) -> None:
         """Move a bad copy to quarantine, durably, if it is still the one at `location`. Blocks. Raises OSError."""

@@ -7,6 +7,8 @@ An object that is still in memory as a whole when its disk fails is written agai
 
 import asyncio
 import contextlib
+import errno
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -15,13 +17,14 @@ from typing import Final, Protocol
 import xxhash
 
 from storage import crash
-from storage.objects.volume import Spooled, Volume, set_aside
+from storage.objects.volume import NoRoom, Spooled, Volume, set_aside
 from storage.state.model import Location
-from storage.workers import Threads
+from storage.workers import Threads, within
 
 CHUNK_BYTES: Final = 64 << 10  # what goes to the peer at once
 WRITE_BYTES: Final = 1 << 20  # what goes to the disk at once; up to this an object stays in memory until it is durable
 BACKLOG_BYTES_MAX: Final = 2 * WRITE_BYTES
+DISCARD_S: Final = 30.0
 
 Tee = Callable[[bytearray], None]
 
@@ -42,13 +45,14 @@ class Incoming:
     ) -> None:
         """`header` is what comes before the data set; `tee` is given each chunk as well (the stream to the peer)."""
         self._workers, self._placement, self.volume = workers, placement, volume
+        self._loop = asyncio.get_running_loop()
         self._tee = tee
         placement.on_their_way.add(self)
         self.offset = len(header)
         self.length = len(header)
         self._digest = xxhash.xxh3_128()
         self._queue: list[bytearray | bytes] = [header] if header else []
-        self._queued_bytes = 0
+        self._queued_bytes = len(header)
         self._chunk = bytearray()
         self._job: asyncio.Future[None] | None = None
         self._spooled: Spooled | None = None
@@ -56,12 +60,22 @@ class Incoming:
         self._finishing: asyncio.Future[bytes] | None = None
         self._digested = False
         self._given_up = False
+        self._partly = False  # some of it was handed to the disk and isn't in memory any more
+        self._generation = 0  # of the jobs: what an earlier one does when its disk lets go of it is for nothing
+        self._guard = threading.Lock()
+        self._since: float | None = None  # when the job began that is under way
+        self.on_taken: Callable[[int], None] | None = None  # so many bytes were written
         self.on_drained: Callable[[], None] | None = None
 
     @property
     def backlogged(self) -> bool:
         """More is waiting for the disk than should be held in memory."""
         return self._queued_bytes > BACKLOG_BYTES_MAX
+
+    @property
+    def is_lost(self) -> bool:
+        """It can't become whole any more: what still comes of it is let go."""
+        return self._failed is not None or self._given_up
 
     @property
     def written(self) -> bool:
@@ -104,31 +118,86 @@ class Incoming:
 
     def _start_job(self) -> None:
         queue, self._queue = self._queue, []
+        self._partly = True
         size = sum(len(chunk) for chunk in queue)
-        self._job = self._workers.run(self._write, queue)
-        self._job.add_done_callback(lambda job: self._written(job, size))
+        generation, self._since = self._generation, self._loop.time()
+        self._job = self._workers.run(self._write, queue, generation)
+        self._job.add_done_callback(lambda job: self._written(job, size, generation))
 
-    def _written(self, job: "asyncio.Future[None]", size: int) -> None:
-        self._job = None
+    def _written(self, job: "asyncio.Future[None]", size: int, generation: int) -> None:
+        if generation != self._generation:
+            _seen(job)
+            return
+        self._job = self._since = None
         self._queued_bytes -= size
         if not job.cancelled() and isinstance(error := job.exception(), OSError):
             self._failed = error
             self._placement.failed(self.volume.id, error)
-            self._queue.clear()
-            self._queued_bytes = 0
+            size += self._let_go()
         if self._finishing is not None:
             self._start_last()
         elif self._queued_bytes > WRITE_BYTES and not self._given_up:
             self._start_job()
+        if self.on_taken:
+            self.on_taken(size)
         if self.on_drained and not self.backlogged:
             self.on_drained()
 
-    def _write(self, queue: list[bytearray | bytes], digest: bool = True) -> None:
+    def _write(self, queue: list[bytearray | bytes], generation: int, digest: bool = True) -> None:
         if digest:
             self._update_digest(queue)
-        if self._spooled is None:
-            self._spooled = self.volume.create()
-        self._spooled.write(queue)
+        spooled = self._spooled
+        if spooled is None:
+            spooled = self.volume.create()
+            with self._guard:
+                if generation != self._generation:
+                    raise OSError(errno.EAGAIN, "the disk answered too late")
+                self._spooled = spooled
+        spooled.write(queue)
+
+    def _let_go(self) -> int:
+        """Forget what waits for the disk; returns its bytes."""
+        left, self._queued_bytes = max(0, self._queued_bytes), 0
+        self._queue.clear()
+        return left
+
+    # -- a disk that hangs ---------------------------------------------------------------------------------------
+
+    def stuck_for(self, now: float) -> float:
+        """Seconds that the job under way has taken, 0 if there is none. `now`: the loop's time."""
+        return 0.0 if self._since is None else now - self._since
+
+    def leave_disk(self) -> None:
+        """The disk hangs. An object that is in memory as a whole goes to another one, any other fails."""
+        error = OSError(errno.ETIMEDOUT, "the disk doesn't answer")
+        try:
+            self.restart()
+        except (OSError, NoRoom) as raised:
+            self._failed = error
+            self._job = self._since = None
+            left = self._let_go()  # also without a listener: whoever feeds it waits for the backlog to go
+            if self.on_taken:
+                self.on_taken(left)
+            self._end(raised if isinstance(raised, NoRoom) else error)
+            if self.on_drained:
+                self.on_drained()
+            return
+        if self._finishing is not None:
+            self._start_last()
+
+    def restart(self) -> None:
+        """Forget what was written: the object is still in memory as a whole, and goes to a disk that is in service now.
+        Raises OSError for one that isn't, NoRoom."""
+        with self._guard:
+            self._generation += 1
+            broken, self._spooled = self._spooled, None
+            whole = not self._partly
+        self._job = self._since = None
+        if broken is not None and not whole:
+            self._spooled = broken
+        if not whole:
+            raise OSError(errno.ETIMEDOUT, "the disk doesn't answer")
+        self.volume = self._placement.choose()
 
     def _update_digest(self, queue: list[bytearray | bytes]) -> None:
         self._digested = True
@@ -188,14 +257,17 @@ class Incoming:
 
     def land_here(self) -> None:
         """Make an object that is in memory durable in this thread; raises OSError or NoRoom if no volume takes it."""
-        queue, digested = self._queue, self._digested
+        queue, digested, generation = self._queue, self._digested, self._generation
         while True:
+            volume = self.volume
             try:
-                self._write_and_finish(queue, digest=not digested)
+                self._write_and_finish(queue, generation, digest=not digested)
                 return
             except OSError as error:
+                self._placement.failed(volume.id, error)  # also when this thread was left behind long ago
+                if generation != self._generation:
+                    raise
                 digested = True
-                self._placement.failed(self.volume.id, error)
                 self._move_on(error)
 
     def _move_on(self, error: OSError) -> None:
@@ -213,25 +285,32 @@ class Incoming:
         if self._failed:
             self._end(self._failed)
             return
+        generation, self._since = self._generation, self._loop.time()
         if self._spooled is None:
             job = self._workers.run(self.land_here)
         else:
             queue, self._queue = self._queue, []
-            job = self._workers.run(self._write_and_finish, queue)
-        job.add_done_callback(self._last_written)
+            self._partly = True
+            job = self._workers.run(self._write_and_finish, queue, generation)
+        job.add_done_callback(lambda done: self._last_written(done, generation))
 
-    def _write_and_finish(self, queue: list[bytearray | bytes], digest: bool = True) -> None:
+    def _write_and_finish(self, queue: list[bytearray | bytes], generation: int, digest: bool = True) -> None:
         if queue or self._spooled is None:
-            self._write(queue, digest)
-        if self._spooled is None:
+            self._write(queue, generation, digest)
+        spooled = self._spooled
+        if spooled is None:
             raise RuntimeError("nothing spooled")
         crash.point("incoming.before_fsync")
         start = time.monotonic()
-        self._spooled.finish()
+        spooled.finish(self._digest.digest())
         self._placement.took(self.volume.id, time.monotonic() - start)
         crash.point("incoming.after_fsync")
 
-    def _last_written(self, job: "asyncio.Future[None]") -> None:
+    def _last_written(self, job: "asyncio.Future[None]", generation: int) -> None:
+        if generation != self._generation:
+            _seen(job)
+            return
+        self._since = None
         self._queue = []
         self._queued_bytes = 0
         error = job.exception()
@@ -253,6 +332,9 @@ class Incoming:
     async def discard(self) -> None:
         """Forget the object; nothing of it stays on the disk."""
         self._given_up = True
+        self._placement.on_their_way.discard(self)  # what stays of it on a disk that hangs is swept up
+        if self.on_taken:
+            self.on_taken(sum(len(chunk) for chunk in self._queue))
         self._queue.clear()
         while self._job is not None:
             await asyncio.wait([self._job])
@@ -260,7 +342,8 @@ class Incoming:
             await asyncio.wait([self._finishing])
         spooled = self._spooled
         if spooled:
-            await self._workers.run(_discard, spooled)
+            with contextlib.suppress(OSError):  # a disk that hangs keeps it; the sweep sets it aside
+                await within(self._workers.run(_discard, spooled), DISCARD_S)
 
     async def set_aside(self, reason: str, detail: dict[str, str]) -> None:
         """Move the finished object to its volume's quarantine."""
@@ -283,3 +366,9 @@ class Incoming:
 def _discard(spooled: Spooled) -> None:
     with contextlib.suppress(OSError):  # on a failed disk it stays; recovery tidies the spool
         spooled.discard()
+
+
+def _seen(job: "asyncio.Future[None]") -> None:
+    """Its error is nobody's business any more."""
+    if not job.cancelled():
+        job.exception()

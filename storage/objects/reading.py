@@ -3,7 +3,7 @@
 A copy that isn't good is never given out: it is set aside, made again from the peer, and read then.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,9 +12,9 @@ import xxhash
 from storage.objects.copies import Copies
 from storage.objects.volume import Volume
 from storage.state.model import Instance, Put
-from storage.upkeep.healing import Healing
-from storage.workers import Threads
+from storage.workers import Threads, within
 
+SLOWEST_BYTES_S: Final = 1 << 20  # a disk that reads slower than this is taken for one that hangs
 WHOLE_BYTES: Final = 4 << 20  # read in one go; what is longer is checked first and then read in blocks of this size
 
 
@@ -31,16 +31,17 @@ class Source:
     volume: Volume
     name: str
     disk: Threads
+    hang_s: float
 
     async def blocks(self) -> AsyncIterator[memoryview]:
         """The data set in pieces. Raises OSError."""
         if self.data is not None:
             yield memoryview(self.data)
             return
-        file = await self.disk.run(self.volume.open, self.name)
+        file = await within(self.disk.run(self.volume.open, self.name), self.hang_s)
         try:
-            await self.disk.run(file.read, self.put.offset)
-            while block := await self.disk.run(file.read, WHOLE_BYTES):
+            await within(self.disk.run(file.read, self.put.offset), self.hang_s)
+            while block := await within(self.disk.run(file.read, WHOLE_BYTES), self.hang_s):
                 yield memoryview(block)
         finally:
             file.close()
@@ -55,18 +56,26 @@ class Source:
 
 
 class Reading:
-    def __init__(self, copies: Copies, healing: Healing, disk: Threads) -> None:
-        self._copies, self._healing, self._disk = copies, healing, disk
+    def __init__(self, copies: Copies, remake: Callable[[int], Awaitable[None]], disk: Threads, hang_s: float) -> None:
+        """`remake(seq)`: make the copy of an entry again at once, if that can be done."""
+        self._copies, self._remake, self._disk, self._hang_s = copies, remake, disk, hang_s
 
     async def open(self, instance: Instance) -> Source:
         """Raises Unavailable."""
-        source = await self._disk.run(self._checked, instance)
+        source = await self._look(instance)
         if source is None:
-            await self._healing.now(instance.seq)
-            source = await self._disk.run(self._checked, instance)
+            await self._remake(instance.seq)
+            source = await self._look(instance)
         if source is None:
             raise Unavailable(f"{instance.put.sop_instance} is temporarily unavailable")
         return source
+
+    async def _look(self, instance: Instance) -> Source | None:
+        size_s = instance.put.length / SLOWEST_BYTES_S
+        try:
+            return await within(self._disk.run(self._checked, instance), self._hang_s + size_s)
+        except OSError:
+            return None
 
     def _checked(self, instance: Instance) -> Source | None:
         """A good copy of this node. Blocks."""
@@ -77,7 +86,7 @@ class Reading:
         try:
             if put.length - put.offset > WHOLE_BYTES:
                 good = self._copies.good(instance.seq)
-                return Source(put, None, volume, name, self._disk) if good else None
+                return Source(put, None, volume, name, self._disk, self._hang_s) if good else None
             file = volume.open(name)
             try:
                 file.read(put.offset)
@@ -87,4 +96,4 @@ class Reading:
         except OSError:
             return None
         good = len(data) == put.length - put.offset and xxhash.xxh3_128_digest(data) == put.digest
-        return Source(put, data, volume, name, self._disk) if good else None
+        return Source(put, data, volume, name, self._disk, self._hang_s) if good else None

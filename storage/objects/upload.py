@@ -58,14 +58,11 @@ class Upload:
 
     @property
     def backlogged(self) -> bool:
-        link = self._peering.link
-        return self.incoming.backlogged or (self.stream != 0 and link is not None and link.backlogged)
+        return self.incoming.backlogged or self._peering.is_blocked(self.stream)
 
     async def room(self) -> None:
         """Wait until neither the disk nor the peer is behind."""
-        link = self._peering.link
-        if self.stream and link is not None and link.backlogged:
-            await link.room()
+        await self._peering.stream_room(self.stream)
         while self.incoming.backlogged:
             drained = asyncio.Event()
             self.incoming.on_drained = drained.set
@@ -74,6 +71,11 @@ class Upload:
     def keep(self) -> None:
         """An entry of the log names the object now: whatever happens to the sender, it isn't discarded any more."""
         self._kept = True
+
+    def keep_here(self) -> None:
+        """This node keeps it; the peer doesn't need it."""
+        self._kept = True
+        self._peering.abort_stream(self.stream)
 
     async def discard(self) -> None:
         if self._kept:

@@ -11,6 +11,9 @@ All methods block and are called from worker threads. Files are named relative t
 in the spool folder. Publication is a rename that may be lost in a power cut; the log says what to do again.
 """
 
+import contextlib
+import ctypes
+import errno
 import json
 import os
 import time
@@ -21,12 +24,18 @@ from typing import Any, Final, Protocol
 
 import xxhash
 
+from storage.objects.locks import Lock
 from storage.state.model import Location, Put
 
 MARKER: Final = "tandem-volume.json"
 FOLDERS: Final = ("spool", "archive", "quarantine")
-WRITEBACK_BYTES: Final = 32 << 20  # a long object is flushed every so often, so that its last fsync isn't long
+WRITEBACK_BYTES: Final = 2 << 20
+SYNC_FILE_RANGE_WAIT_BEFORE, SYNC_FILE_RANGE_WRITE, SYNC_FILE_RANGE_WAIT_AFTER = 1, 2, 4
 READ_BYTES: Final = 1 << 20
+RENAMES_MAX: Final = 8
+DIGEST_ATTRIBUTE: Final = "user.tandem.xxh3-128"  # of the data set as it was received
+RENAME_NOREPLACE: Final = 1
+AT_FDCWD: Final = -100
 
 
 class NoRoom(Exception):
@@ -43,8 +52,8 @@ class Spooled(Protocol):
     name: str
 
     def write(self, buffers: Sequence[bytes | bytearray | memoryview]) -> None: ...
-    def finish(self) -> None:
-        """Make the bytes durable and close."""
+    def finish(self, digest: bytes = b"") -> None:
+        """Make the bytes durable and close. `digest`, of the data set, is kept with the file where it can be."""
         ...
 
     def discard(self) -> None: ...
@@ -95,6 +104,9 @@ class Volume(Protocol):
         ...
 
     def set_draining(self, draining: bool) -> None: ...
+    def close(self) -> None:
+        """Leave it to others: nothing of it is used any more."""
+        ...
 
 
 def digest_of(volume: Volume, name: str, offset: int) -> tuple[bytes, int]:
@@ -155,6 +167,28 @@ def read_marker(path: Path) -> dict[str, Any]:
     return marker
 
 
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+
+def _sync_range(fd: int, start: int, length: int, flags: int) -> None:
+    """sync_file_range(2); a file system without it (FUSE) does without. Raises OSError."""
+    done = _libc.sync_file_range(ctypes.c_int(fd), ctypes.c_int64(start), ctypes.c_int64(length), ctypes.c_uint(flags))
+    if done != 0 and (number := ctypes.get_errno()) not in (errno.EINVAL, errno.ENOSYS, errno.ESPIPE):
+        raise OSError(number, os.strerror(number))
+
+
+def rename_new(source: Path, target: Path) -> None:
+    """rename(2) that replaces nothing. Raises FileExistsError, OSError."""
+    done = _libc.renameat2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), RENAME_NOREPLACE)
+    if done == 0:
+        return
+    number = ctypes.get_errno()
+    if number not in (errno.EINVAL, errno.ENOSYS):
+        raise OSError(number, os.strerror(number), str(source))
+    os.link(source, target)  # a file system without that flag (NFS, some FUSE)
+    os.unlink(source)
+
+
 def fsync_directory(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -169,6 +203,7 @@ class LocalSpooled:
         self._path = path
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
         self._dirty = 0
+        self._begun_at = self._begun = 0  # bytes that the disk was told to begin with last
 
     def write(self, buffers: Sequence[bytes | bytearray | memoryview]) -> None:
         views = [memoryview(buffer) for buffer in buffers if len(buffer)]
@@ -180,12 +215,24 @@ class LocalSpooled:
             if views and written:
                 views[0] = views[0][written:]
         if self._dirty >= WRITEBACK_BYTES:
-            os.fdatasync(self._fd)
-            self._dirty = 0
+            self._write_back()
 
-    def finish(self) -> None:
+    def _write_back(self) -> None:
+        """Have the disk begin with what was written, and wait for what it began with before: however slow it is, little
+        is left for the last sync. Raises OSError."""
+        flags = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER
+        if self._begun:
+            _sync_range(self._fd, self._begun_at, self._begun, flags)
+        self._begun_at, self._begun = self._begun_at + self._begun, self._dirty
+        _sync_range(self._fd, self._begun_at, self._begun, SYNC_FILE_RANGE_WRITE)
+        self._dirty = 0
+
+    def finish(self, digest: bytes = b"") -> None:
         fd, self._fd = self._fd, -1
         try:
+            if digest:
+                with contextlib.suppress(OSError):  # not every file system has them
+                    os.setxattr(fd, DIGEST_ATTRIBUTE, digest.hex().encode())
             os.fsync(fd)  # an error here is final: the kernel may have dropped the pages, asking again would lie
         finally:
             os.close(fd)
@@ -199,7 +246,10 @@ class LocalSpooled:
 
 class LocalVolume:
     def __init__(self, path: Path) -> None:
+        """Takes the volume for this process. Raises InUse, VolumeOffline, OSError."""
         self.path = path
+        read_marker(path)
+        self._lock = Lock(path / MARKER, create=False)
         marker = read_marker(path)
         self.id = str(marker["id"])
         self.draining = bool(marker.get("draining", False))
@@ -239,14 +289,26 @@ class LocalVolume:
         source = self.path / "spool" / spool
         touched = {"spool", f"archive/{os.path.dirname(relative)}"}
         try:
-            source.rename(target)
+            self._rename(source, target)
         except FileNotFoundError:
             if source.exists():
                 touched |= self._make_parents(relative)
-                source.rename(target)
+                self._rename(source, target)
             elif not target.exists():
                 raise
         return touched
+
+    def _rename(self, source: Path, target: Path) -> None:
+        """Never over anything: what lies there, put back by hand perhaps, goes to quarantine."""
+        for _ in range(RENAMES_MAX):
+            try:
+                rename_new(source, target)
+                return
+            except FileExistsError:
+                with contextlib.suppress(FileNotFoundError):
+                    self.quarantine(str(target.relative_to(self.path)), "it lay where a copy belongs", {})
+                    self.sync_quarantine()
+        raise FileExistsError(errno.EEXIST, "something is put there again and again")
 
     def _make_parents(self, relative: str) -> set[str]:
         above, made = "archive", set()
@@ -280,7 +342,11 @@ class LocalVolume:
         folder = self.path / "quarantine"
         note = {"reason": reason, "quarantined": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "was": name, **detail}
         (folder / f"{stem}.json").write_text(json.dumps(note, indent=1), encoding="utf-8")
-        (self.path / name).rename(folder / f"{stem}.dcm")
+        try:
+            (self.path / name).rename(folder / f"{stem}.dcm")
+        except OSError:
+            (folder / f"{stem}.json").unlink(missing_ok=True)  # a note about nothing
+            raise
 
     def sync_quarantine(self) -> None:
         fsync_directory(self.path / "quarantine")
@@ -299,4 +365,9 @@ class LocalVolume:
 
     def set_draining(self, draining: bool) -> None:
         _write_marker(self.path, {**read_marker(self.path), "draining": draining})
+        before, self._lock = self._lock, Lock(self.path / MARKER, create=False)
+        before.close()
         self.draining = draining
+
+    def close(self) -> None:
+        self._lock.close()

@@ -11,12 +11,14 @@ from typing import Any, Final
 
 import structlog
 
+from conf.telling import reason_of
 from storage.objects.incoming import Incoming
+from storage.objects.locks import InUse
 from storage.objects.volume import LocalVolume, NoRoom, Volume, VolumeOffline
 
 log = structlog.get_logger()
 
-LOOK_INTERVAL_S: Final = 0.2
+LOOK_INTERVAL_S: Final = 0.4
 FULL_FOR_S: Final = 10.0  # a disk that refused a write is taken for full that long, whatever it says of itself
 SLOW_FOR_S: Final = 600.0  # a disk that was slow is avoided that long
 
@@ -24,6 +26,14 @@ SLOW_FOR_S: Final = 600.0  # a disk that was slow is avoided that long
 NOT_THE_DISK: Final = (errno.ENOENT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 
 OpenVolume = Callable[[Path], Volume]
+
+
+class TwoOfOne(OSError):
+    """Two folders with the marker of one volume: a disk that was cloned, or listed twice."""
+
+    def __init__(self, first: Path, second: Path) -> None:
+        why = f"{first} and {second} are the same volume, or one is a clone of the other; list only one"
+        super().__init__(errno.EEXIST, why)
 
 
 @dataclass
@@ -34,15 +44,19 @@ class Slot:
     volume: Volume | None
     state: str  # "online", "offline: ...", "failed: ...", "full", "slow", "draining"
     free_bytes: int = 0
+    total_bytes: int = 0
     looked_at: float = float("-inf")
     slow_until: float = float("-inf")
     failed: bool = False  # for good; only another slot takes its place
+    hung: bool = False  # it doesn't answer; it may again
+    away: bool = False  # its marker isn't there, unmounted perhaps; it may come back
+    since: float = 0.0  # it is hung or away
     why: str = ""
 
     @property
     def usable(self) -> bool:
         """Its objects can be read and, unless it is full, new ones written."""
-        return self.volume is not None and not self.failed
+        return self.volume is not None and not (self.failed or self.hung or self.away)
 
 
 class Volumes:
@@ -58,14 +72,21 @@ class Volumes:
         self._reserve_bytes, self._slow_io_s = reserve_bytes, slow_io_s
         self._open, self._clock = open_volume, clock
         self.slots: list[Slot] = [self._opened(path) for path in paths]
-        self._by_id = {slot.volume.id: slot for slot in self.slots if slot.volume}
+        self._by_id: dict[str, Slot] = {}
+        for slot in self.slots:
+            if slot.volume and (twin := self._by_id.setdefault(slot.volume.id, slot)) is not slot:
+                raise TwoOfOne(twin.path, slot.path)
         self.on_their_way: weakref.WeakSet[Incoming] = weakref.WeakSet()  # objects not yet named by any entry
         self.on_failed: Callable[[str], None] = lambda volume_id: None
+        self.on_out: Callable[[str], None] = lambda volume_id: None  # hung or away: it may come back
 
     def _opened(self, path: Path) -> Slot:
         try:
             volume = self._open(path)
-            return Slot(path, volume, "draining" if volume.draining else "online")
+            free, total = volume.free_bytes(), volume.total_bytes()
+            return Slot(path, volume, "draining" if volume.draining else "online", free, total)
+        except InUse:
+            raise
         except VolumeOffline as error:
             log.error("volume.offline", path=str(path), why="no marker; `tandem volume add` makes a volume")
             return Slot(path, None, f"offline: {error}")
@@ -75,24 +96,44 @@ class Volumes:
 
     def add(self, path: Path) -> Volume:
         """Take a volume into service while running, or one that failed once more. Raises OSError or VolumeOffline."""
+        for known in self.slots:
+            if known.path == path and known.volume:
+                if known.usable and self._still_there(known):
+                    return known.volume
+                known.volume.close()
         volume = self._open(path)
         volume.check()
-        for known in self.slots:
-            if known.path == path and known.usable and known.volume:
-                if known.volume.id == volume.id:
-                    return known.volume
-                self.failed(known.volume.id, OSError(errno.ENODEV, "another disk is in its place"))
-        if volume.id in self._by_id and self._by_id[volume.id].path != path:
-            raise FileExistsError(errno.EEXIST, "this volume is in service under another path")
+        twin = self._by_id.get(volume.id)
+        if twin is not None and twin.path != path and twin.usable:
+            volume.close()
+            raise TwoOfOne(twin.path, path)
         slot = Slot(path, volume, "draining" if volume.draining else "online")
+        slot.free_bytes, slot.total_bytes = volume.free_bytes(), volume.total_bytes()
         self.slots = [known for known in self.slots if known.path != path] + [slot]
         self._by_id[volume.id] = slot
         return volume
+
+    def _still_there(self, slot: Slot) -> bool:
+        try:
+            if slot.volume:
+                slot.volume.check()
+        except (OSError, VolumeOffline):
+            self.failed(slot.volume.id if slot.volume else "", OSError(errno.ENODEV, "another disk is in its place"))
+            return False
+        return True
 
     def retire(self, volume_id: str) -> None:
         """Out of service for good."""
         slot = self._by_id.pop(volume_id)
         self.slots.remove(slot)
+        if slot.volume:
+            slot.volume.close()
+
+    def close(self) -> None:
+        """Leave all of them to others."""
+        for slot in self.slots:
+            if slot.volume:
+                slot.volume.close()
 
     def __iter__(self) -> Iterator[Volume]:
         return iter([slot.volume for slot in self.slots if slot.volume and slot.usable])
@@ -110,11 +151,7 @@ class Volumes:
         for slot in self.slots:
             if slot.volume is None or not slot.usable or slot.volume.draining:
                 continue
-            try:
-                free = self._free(slot) - self._reserve_bytes
-            except OSError as error:
-                self.failed(slot.volume.id, error)
-                continue
+            free = slot.free_bytes - self._reserve_bytes
             slow = self._clock() < slot.slow_until
             slot.state = "full" if free <= 0 else "slow" if slow else "online"
             if free > 0 and slot.volume.id == prefer and not slow:
@@ -125,13 +162,6 @@ class Volumes:
             raise NoRoom("no volume is online with room")
         return best[2]
 
-    def _free(self, slot: Slot) -> int:
-        """Free bytes, asked of the disk a few times a second at most. Raises OSError."""
-        now = self._clock()
-        if slot.volume is not None and now - slot.looked_at > LOOK_INTERVAL_S:
-            slot.free_bytes, slot.looked_at = slot.volume.free_bytes(), now
-        return slot.free_bytes
-
     @property
     def usable(self) -> int:
         """Volumes in service, full ones included."""
@@ -139,18 +169,14 @@ class Volumes:
 
     def free_bytes(self) -> int:
         """Largest room on one volume, 0 if there is none."""
-        try:
-            volume = self.choose()
-            return max(0, volume.free_bytes() - self._reserve_bytes)
-        except (NoRoom, OSError):
-            return 0
+        return max(0, *(slot.free_bytes - self._reserve_bytes for slot in self.slots if slot.usable), 0)
 
     # -- what happened to them; called from any thread -------------------------------------------------------------
 
     def failed(self, volume_id: str, error: OSError) -> None:
         """Take a volume out of service, except where it is only full: a failed sync must never be tried again."""
         slot = self._by_id.get(volume_id)
-        if slot is None or not slot.usable:
+        if slot is None or slot.volume is None or slot.failed:
             return
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             slot.state, slot.free_bytes, slot.looked_at = "full", 0, self._clock() + FULL_FOR_S
@@ -160,8 +186,43 @@ class Volumes:
             log.error("volume.error", volume=volume_id, error=error.strerror)
             return
         slot.failed, slot.why = True, f"failed: {error.strerror or error}"
-        log.error("volume.failed", volume=volume_id, error=error.strerror or str(error))
+        slot.hung = slot.away = False
+        if slot.volume:
+            slot.volume.close()  # so that it can be unmounted
+        log.error("volume.failed", volume=volume_id, error=reason_of(error))
         self.on_failed(volume_id)
+
+    def hangs(self, volume_id: str) -> None:
+        """A disk that doesn't answer counts as one that fails, but for coming back by itself when it answers again."""
+        slot = self._by_id.get(volume_id)
+        if slot is not None and slot.usable:
+            slot.hung, slot.since, slot.why = True, self._clock(), "hung: it doesn't answer"
+            log.error("volume.hangs", volume=volume_id)
+            self.on_out(volume_id)
+
+    def _is_away(self, slot: Slot, why: str) -> None:
+        if slot.usable and slot.volume:
+            slot.away, slot.since, slot.why = True, self._clock(), f"offline: {why}"
+            log.error("volume.away", volume=slot.volume.id)
+            self.on_out(slot.volume.id)
+
+    def _answers(self, slot: Slot) -> None:
+        """What was hung or away is there again."""
+        if (slot.hung or slot.away) and not slot.failed:
+            slot.hung = slot.away = False
+            slot.why = ""
+            log.info("volume.back", volume=slot.volume.id if slot.volume else "")
+
+    def out(self) -> dict[str, float]:
+        """Volumes that are hung or away, and since when."""
+        return {slot.volume.id: slot.since for slot in self.slots if slot.volume and (slot.hung or slot.away)}
+
+    def give_up(self, volume_id: str) -> None:
+        """What has been out of service for too long isn't waited for any more."""
+        slot = self._by_id.get(volume_id)
+        if slot is not None and not slot.failed:
+            slot.hung = slot.away = False
+            self.failed(volume_id, OSError(errno.ETIMEDOUT, slot.why or "it was out of service for too long"))
 
     def took(self, volume_id: str, seconds: float) -> None:
         """How long the disk took for one object; a slow one is avoided for a while."""
@@ -170,22 +231,32 @@ class Volumes:
             log.warning("volume.slow", volume=volume_id, seconds=round(seconds, 1))
             slot.slow_until = self._clock() + SLOW_FOR_S
 
-    def check(self) -> None:
-        """Look at each disk as a whole: marker, read-only remount, I/O errors. Takes what failed out of service."""
-        for slot in list(self.slots):
-            if slot.volume is None:
-                self._reopen(slot)
-            if slot.volume is None or not slot.usable:
-                continue
-            try:
-                slot.volume.check()
-            except VolumeOffline as error:
-                cause = error.__cause__
-                if not (isinstance(cause, OSError) and cause.errno in NOT_THE_DISK[1:]):
-                    self.failed(slot.volume.id, OSError(errno.ENODEV, str(error)))
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    self.failed(slot.volume.id, error)
+    def to_check(self) -> list[Slot]:
+        """Each of them is to be looked at by `check_one`, in a thread: one that hangs holds up none of the others."""
+        return list(self.slots)
+
+    def check_one(self, slot: Slot) -> None:
+        """Look at one disk as a whole: marker, read-only remount, I/O errors. Takes what failed out of service."""
+        if slot.volume is None:
+            self._reopen(slot)
+        if slot.volume is None or slot.failed:
+            return
+        try:
+            slot.volume.check()
+        except VolumeOffline as error:
+            cause = error.__cause__
+            if isinstance(cause, OSError) and cause.errno in NOT_THE_DISK[1:]:
+                return
+            if isinstance(cause, FileNotFoundError):
+                self._is_away(slot, "its marker isn't there; is it mounted?")
+            else:
+                self.failed(slot.volume.id, OSError(errno.ENODEV, "another disk is in its place, or it can't be read"))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                slot.hung = slot.away = False
+                self.failed(slot.volume.id, error)
+        else:
+            self._answers(slot)
 
     def _reopen(self, slot: Slot) -> None:
         """A disk that wasn't there at the start may have been mounted since."""
@@ -193,7 +264,10 @@ class Volumes:
             volume = self._open(slot.path)
         except (OSError, VolumeOffline):
             return
-        slot.volume, slot.state = volume, "draining" if volume.draining else "online"
+        if volume.id in self._by_id and self._by_id[volume.id] is not slot:
+            volume.close()
+            return  # a clone of one that is in service
+        slot.volume, slot.state, slot.why = volume, "draining" if volume.draining else "online", ""
         self._by_id[volume.id] = slot
         log.info("volume.back", volume=volume.id)
 
@@ -202,10 +276,16 @@ class Volumes:
         for slot in self.slots:
             row: dict[str, Any] = {"path": str(slot.path), "state": slot.why or slot.state}
             if slot.volume:
-                row["id"] = slot.volume.id
-                try:
-                    row |= {"free": slot.volume.free_bytes(), "total": slot.volume.total_bytes()}
-                except OSError as error:
-                    row["state"] = slot.why or f"failed: {error.strerror}"
+                row |= {"id": slot.volume.id, "free": slot.free_bytes, "total": slot.total_bytes}
             result.append(row)
         return result
+
+    def measure(self, slot: Slot) -> None:
+        """Ask a disk how much room it has. Blocks; everybody else goes by what was found then."""
+        now = self._clock()
+        if slot.volume is not None and slot.usable and now >= slot.looked_at:
+            slot.looked_at = now + LOOK_INTERVAL_S
+            try:
+                slot.free_bytes, slot.total_bytes = slot.volume.free_bytes(), slot.volume.total_bytes()
+            except OSError as error:
+                self.failed(slot.volume.id, error)

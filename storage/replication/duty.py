@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 
 from storage.control import NEVER, Asked, Member, Report, Tell
 from storage.replication.effects import Ask
+from storage.replication.messages import FEATURES
 from storage.replication.replica import Replica
 
 POLL_S = 0.02
@@ -34,6 +35,7 @@ class Duty:
         self._persist_promise, self._abandon, self._flush = persist_promise, abandon, flush
         self._fit, self._standby_reads, self._isolated_reads = fit, standby_reads, isolated_reads
         self._etcd_ok = True
+        self.note_lineage: Callable[[str], None] = lambda _: None  # durably, some time soon
         self._told = 0
         self._task: asyncio.Task[None] | None = None
         self.serve_until = NEVER
@@ -57,7 +59,8 @@ class Duty:
         core = self._core
         if core.leading or not (core.joined and core.linked and core.whole) or core.whole_at is None:
             return False
-        heard = self._clock() - core.heard_at <= core.limits.peer_timeout_s  # not before this process was stopped
+        # By round trip: what lay in a buffer while this process was stopped says nothing of now.
+        heard = self._clock() - core.read_from <= core.limits.peer_timeout_s
         return heard and core.commit >= core.whole_at
 
     @property
@@ -87,10 +90,20 @@ class Duty:
         elif core.leading and core.epoch == tell.epoch:
             if core.ask and tell.answered == self._nonce(core.ask):
                 core.answered(core.ask.token)
+            if tell.lineage and not core.lineage:
+                self._note_lineage(tell.lineage)
         elif tell.epoch > core.promised and tell.epoch != self._told and tell.in_sync:
             self._told = tell.epoch
+            if not core.lineage:
+                self._note_lineage(tell.lineage)
             self._task = asyncio.get_running_loop().create_task(self._lead(tell.epoch, frozenset(tell.in_sync)))
         self._flush()
+
+    def _note_lineage(self, lineage: str) -> None:
+        """A new log begins, under the name that the cluster has for it."""
+        if lineage:
+            self._core.lineage = lineage
+            self.note_lineage(lineage)
 
     async def led(self) -> None:
         """Wait until this node leads, after it was told to."""
@@ -132,6 +145,7 @@ class Duty:
             core.linked,
             core.withhold,
             bound,
+            core.peer_foreign,
             core.ask,
             self.serving,
             self._fit(),
@@ -165,6 +179,11 @@ class Duty:
             pid=os.getpid(),
             reads=self._up_to_date,
             answered_at=self._first_answer(),
+            lineage=core.lineage,
+            peer_promised=hello.promised if hello else 0,
+            peer_leads=bool(hello and hello.leading),
+            foreign=core.peer_foreign,
+            features=FEATURES,
         )
 
     def _first_answer(self) -> float:

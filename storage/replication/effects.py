@@ -63,10 +63,12 @@ class Persist:
 
 @dataclass(frozen=True)
 class Adopt:
-    """Durably promise `epoch` and drop the log after `match`, then call `adopted` with the same values."""
+    """Durably promise `epoch`, note `lineage` where none is known and drop the log after `match`, then call `adopted`
+    with the first two."""
 
     epoch: int
     match: int
+    lineage: str = ""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Final
 
 import structlog
 
+from conf.telling import reason_of
 from storage.journal import Journal
 from storage.objects.incoming import Incoming
 from storage.objects.volume import NoRoom, holds
@@ -65,7 +66,10 @@ class Follower:
         incoming = self._peering.ended(effect.stream)
         if incoming and self._journal.idle and incoming.digest_at_once() and _fits(incoming, put):
             self._peering.forget(effect.stream)
-            self._journal.append_landing(entry, lambda: self._land(entry, incoming))
+            self._volumes.on_their_way.discard(incoming)  # the journal has it from here
+            self._journal.append_landing(
+                entry, lambda: self._land(entry, incoming), lambda: incoming.volume.id, incoming.restart
+            )
             return
         if incoming:
             incoming.begin_finish()
@@ -94,8 +98,8 @@ class Follower:
             # It was committed, and it is on neither node now or was deleted later: the log goes on without the bytes.
             location = None
         except (FetchFailed, NoRoom, OSError) as error:
-            log.warning("follower.stuck", seq=entry.seq, error=str(error) or type(error).__name__)
-            self._on_stuck(str(error))
+            log.warning("follower.stuck", seq=entry.seq, error=reason_of(error))
+            self._on_stuck(reason_of(error))
             return
         self._keep(entry, location)
 
@@ -106,7 +110,7 @@ class Follower:
             try:
                 return await self._checked(await self._peering.received(stream), put)
             except (FetchFailed, NoRoom, OSError) as error:
-                log.warning("stream.unusable", sop_instance=put.sop_instance, error=str(error))
+                log.warning("stream.unusable", sop_instance=put.sop_instance, error=reason_of(error))
         elif self.may_lie_here and (found := await self._workers.run(self._lies_here, entry, put)):
             return found
         for attempt in range(RETRIES):
@@ -118,7 +122,7 @@ class Follower:
                 except (FetchFailed, OSError) as error:
                     if attempt == RETRIES - 1 or self._peering.link is None:
                         raise
-                    log.warning("fetch.again", sop_instance=put.sop_instance, error=str(error))
+                    log.warning("fetch.again", sop_instance=put.sop_instance, error=reason_of(error))
             await asyncio.sleep(RETRY_S)
         raise FetchFailed("tried too often")
 

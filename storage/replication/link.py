@@ -1,4 +1,5 @@
-"""The stream between the two gateways: length-prefixed, checksummed frames over one TCP connection.
+"""Between the two gateways: length-prefixed, checksummed frames over TCP. One connection carries the bytes of objects
+and the entries that name them, another one all other messages, so that no heartbeat stands in line behind bytes.
 
     magic 2 | kind 1 | reserved 1 | length 4 | stream 8 | checksum 8 | payload
 
@@ -36,6 +37,8 @@ class Kind(IntEnum):
     USE = 11  # payload: Greeting; this connection is the one in use from now on
     PROBE = 12  # answered with the same number
     CLIENTS = 13  # payload: msgpack, the primary's TCP connections to the virtual addresses
+    CONTROL = 14  # payload: Greeting; this connection carries the messages that belong to the one in use
+    CREDIT = 15  # payload: so many bytes of this stream were taken, and as many more may come
 
 
 OnFrame = Callable[["Link", Kind, int, bytearray], None]
@@ -54,6 +57,8 @@ class Link(asyncio.BufferedProtocol):
         self._room = asyncio.Event()
         self._room.set()
         self.why_closed = ""
+        self.control: Link | None = None  # of the connection in use: where its messages go, past all bytes of objects
+        self.received = 0  # bytes
 
     # -- sending -----------------------------------------------------------------------------------------------
 
@@ -128,6 +133,7 @@ class Link(asyncio.BufferedProtocol):
         return memoryview(self._scratch)[self._filled :]
 
     def buffer_updated(self, nbytes: int) -> None:
+        self.received += nbytes
         self._filled += nbytes
         if self._target is None:
             self._split()

@@ -2,6 +2,8 @@
 
 import msgspec
 
+FEATURES = 2  # grows with what a node can carry out; what the other node can't isn't asked of it
+
 
 class Message(msgspec.Struct, frozen=True, tag=True):
     pass
@@ -20,6 +22,8 @@ class Hello(Message, frozen=True):
     epochs: tuple[tuple[int, int], ...]
     commit: int
     whole: bool
+    lineage: str = ""  # which log it is, "" for an empty one
+    features: int = 0  # of the node that says so, see FEATURES
 
 
 class Welcome(Message, frozen=True):
@@ -29,6 +33,7 @@ class Welcome(Message, frozen=True):
     session: int
     match: int
     commit: int
+    lineage: str = ""
 
     @property
     def of(self) -> tuple[int, int]:
@@ -62,12 +67,15 @@ class Ack(Message, frozen=True):
 
 
 class Ping(Message, frozen=True):
-    """Leader's heartbeat; `sent_s` is the leader's own clock and comes back unread."""
+    """Leader's heartbeat; `sent_s` is the leader's own clock and comes back unread. `echo_s` is the `at_s` of the last
+    Pong: the follower then knows that this leader led after that moment of its own clock."""
 
     epoch: int
     session: int
     commit: int
     sent_s: float
+    echo_s: float = float("-inf")
+    missing: int = 0  # copies that the leader lacks
 
 
 class Pong(Message, frozen=True):
@@ -80,6 +88,7 @@ class Pong(Message, frozen=True):
     whole: bool
     epochs_last: tuple[int, int]
     info: bytes
+    at_s: float = float("-inf")  # the follower's own clock; comes back unread
 
 
 class Resign(Message, frozen=True):

@@ -7,12 +7,13 @@ from typing import Final
 import msgspec
 import structlog
 
+from conf.telling import place_of
 from storage.objects.copies import Row
 from storage.objects.incoming import Incoming
 from storage.objects.volume import NoRoom, Reader, Volume
 from storage.objects.volumes import Volumes
 from storage.replication.link import Kind, Link
-from storage.replication.messages import AnyMessage, decode
+from storage.replication.messages import AnyMessage, Prepare, decode
 from storage.replication.messages import encode as encode_message
 from storage.replication.network import Network
 from storage.replication.routes import Routes
@@ -27,6 +28,10 @@ READ_BYTES: Final = 256 << 10
 BEGIN_BYTES: Final = 1 << 20  # read in one go
 FETCHES_SERVED_MAX: Final = 8
 HELD_CHUNKS_MAX: Final = 4
+WINDOW_BYTES: Final = 4 << 20  # of one stream, sent and not taken by the other node's disk
+UNCLAIMED_S: Final = 30.0
+STALLED_S: Final = 60.0  # nothing of a stream comes or goes
+LISTING_S: Final = 300.0
 
 
 class FetchFailed(Exception):
@@ -73,7 +78,11 @@ class Peering:
         self._held: dict[int, list[bytes | bytearray]] = {}  # streams of which nothing was sent yet
         self._next_fetch = FETCH_STREAM_BIT
         self._serving = asyncio.Semaphore(FETCHES_SERVED_MAX)
-        self._waiting_for_disk: set[int] = set()
+        self._ended_at: dict[int, float] = {}
+        self._windows: dict[int, int] = {}  # streams that we send: bytes that may still be sent
+        self._credited = asyncio.Event()
+        self._received = 0
+        self.on_progress: Callable[[], None] = lambda: None  # the peer has taken bytes
 
     async def start(self) -> None:
         await self.routes.start()
@@ -92,7 +101,14 @@ class Peering:
     def _spawn(self, coroutine: "asyncio._CoroutineLike[None]") -> None:
         task: asyncio.Task[None] = asyncio.ensure_future(coroutine)  # type: ignore[arg-type]
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._task_ended)
+
+    def _task_ended(self, task: "asyncio.Task[None]") -> None:
+        """One that dies of something unforeseen leaves the other node without an answer: the link is made anew."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("peering.failed", error=place_of(error))
+            self.drop("an answer couldn't be given")
 
     def _up(self, link: Link) -> None:
         if self.link is not None:
@@ -119,19 +135,30 @@ class Peering:
         self._incoming.clear()
         self._ended.clear()
         self._held.clear()
-        self._waiting_for_disk.clear()
+        self._windows.clear()
+        self._ended_at.clear()
+        self._credited.set()
         self._on_down(link.why_closed)
 
     # -- sending -----------------------------------------------------------------------------------------------
 
     def send(self, message: AnyMessage) -> None:
+        """An entry follows the bytes that it names; all other messages go past them."""
         if self.link:
-            self.link.send(Kind.MESSAGE, 0, encode_message(message))
+            way = self.link if isinstance(message, Prepare) else self.link.control or self.link
+            way.send(Kind.MESSAGE, 0, encode_message(message))
 
     def send_clients(self, encoded: bytes) -> None:
         """Tell the peer's HA agent, through its gateway, who is connected here: `on_clients` there."""
         if self.link:
-            self.link.send(Kind.CLIENTS, 0, encoded)
+            (self.link.control or self.link).send(Kind.CLIENTS, 0, encoded)
+
+    def heard(self) -> bool:
+        """Something came from the peer since this was asked last, if only a part of a message."""
+        link = self.link
+        received = link.received + (link.control.received if link.control else 0) if link else 0
+        before, self._received = self._received, received
+        return received > before > 0
 
     def open_stream(self, header: bytes) -> int:
         """Start to stream an object to the peer; returns the stream's number, 0 without a link."""
@@ -139,9 +166,22 @@ class Peering:
             return 0
         self._next_stream += 1
         self._held[self._next_stream] = [header]
+        self._windows[self._next_stream] = WINDOW_BYTES
         return self._next_stream
 
+    def is_blocked(self, stream: int) -> bool:
+        """The peer is behind with this stream: no more of it should be read from whoever sends it."""
+        return self.link is not None and self._windows.get(stream, 1) <= 0
+
+    async def stream_room(self, stream: int) -> None:
+        """Wait until the peer has taken what was sent of a stream, or the link has ended."""
+        while self.is_blocked(stream):
+            self._credited.clear()
+            await self._credited.wait()
+
     def chunk(self, stream: int, chunk: bytearray) -> None:
+        if stream in self._windows:
+            self._windows[stream] -= len(chunk)
         held = self._held.get(stream)
         if held is not None and len(held) <= HELD_CHUNKS_MAX:
             held.append(chunk)
@@ -159,10 +199,13 @@ class Peering:
 
     def end_stream(self, stream: int) -> None:
         self._let_go(stream)
+        self._windows.pop(stream, None)
         if self.link:
             self.link.send(Kind.END, stream)
 
     def abort_stream(self, stream: int) -> None:
+        self._windows.pop(stream, None)
+        self._credited.set()
         if self._held.pop(stream, None) is None and self.link and stream:
             self.link.send(Kind.ABORT, stream)
 
@@ -187,7 +230,16 @@ class Peering:
             raise FetchFailed("no such stream")
         self._claimed.add(stream)
         try:
-            return await asyncio.shield(future)
+            while True:
+                coming = self._incoming.get(stream)
+                before = coming.length if coming else -1
+                try:
+                    async with asyncio.timeout(STALLED_S):
+                        return await asyncio.shield(future)
+                except TimeoutError:
+                    coming = self._incoming.get(stream)
+                    if (coming.length if coming else -1) == before:
+                        raise FetchFailed("nothing of it comes any more") from None
         finally:
             self._ended.pop(stream, None)
             self._claimed.discard(stream)
@@ -209,7 +261,7 @@ class Peering:
             self.link.send(Kind.SUSPECT, seq)
 
     def _frame(self, link: Link, kind: Kind, stream: int, payload: bytearray) -> None:
-        if self.link is not link:
+        if self.link is None or link not in (self.link, self.link.control):
             return
         match kind:
             case Kind.MESSAGE:
@@ -222,9 +274,11 @@ class Peering:
             case Kind.OPEN:
                 self._open(link, stream, bytes(payload))
             case Kind.CHUNK:
-                if incoming := self._incoming.get(stream):
+                incoming = self._incoming.get(stream)
+                if incoming is None or incoming.is_lost:
+                    self._credit(stream, len(payload))  # nobody takes it: whoever sends it needn't wait for that
+                else:
                     incoming.feed_chunk(payload)
-                    self._hold_back(link, stream, incoming)
             case Kind.END:
                 self._end(stream)
             case Kind.ABORT:
@@ -245,6 +299,11 @@ class Peering:
                     waiting.set_result(msgspec.msgpack.decode(payload, type=list[Row]))
             case Kind.CLIENTS:
                 self.on_clients(bytes(payload))
+            case Kind.CREDIT:
+                if stream in self._windows:
+                    self._windows[stream] += int.from_bytes(payload, "big")
+                self._credited.set()
+                self.on_progress()
 
     def _open(self, link: Link, stream: int, header: bytes) -> None:
         if len(self._incoming) >= STREAMS_MAX:
@@ -258,19 +317,12 @@ class Peering:
             self._fail(stream, FetchFailed("no room here"))
             return
         incoming = self._incoming[stream] = Incoming(self._workers, self._volumes, volume, header)
-        incoming.on_drained = lambda: self._drained(link, stream)
+        incoming.on_taken = lambda count: self._credit(stream, count)
 
-    def _hold_back(self, link: Link, stream: int, incoming: Incoming) -> None:
-        """Read no more while the disk is behind: memory stays bounded and the sender slows down."""
-        if incoming.backlogged and stream not in self._waiting_for_disk:
-            self._waiting_for_disk.add(stream)
-            link.pause_reading()
-
-    def _drained(self, link: Link, stream: int) -> None:
-        if stream in self._waiting_for_disk:
-            self._waiting_for_disk.discard(stream)
-            if not self._waiting_for_disk:
-                link.resume_reading()
+    def _credit(self, stream: int, count: int) -> None:
+        """Memory stays bounded, stream by stream: a slow disk slows down what goes to it, and nothing else."""
+        if self.link and count:
+            (self.link.control or self.link).send(Kind.CREDIT, stream, count.to_bytes(8, "big"))
 
     def _end(self, stream: int) -> None:
         incoming, future = self._incoming.pop(stream, None), self._ended.get(stream)
@@ -282,6 +334,18 @@ class Peering:
         if not incoming.in_memory:
             incoming.begin_finish()  # the disk starts now, before the entry comes
         future.set_result(incoming)
+        self._ended_at[stream] = asyncio.get_running_loop().time()
+
+    def expire(self) -> None:
+        """Let go of what came and isn't named by any entry: its entry was here already, or never came. Should one name
+        it later, it is fetched."""
+        now = asyncio.get_running_loop().time()
+        for stream in [one for one, at in self._ended_at.items() if now - at > UNCLAIMED_S]:
+            del self._ended_at[stream]
+            future = self._ended.get(stream)
+            if stream not in self._claimed and future is not None and future.done() and future.exception() is None:
+                del self._ended[stream]
+                self._spawn(future.result().discard())
 
     def _abandon(self, stream: int) -> None:
         """The sender gave the object up, perhaps after its last byte (it had it already)."""
@@ -311,7 +375,10 @@ class Peering:
         self._listings[stream] = waiting
         link.send(Kind.LIST, stream, msgspec.msgpack.encode((start, read, tuple(only))))
         try:
-            return await waiting
+            async with asyncio.timeout(LISTING_S):
+                return await waiting
+        except TimeoutError:
+            raise FetchFailed("the other node doesn't answer in time") from None
         finally:
             self._listings.pop(stream, None)
 
@@ -331,17 +398,25 @@ class Peering:
             volume, header, block, file = begun
             try:
                 link.send(Kind.OPEN, stream, header)
-                while block:
+                self._windows[stream] = WINDOW_BYTES
+                while block and self.link is link:
                     for at in range(0, len(block), READ_BYTES):
                         link.send(Kind.CHUNK, stream, memoryview(block)[at : at + READ_BYTES])
+                    self._windows[stream] = self._windows.get(stream, 0) - len(block)
                     await link.room()
+                    async with asyncio.timeout(STALLED_S):
+                        await self.stream_room(stream)
                     block = await self._workers.run(file.read, BEGIN_BYTES) if file else b""
                 link.send(Kind.END, stream)
+            except TimeoutError:
+                log.warning("fetch.stalled", seq=seq)
+                link.send(Kind.ABORT, stream)
             except OSError as error:
                 log.error("fetch.unreadable", seq=seq, error=error.strerror)
                 self._volumes.failed(volume.id, error)
                 link.send(Kind.ABORT, stream)
             finally:
+                self._windows.pop(stream, None)
                 if file:
                     file.close()
 

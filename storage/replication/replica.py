@@ -15,8 +15,6 @@ Invariants kept here (letters of the design):
  R7     A follower promises not to be promoted (`grant_s`) only to the leader that it follows, never while `withhold`.
 """
 
-from dataclasses import dataclass, field
-
 from msgspec.structs import replace
 
 from storage.replication.effects import (
@@ -26,7 +24,6 @@ from storage.replication.effects import (
     Effect,
     FollowerState,
     InvariantBroken,
-    Limits,
     Peer,
     Persist,
     Publish,
@@ -36,108 +33,23 @@ from storage.replication.effects import (
     Transmit,
 )
 from storage.replication.epochs import Epochs
-from storage.replication.messages import Ack, AnyMessage, Deny, Hello, Joined, Ping, Pong, Prepare, Resign, Welcome
+from storage.replication.messages import (
+    FEATURES,
+    Ack,
+    AnyMessage,
+    Deny,
+    Hello,
+    Joined,
+    Ping,
+    Pong,
+    Prepare,
+    Resign,
+    Welcome,
+)
+from storage.replication.replica_state import ReplicaState
 
 
-@dataclass
-class Replica:
-    node: str
-    peer: str | None
-    cluster: str
-    store_id: str
-    incarnation: int
-    promised: int
-    epochs: Epochs
-    durable: int  # last entry that would survive a power cut here
-    commit: int  # last entry known to be committed
-    whole: bool = True  # False: this copy is known to lack something; never to be promoted
-    limits: Limits = field(default_factory=Limits)
-
-    role: Role = Role.FOLLOWER
-    epoch: int = 0  # as leader
-    required: frozenset[str] = frozenset()
-    confirmed: frozenset[str] = frozenset()  # the in-sync set last known to be in force in etcd
-    ask: Ask | None = None
-    withhold: bool = False
-    peer_hello: Hello | None = None
-    peer_last: tuple[int, int] | None = None
-    peer_info: bytes = b""
-    peer_unfit: bool = False  # the peer says that it can't keep anything
-    grant_until: float = float("-inf")  # leader: the follower won't promote before (own clock)
-    granted_until: float = float("-inf")  # follower: promised not to promote before (own clock)
-
-    def __post_init__(self) -> None:
-        self._out: list[Effect] = []
-        self._linked = False
-        self.heard_at = 0.0
-        self._pinged_at = float("-inf")
-        self._lost_at: float | None = float("-inf")  # when the peer was last known to be there; None while it is
-        self._f = FollowerState()
-        self._token = 0
-        self._session = 0
-        self._lead_from = 0
-        self._greeted_at = 0.0
-        self._stalled_at: float | None = None  # since when commits wait for the follower without any progress
-        self._acked_max = 0
-        self._adopting: Welcome | None = None
-        self._following: Welcome | None = None
-        self._greeting: Hello | None = None  # a leader's Hello that waits until nothing is in flight here
-        if self.epochs.last[1] != self.durable:
-            raise InvariantBroken(f"log ends at {self.epochs.last[1]}, {self.durable} is durable")
-
-    # -- what callers may look at ------------------------------------------------------------------------------
-
-    @property
-    def accepted(self) -> int:
-        """Last entry in the log, durable or on its way to the disk."""
-        return self.epochs.last[1]
-
-    @property
-    def last(self) -> tuple[int, int]:
-        return self.epochs.last
-
-    @property
-    def leading(self) -> bool:
-        return self.role is Role.LEADER
-
-    @property
-    def linked(self) -> bool:
-        """The peer has been heard on the present link. A link alone says little: a frozen node's kernel takes it."""
-        return self._linked and self._lost_at is None
-
-    @property
-    def peer_acked(self) -> int:
-        return self._f.acked
-
-    @property
-    def live(self) -> bool:
-        """Leader: the follower has been sent everything, so bytes may be streamed to it as they arrive."""
-        return self.leading and self._f.stage is Peer.JOINED and self._f.next_seq > self.accepted
-
-    @property
-    def joined(self) -> bool:
-        """Follower: following a leader's log; leader: being followed."""
-        return self._f.stage is Peer.JOINED if self.leading else self._following is not None
-
-    @property
-    def rolled_forward(self) -> bool:
-        """Leader: everything that any earlier leader may have acknowledged is committed and published here."""
-        return self.leading and self.commit >= self._lead_from
-
-    @property
-    def session(self) -> int:
-        return self._f.session
-
-    @property
-    def idle(self) -> bool:
-        """Nothing is on its way to this node's disk, so that the role may change."""
-        return self.durable == self.accepted and self._adopting is None
-
-    @property
-    def whole_at(self) -> int | None:
-        """Follower: this copy is complete once this entry is durable."""
-        return self._following.commit if self._following else None
-
+class Replica(ReplicaState):
     def take(self) -> list[Effect]:
         out, self._out = self._out, []
         return out
@@ -212,6 +124,9 @@ class Replica:
         if self.leading:
             raise InvariantBroken("a leader doesn't abandon entries")
         self.epochs.truncate(self.durable)
+        if self._linked and self._following:  # its leader would wait for acknowledgements that never come
+            self._out.append(DropLink("entries of this link were given up"))
+            self.unlinked(self.heard_at)
         self._following = None
         self._answer_greeting()
 
@@ -220,6 +135,7 @@ class Replica:
         if welcome is None or welcome.epoch != epoch or welcome.match != match:
             return
         self._adopting = None
+        self.lineage = self.lineage or welcome.lineage
         self.promised = max(self.promised, epoch)
         self.epochs.truncate(match)
         self.durable = min(self.durable, match)
@@ -227,6 +143,17 @@ class Replica:
             self._following = welcome
             self._out.append(Send(Joined(epoch, welcome.session, match)))
         self._answer_greeting()
+
+    def alive(self, now: float) -> None:
+        """Something came from the peer on the present link, if only a part of a message."""
+        if self._linked and self._lost_at is None:
+            self.heard_at = max(self.heard_at, now)
+
+    def progress(self, now: float) -> None:
+        """The follower has taken bytes: it is slow, not stuck."""
+        self._f.progress_at = now
+        if self._stalled_at is not None:
+            self._stalled_at = now
 
     def promise(self, epoch: int) -> None:
         """Note a promise that the caller has made durable."""
@@ -264,11 +191,11 @@ class Replica:
         if self._linked:
             if now - self.heard_at > self.limits.peer_timeout_s:
                 self._out.append(DropLink("the peer is silent"))
-                self.unlinked(now)
+                self.unlinked(self.heard_at)
             elif now - self._pinged_at >= self.limits.ping_interval_s:
                 self._pinged_at = now
                 session = self._f.session if self.leading and self._f.stage is Peer.JOINED else 0
-                self._out.append(Send(Ping(self.promised, session, self.commit, now)))
+                self._out.append(Send(Ping(self.promised, session, self.commit, now, self._echo, self.missing)))
         if self.leading:
             self._tick_leader(now)
             if self._linked and self._f.stage is not Peer.JOINED and now - self._greeted_at > self.limits.greet_again_s:
@@ -322,6 +249,11 @@ class Replica:
             return
         self.peer_hello = hello
         self.peer_last = hello.epochs[-1] if hello.epochs else (0, 0)
+        self.peer_foreign = bool(self.lineage and hello.lineage and self.lineage != hello.lineage)
+        if self.peer_foreign:
+            if self.leading and self.peer in self.required:
+                self._ask_to_go_alone()
+            return
         if hello.leading:
             if hello.promised < self.promised:
                 self._out.append(Send(Deny(self.promised)))
@@ -342,7 +274,7 @@ class Replica:
         behind = match < self.commit or not hello.whole
         if behind and self.peer in self.required:
             self._ask_to_go_alone()
-        self._out.append(Send(Welcome(self.epoch, self._f.session, match, self.commit)))
+        self._out.append(Send(Welcome(self.epoch, self._f.session, match, self.commit, self.lineage)))
 
     def _on_welcome(self, welcome: Welcome) -> None:
         if self.leading or welcome.epoch < self.promised:
@@ -353,8 +285,11 @@ class Replica:
             return  # not the answer to our last Hello; the leader's next one restarts the exchange
         if welcome.match < self.commit:
             raise InvariantBroken(f"leader of epoch {welcome.epoch} shares {welcome.match}, {self.commit} is committed")
+        if self.lineage and welcome.lineage and welcome.lineage != self.lineage:
+            self.peer_foreign = True
+            return
         self._adopting = welcome
-        self._out.append(Adopt(welcome.epoch, welcome.match))
+        self._out.append(Adopt(welcome.epoch, welcome.match, welcome.lineage))
 
     def _on_joined(self, joined: Joined, now: float) -> None:
         f = self._f
@@ -395,6 +330,8 @@ class Replica:
         following = self._following
         ours = following is not None and (ping.epoch, ping.session) == following.of
         if ours:
+            self.read_from = max(self.read_from, min(ping.echo_s, now))
+            self.leader_missing = ping.missing
             self._learn_commit(ping.commit)
             if not self.withhold:
                 self.granted_until = max(self.granted_until, now + self.limits.grant_s)
@@ -402,13 +339,14 @@ class Replica:
             self._out.append(Send(Deny(self.promised)))
         grant = ours and not self.withhold
         self._out.append(
-            Send(Pong(ping.epoch, ping.session, ping.sent_s, grant, self.whole, self._settled().last, b""))
+            Send(Pong(ping.epoch, ping.session, ping.sent_s, grant, self.whole, self._settled().last, b"", now))
         )
 
     def _on_pong(self, pong: Pong) -> None:
         self.peer_last, self.peer_info = pong.epochs_last, pong.info or self.peer_info
         self.peer_hello = self.peer_hello and replace(self.peer_hello, whole=pong.whole)
         ours = (pong.epoch, pong.session) == (self.epoch, self._f.session)
+        self._echo = pong.at_s if ours else self._echo
         if self.leading and self._f.stage is Peer.JOINED and ours:
             self._f.whole = pong.whole
             if pong.grant:
@@ -431,7 +369,7 @@ class Replica:
     def _hello(self, session: int) -> Hello:
         me = (self.cluster, self.node, self.store_id, self.incarnation)
         log = (self._settled().pairs, self.commit, self.whole)
-        return Hello(*me, self.promised, self.leading, session, *log)
+        return Hello(*me, self.promised, self.leading, session, *log, self.lineage, FEATURES)
 
     def _greet(self, now: float) -> None:
         self._session += 1

@@ -22,7 +22,7 @@ from storage.replication.network import Network
 
 log = structlog.get_logger()
 
-WIRE: Final = (1, 0)  # a peer with another first number isn't talked to; the second grows with what may be ignored
+WIRE: Final = (2, 0)  # a peer with another first number isn't talked to; the second grows with what may be ignored
 DIAL_INTERVAL_S: Final = 0.2
 PROBE_INTERVAL_S: Final = 0.2
 MISSED_MAX: Final = 3  # probes without answer, while another network answers
@@ -99,6 +99,8 @@ class Routes:
         self._used_since = 0.0
         self._start, self._number = uuid.uuid4().hex, 0  # of our Greetings
         self._greeted_by = ("", 0)  # of the newest one of the other node
+        self._greeting = b""
+        self._control: tuple[bytes, Link] | None = None  # the newest one that the other node made, and what it said
         self.peer_version = ""
 
     async def start(self) -> None:
@@ -160,8 +162,30 @@ class Routes:
     def _dialled(self, route: Route, link: Link) -> None:
         self._used, self._used_since = (route, link), asyncio.get_running_loop().time()
         self._number += 1
-        link.send(Kind.USE, 0, msgspec.msgpack.encode(Greeting(WIRE, VERSION, self._start, self._number)))
-        self._on_up(link)
+        greeting = msgspec.msgpack.encode(Greeting(WIRE, VERSION, self._start, self._number))
+        link.send(Kind.USE, 0, greeting)
+        self._tasks.append(asyncio.get_running_loop().create_task(self._dial_control(route, link, greeting)))
+        self._tasks = [task for task in self._tasks if not task.done()]
+
+    async def _dial_control(self, route: Route, link: Link, greeting: bytes) -> None:
+        """The second connection of a pair; both are in use from then on."""
+
+        def up(control: Link) -> None:
+            if link.closing or self._used is None or self._used[1] is not link:
+                control.close("its other connection has ended")
+                return
+            link.control = control
+            control.send(Kind.CONTROL, 0, greeting)
+            self._on_up(link)
+
+        try:
+            await route.network.connect(lambda: Link(up, self._frame, lambda one: self._control_down(link, one)))
+        except (OSError, TimeoutError):
+            link.close("no second connection")
+
+    def _control_down(self, link: Link, control: Link) -> None:
+        if not link.closing and link.control is control:
+            link.close(f"its other connection ended: {control.why_closed}")
 
     async def _keep_probing(self, route: Route) -> None:
         """Have a connection for probes."""
@@ -218,7 +242,8 @@ class Routes:
                 link.close("the certificate of another machine")
                 return
             self._links.append(link)
-            idle = [one for one in self._links if self._used is None or one is not self._used[1]]
+            used = (self._used[1], self._used[1].control) if self._used else ()
+            idle = [one for one in self._links if one not in used]
             if len(self._links) > CONNECTIONS_MAX:
                 idle[0].close("too many connections")
 
@@ -230,11 +255,23 @@ class Routes:
                 if self._greeted(link, payload):
                     link.send(Kind.USE, 0, msgspec.msgpack.encode(Greeting(WIRE, VERSION)))
                     self._used = (route, link)
-                    self._on_up(link)
+                    self._join()
+            elif kind is Kind.CONTROL:
+                self._control = (bytes(payload), link)
+                self._join()
             else:
                 self._on_frame(link, kind, stream, payload)
 
         return Link(up, frame, self._down)
+
+    def _join(self) -> None:
+        """The two connections of a pair may come in either order."""
+        if self._used is None or self._control is None:
+            return
+        link, (greeting, control) = self._used[1], self._control
+        if link.control is None and greeting == self._greeting and not control.closing and not link.closing:
+            link.control = control
+            self._on_up(link)
 
     def _greeted(self, link: Link, payload: bytearray) -> bool:
         try:
@@ -250,7 +287,7 @@ class Routes:
         if greeting.start == start and greeting.number < number:
             link.close("it was made before the one in use")  # and was late, on a network that failed meanwhile
             return False
-        self._greeted_by = (greeting.start, greeting.number)
+        self._greeted_by, self._greeting = (greeting.start, greeting.number), bytes(payload)
         self.peer_version = greeting.version
         return True
 
@@ -265,6 +302,13 @@ class Routes:
     def _down(self, link: Link) -> None:
         if link in self._links:
             self._links.remove(link)
+        if link.control is not None:
+            link.control.close("its other connection has ended")
+        if self._control and self._control[1] is link:
+            self._control = None
+        if self._used and self._used[1].control is link:
+            self._used[1].close(f"its other connection ended: {link.why_closed}")
+            return
         if self._used and self._used[1] is link:
             route = self._used[0]
             self._used = None

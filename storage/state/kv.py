@@ -3,6 +3,7 @@
 The map grows by itself. On a full disk a reserve file is given up once, so that deletes and the log still work.
 """
 
+import contextlib
 import errno
 import os
 import threading
@@ -23,7 +24,6 @@ DAMAGE: Final = (
     lmdb.CorruptedError,
     lmdb.PageNotFoundError,
     lmdb.InvalidError,
-    lmdb.VersionMismatchError,
     lmdb.PanicError,
 )
 GROWN_AT_START: Final = 0.5  # a map fuller than this is doubled before anybody reads from it
@@ -56,6 +56,10 @@ class Kv(Protocol):
     def read(self) -> AbstractContextManager[Transaction]: ...
     def update(self, change: Callable[[Transaction], T]) -> T:
         """Run `change` in a write transaction and make it durable. Whatever it raises, nothing of it was done."""
+        ...
+
+    def keep_reserve(self) -> None:
+        """What is given up when the disk is full is kept again. Blocks."""
         ...
 
     def close(self) -> None: ...
@@ -104,9 +108,11 @@ class LmdbKv:
                 self._env.set_mapsize(2 * info["map_size"])
         except DAMAGE as error:
             raise CatalogueDamaged(f"{path}: {error}") from error
+        except lmdb.VersionMismatchError as error:
+            raise OSError(0, f"{path}: another version of LMDB has written it; install that one again") from error
         except lmdb.Error as error:
             raise OSError(errno.EIO, f"{path}: {error}") from error
-        self._keep_reserve()
+        self.keep_reserve()
 
     def close(self) -> None:
         self._env.close()
@@ -151,13 +157,14 @@ class LmdbKv:
             self._gate.notify_all()
         log.info("catalogue.grown", map_size_bytes=size)
 
-    def _keep_reserve(self) -> None:
+    def keep_reserve(self) -> None:
+        """Have the reserve file, where there is room for it. Blocks."""
         if self._reserve.exists():
             return
         status = os.statvfs(self._reserve.parent)
         if status.f_bavail * status.f_frsize < 4 * RESERVE_BYTES:
             return
-        with self._reserve.open("wb") as file:
+        with contextlib.suppress(OSError), self._reserve.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
 
     def _give_up_reserve(self) -> bool:

@@ -11,17 +11,18 @@ from typing import Final
 
 import structlog
 
+from conf.telling import reason_of
 from storage import crash
 from storage.journal import Journal
 from storage.objects.copies import Copies
-from storage.objects.volume import NoRoom
+from storage.objects.volume import NoRoom, holds
 from storage.objects.volumes import Volumes
 from storage.replication.follower import Follower
 from storage.replication.peering import FetchFailed, Peering, PeerLacksIt
 from storage.replication.replica import Replica
 from storage.state.catalogue import Catalogue, same_copy
 from storage.state.model import Location, Put
-from storage.workers import Threads
+from storage.workers import Threads, within
 
 log = structlog.get_logger()
 
@@ -29,7 +30,6 @@ BATCH: Final = 128
 WRITE_OFF_BATCH: Final = 2000
 POLL_S: Final = 0.5
 RETRY_S: Final = 5.0
-CHECK_VOLUMES_S: Final = 10.0
 SKIPPED: Final = -1  # there was nothing to do in this part of the list
 BUSY_SHARE: Final = 3.0  # while images come in: this much rest for each second of healing
 RATE_WINDOW_S: Final = 30.0
@@ -51,12 +51,13 @@ class Healing:
         away: frozenset[str],
         reprotect_after_s: float,
         not_kept: Callable[[int, Exception], None],
+        hang_s: float,
     ) -> None:
         """`away`: volumes that hold objects and weren't there at the start; written off after `reprotect_after_s`.
         `not_kept(seq, error)`: this node has lost the bytes of an entry before it was committed."""
         self._core, self._catalogue, self._volumes, self._journal = core, catalogue, volumes, journal
         self._follower, self._peering, self._copies, self._workers = follower, peering, copies, workers
-        self._clock, self._not_kept = clock, not_kept
+        self._clock, self._not_kept, self._hang_s = clock, not_kept, hang_s
         self._away_until = dict.fromkeys(away, clock() + reprotect_after_s)
         self._lost: set[str] = set()  # failed while running, still to be written off
         self._suspects: set[int] = set()
@@ -115,7 +116,7 @@ class Healing:
             for seq in sorted(suspects):
                 await self.examine(seq)
             await self._write_off_lost()
-            healed = await self._heal_some() if self._peering.link and self._core.linked else 0
+            healed = await self._heal_some()
             if healed:
                 continue
             self._wake.clear()
@@ -124,23 +125,25 @@ class Healing:
             except TimeoutError:
                 continue
 
-    async def watch_volumes(self) -> None:
-        """Look at the disks now and then also when nobody writes."""
-        while True:
-            await asyncio.sleep(CHECK_VOLUMES_S)
-            await self._workers.run(self._volumes.check)
-            known = self._catalogue.known_volumes
-            if new := {volume.id for volume in self._volumes} - known:  # mounted since
-                self._follower.may_lie_here = True
-                await self._journal.record(volumes=sorted(known | new))
+    async def note_new_volumes(self) -> None:
+        """One that was mounted since brings files that the catalogue doesn't name yet."""
+        known = self._catalogue.known_volumes
+        if new := {volume.id for volume in self._volumes} - known:
+            self._follower.may_lie_here = True
+            await self._journal.record(volumes=sorted(known | new))
 
     async def examine(self, seq: int) -> bool:
         """Read a copy; if it isn't good it is set aside and made again. Returns whether it was good."""
         before = self._copies.location(seq)
         try:
-            good = await self._workers.run(self._copies.good, seq)
+            good = await within(self._workers.run(self._copies.good, seq), self._hang_s)
+            if good is None and self._copies.location(seq) != before:  # moved, into the tree perhaps, since we looked
+                before = self._copies.location(seq)
+                good = await within(self._workers.run(self._copies.good, seq), self._hang_s)
         except OSError as error:
-            if before:
+            if before and error.errno == errno.ETIMEDOUT:
+                self._volumes.hangs(before.volume)
+            elif before:
                 self._volumes.failed(before.volume, error)
             return False
         if good:
@@ -214,7 +217,8 @@ class Healing:
     # -- healing -----------------------------------------------------------------------------------------------
 
     async def _heal_some(self) -> int:
-        """One batch; returns how many copies were made, 0 if there is nothing to do now."""
+        """One batch; returns how many copies were made, 0 if there is nothing to do now. Without the other node only
+        those are had again that lie here, on a disk that came back."""
         now = self._clock()
         self._retry_at = {seq: at for seq, at in self._retry_at.items() if at > now}
         wanted = await self._workers.run(self._catalogue.missing, self._at, BATCH)
@@ -255,11 +259,29 @@ class Healing:
         self._healed = [(at, some) for at, some in self._healed if at > now - RATE_WINDOW_S] + [(now, count)]
         return count
 
+    def _lies_where_it_was(self, seq: int, put: Put) -> Location | None:
+        """The copy that was lost with its disk, on that disk, as good as it was. Blocks."""
+        was = self._catalogue.was_at(seq)
+        if was is None:
+            return None
+        try:
+            volume = self._volumes.get(was.volume)
+            name = volume.locate(was)
+            return was if name and holds(volume, name, put) else None
+        except (OSError, LookupError):
+            return None
+
     async def _heal(self, seq: int) -> tuple[int, Location | None]:
         entry = self._copies.entry(seq)
         if entry is None or not isinstance(entry.operation, Put):
             return seq, None
         try:
+            found = await self._workers.run(self._lies_where_it_was, seq, entry.operation)
+            if found is not None:
+                return seq, found
+            if not (self._peering.link and self._core.linked):
+                self._retry_at[seq] = self._clock() + RETRY_S
+                return seq, None
             location = await self._follower.obtain(entry, entry.operation)
             self._unreadable.discard(seq)
             self.in_flight.add(location.spool)
@@ -269,6 +291,6 @@ class Healing:
                 log.error("copy.unreadable", seq=seq, sop_instance=entry.operation.sop_instance, why="no node has it")
             self._unreadable.add(seq)
         except (FetchFailed, OSError, NoRoom) as error:
-            log.warning("heal.failed", seq=seq, error=str(error))
+            log.warning("heal.failed", seq=seq, error=reason_of(error))
         self._retry_at[seq] = self._clock() + RETRY_S
         return seq, None

@@ -3,11 +3,12 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from storage.objects.volume import Volume
+from storage.state.changes import DIVERGED
 
-DIVERGED: Final = "diverged: prepared here and not committed"
+__all__ = ["DIVERGED", "amend", "kept", "purge"]
 
 
 def kept(volumes: Iterable[Volume]) -> list[dict[str, Any]]:

@@ -25,6 +25,8 @@ log = structlog.get_logger()
 BATCH: Final = 64
 DAY_S: Final = 86400.0
 BUSY_WAIT_S: Final = 0.2
+HEALING_LOOK_S: Final = 0.5
+HEALING_LOOKS: Final = 60
 PAUSE_S_MAX: Final = 60.0
 REST_S: Final = 3600.0  # between two rounds at least
 
@@ -82,6 +84,10 @@ class Scrub:
                 await self._check(seq)
             start = found[-1] + 1
             progress(self.checked - before[0], total["instances"])
+        for _ in range(HEALING_LOOKS):  # what was just found to be missing might be what lies in another place
+            if study or not await self._workers.run(self._catching_up):
+                break
+            await asyncio.sleep(HEALING_LOOK_S)
         strangers = 0 if study else await self.strangers()
         return {"checked": self.checked - before[0], "bad": self.bad - before[1], "strangers": strangers}
 

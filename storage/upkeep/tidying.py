@@ -51,7 +51,10 @@ class Tidying:
         its entry was given up when the primary changed."""
         present, unpublished = await self._workers.run(self._unnamed)
         for location in unpublished:
-            await self._journal.publish_again(location)
+            try:
+                await self._journal.publish_again(location)
+            except OSError as error:
+                log.warning("publish.again_failed", volume=location.volume, error=error.strerror)
         in_use = self._in_use()
         forgotten = {key for key in present if key.partition("/")[2] not in in_use}
         if gone := forgotten & self._left:

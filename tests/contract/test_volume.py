@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from storage.objects.locks import InUse
 from storage.objects.volume import LocalVolume, Volume, VolumeOffline, create_marker, digest_of
 from storage.state.model import Location
 from tests.simulation.machine import MemoryDisk, MemoryVolume
@@ -117,7 +118,30 @@ def test_no_marker_no_volume(tmp_path: Path) -> None:
 def test_draining_is_remembered(tmp_path: Path) -> None:
     volume = local(tmp_path)
     volume.set_draining(True)
+    with pytest.raises(InUse):
+        LocalVolume(tmp_path)
+    volume.close()
     assert LocalVolume(tmp_path).draining
+
+
+def test_a_volume_belongs_to_one_process(tmp_path: Path) -> None:
+    volume = local(tmp_path)
+    with pytest.raises(InUse, match="in use by process"):
+        LocalVolume(tmp_path)
+    volume.close()
+    LocalVolume(tmp_path).close()
+
+
+def test_nothing_is_published_over_a_file_that_lies_there(tmp_path: Path) -> None:
+    volume = local(tmp_path)
+    spool = write(volume)
+    target = tmp_path / "archive" / TREE
+    target.parent.mkdir(parents=True)
+    target.write_bytes(b"put back by hand")
+    volume.publish(spool, TREE)
+    assert target.read_bytes() == b"data"
+    (kept,) = (tmp_path / "quarantine").glob("*.dcm")
+    assert kept.read_bytes() == b"put back by hand"
 
 
 def test_another_disk_in_its_place_is_noticed(tmp_path: Path) -> None:

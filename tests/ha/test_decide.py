@@ -307,6 +307,12 @@ def test_a_node_in_trouble_hands_over_to_one_that_has_none() -> None:
         Tell("follow", resign=True),
         Release("smbd doesn't stay up"),
     ]
+    late = report(leading=5, serving=True, linked=True, peer=PEER, peer_last=(5, 9), peer_whole=True, reads=True)
+    draining = decide(replace(leads(**trouble), gateway=late))
+    assert any(isinstance(action, Tell) and action.role == "lead" and action.drain for action in draining)
+    assert Release("smbd doesn't stay up") not in draining
+    too_long = replace(leads(**trouble), gateway=late, draining_since=NOW - DRAIN_S - 1)
+    assert Release("smbd doesn't stay up") in decide(too_long)
     assert Release("smbd doesn't stay up") not in decide(leads(**trouble, peer_present=False))
     assert Release("smbd doesn't stay up") not in decide(leads(**trouble, paused=True))
     assert Release("smbd doesn't stay up") not in decide(leads(**trouble, state=state(ME)))

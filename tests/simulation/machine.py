@@ -12,11 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from storage.objects.incoming import Incoming
 from storage.objects.volume import Reader, VolumeOffline
 from storage.state.kv import Transaction
 from storage.state.model import Location
 from storage.workers import resolve
 from tests.simulation.virtual import Process, VirtualLoop
+
+
+class Hang(BaseException):
+    """A disk operation that doesn't come back as long as its disk hangs, and with an error then."""
+
+    def __init__(self, disk: "MemoryDisk") -> None:
+        super().__init__()
+        self.disk = disk
 
 
 class PowerCut(BaseException):
@@ -93,6 +102,9 @@ class MemoryKv:
             self._power.draw()
         return result
 
+    def keep_reserve(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -135,15 +147,26 @@ class MemoryDisk:
     renamed: dict[str, str] = field(default_factory=dict)  # new name -> old name, not synced yet
     broken: bool = False
     full: bool = False
+    hung: bool = False
+    held: list[Callable[[], None]] = field(default_factory=list)  # what hangs, to be let go
     count: int = 0
     quarantined: list[tuple[str, str]] = field(default_factory=list)  # (sop_instance, reason)
 
     def touch(self, *, writes: bool = False) -> None:
         self.power.draw()
+        if self.hung:
+            raise Hang(self)
         if self.broken:
             raise OSError(errno.EIO, "Input/output error")
         if writes and self.full:
             raise OSError(errno.ENOSPC, "No space left on device")
+
+    def answers(self) -> None:
+        """It hangs no longer."""
+        self.hung = False
+        held, self.held = self.held, []
+        for let_go in held:
+            let_go()
 
     def sync_directory(self, directory: str) -> None:
         self.touch()
@@ -220,7 +243,7 @@ class MemorySpooled:
         for buffer in buffers:
             self._file.data += buffer
 
-    def finish(self) -> None:
+    def finish(self, digest: bytes = b"") -> None:
         self._disk.touch(writes=True)
         self._file.synced = bytes(self._file.data)
 
@@ -324,6 +347,9 @@ class MemoryVolume:
     def set_draining(self, draining: bool) -> None:
         self.draining = draining
 
+    def close(self) -> None:
+        pass
+
 
 @dataclass
 class Machine:
@@ -347,17 +373,23 @@ class Machine:
 
     def open_volume(self, path: Path) -> MemoryVolume:
         disk = self.disks[path]
-        if disk.broken:
+        if disk.broken or disk.hung:
             raise VolumeOffline("no answer")
         return MemoryVolume(disk, path)
 
     def cut_power(self) -> None:
         self.power.operations_left = None
         for disk in self.disks.values():
+            disk.answers()
             disk.cut_power()
 
 
 # -- threads -----------------------------------------------------------------------------------------------------------
+
+
+def _too_late(future: "asyncio.Future[Any]", error: OSError) -> None:
+    resolve(future, None, error)
+    future.cancelled() or future.exception()  # whoever waited may have given up long ago
 
 
 class VirtualThreads:
@@ -366,9 +398,12 @@ class VirtualThreads:
     def __init__(self, loop: VirtualLoop, rng: random.Random, process: Process, count: int) -> None:
         self._loop, self._rng, self._process, self._count = loop, rng, process, count
         self._free_at = 0.0
+        self._lost = False
 
     def run(self, function: Callable[..., Any], *args: Any) -> "asyncio.Future[Any]":
         future: asyncio.Future[Any] = self._loop.create_future()
+        if self._lost:
+            return future
         delay = 0.001 + self._rng.random() * 0.004 if self._rng.random() < 0.97 else self._rng.random() * 0.5
         if self._count == 1:
             self._free_at = max(self._free_at, self._loop.now) + delay
@@ -377,9 +412,19 @@ class VirtualThreads:
         return future
 
     def _work(self, future: "asyncio.Future[Any]", function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        if self._lost:
+            return
         try:
             result, error = function(*args), None
         except PowerCut:
+            return
+        except Hang as hang:
+            self._lost = self._count == 1  # with it the only thread
+            if isinstance(getattr(function, "__self__", None), Incoming):  # half done: it can't be done from the start
+                late = OSError(errno.EAGAIN, "it answered too late")
+                hang.disk.held.append(lambda: self._loop.post(self._process, 0.001, _too_late, future, late))
+            elif not self._lost:
+                hang.disk.held.append(lambda: self._loop.post(self._process, 0.001, self._work, future, function, args))
             return
         except Exception as raised:
             result, error = None, raised
@@ -389,3 +434,6 @@ class VirtualThreads:
 
     def stop(self) -> None:
         pass
+
+    def reinforce(self, stuck_s: float) -> int:
+        return 0

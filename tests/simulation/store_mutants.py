@@ -4,11 +4,11 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from storage import engine
+from storage import parts
 from storage.journal import Journal
 from storage.objects.incoming import Incoming
 from storage.replication import follower
-from storage.state import catalogue
+from storage.state import changes
 from storage.state.kv import Transaction
 from storage.state.model import Delete, Entry, Void, decode_entry, encode
 from tests.simulation.mutants import AckBeforePeer, RollForwardSkipped, ShrinkWithoutCompare
@@ -26,30 +26,30 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def directory_not_synced() -> contextlib.AbstractContextManager[None]:
     """The bytes are synced, the name in the spool folder isn't."""
-    return replaced(Journal, "_sync_names", lambda self, work: None)
+    return replaced(Journal, "_sync_names", lambda self, work, generation: None)
 
 
 def log_entry_before_bytes() -> contextlib.AbstractContextManager[None]:
     """The entry is written when the bytes were handed to the disk, not when they are durable."""
 
-    def write(self: Incoming, queue: list[bytearray | bytes], digest: bool = True) -> None:
+    def write(self: Incoming, queue: list[bytearray | bytes], generation: int, digest: bool = True) -> None:
         if queue or self._spooled is None:
-            self._write(queue, digest)
+            self._write(queue, generation, digest)
 
     return replaced(Incoming, "_write_and_finish", write)
 
 
 def tombstone_dropped_early() -> contextlib.AbstractContextManager[None]:
     """A deletion is forgotten as soon as this node has carried it out."""
-    apply: Callable[[Transaction, int, Delete], int] = catalogue._apply_delete
+    apply: Callable[[Transaction, int, Delete], int] = changes.apply_delete
 
     def forget(txn: Transaction, seq: int, delete: Delete) -> int:
         grown = apply(txn, seq, delete)
-        entry = decode_entry(txn.get("log", catalogue.seq_key(seq)) or b"")
-        txn.put("log", catalogue.seq_key(seq), encode(Entry(entry.epoch, seq, Void())))
+        entry = decode_entry(txn.get("log", changes.seq_key(seq)) or b"")
+        txn.put("log", changes.seq_key(seq), encode(Entry(entry.epoch, seq, Void())))
         return grown
 
-    return replaced(catalogue, "_apply_delete", forget)
+    return replaced(changes, "apply_delete", forget)
 
 
 def heal_from_the_worse_copy() -> contextlib.AbstractContextManager[None]:
@@ -58,15 +58,15 @@ def heal_from_the_worse_copy() -> contextlib.AbstractContextManager[None]:
 
 
 def ack_before_the_peer() -> contextlib.AbstractContextManager[None]:
-    return replaced(engine, "Replica", AckBeforePeer.core_class)
+    return replaced(parts, "Replica", AckBeforePeer.core_class)
 
 
 def roll_forward_skipped() -> contextlib.AbstractContextManager[None]:
-    return replaced(engine, "Replica", RollForwardSkipped.core_class)
+    return replaced(parts, "Replica", RollForwardSkipped.core_class)
 
 
 def shrink_without_the_compare() -> contextlib.AbstractContextManager[None]:
-    return replaced(engine, "Replica", ShrinkWithoutCompare.core_class)
+    return replaced(parts, "Replica", ShrinkWithoutCompare.core_class)
 
 
 MUTANTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {

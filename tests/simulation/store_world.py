@@ -22,6 +22,7 @@ from storage.environment import Surroundings
 from storage.ingest import Conflict, NotServing
 from storage.objects import incoming
 from storage.objects.volume import NoRoom, VolumeOffline, digest_of
+from storage.replication import peering
 from storage.state.catalogue import Catalogue
 from storage.state.model import Delete, Put, Task, TaskDone, Void
 from storage.upkeep import healing, scrub, tidying
@@ -44,6 +45,7 @@ def settings(name: str, peer: str, volumes: list[Path]) -> Settings:
                 "volumes": [str(path) for path in volumes],
                 "reserve_bytes": 0,
                 "reprotect_after_s": 5.0,
+                "hang_s": 2.0,
                 "scrub_days": 3e-5,
             },
             "cluster": {
@@ -230,6 +232,8 @@ class StoreWorld(World):
         self._number = 0
         # Now and then both copies of an object may be destroyed: then it may be unavailable, but never wrong.
         self.careless = self.rng.random() < 0.15
+        # Objects that take seconds: heartbeats and acknowledgements must not wait for them.
+        self.wire_bytes_s = self.rng.choice((0.0, 0.0, 0.0, 0.0, 200_000.0, 40_000.0))
 
     def _connect(self) -> None:
         """The stores dial by themselves."""
@@ -256,8 +260,11 @@ class StoreWorld(World):
                 self._number += 1
                 self._put(node.gateway, f"1.2.3.4.{self._number}")
 
+    def _size(self) -> int:
+        return self.rng.choice((10, 200, 200, 3000, 9000))
+
     def _put(self, gateway: StoreGateway, uid: str) -> None:  # type: ignore[override]
-        size = self.rng.choice((10, 200, 200, 3000, 9000))
+        size = self._size()
         self._ids += 1
         payload = f"{uid}/{self._ids}/".encode() * (size // 8)
         digest = xxhash.xxh3_128_digest(payload)
@@ -327,6 +334,7 @@ class StoreWorld(World):
             self._cut_link,
             self._cut_all,
             self._fill,
+            self._hang_disk,
             self._break_disk,
             self._flip_bit,
             self._delete_by_hand,
@@ -345,6 +353,12 @@ class StoreWorld(World):
         for disk in self.rng.sample(list(node.machine.disks.values()), self.rng.choice((1, 2))):
             disk.full = True
             self.loop.post(None, for_s, setattr, disk, "full", False)
+
+    def _hang_disk(self, node: StoreNode, for_s: float) -> None:
+        """A disk doesn't answer for a while: briefly, or for longer than it is waited for."""
+        disk = self.rng.choice(list(node.machine.disks.values()))
+        disk.hung = True
+        self.loop.post(None, for_s * self.rng.choice((0.1, 1.0, 3.0)), disk.answers)
 
     def protected(self) -> bool:
         """Each node holds a good copy of everything: then one copy may be destroyed, never two."""
@@ -442,10 +456,24 @@ class StoreWorld(World):
             node.machine.power.operations_left = None
             for disk in node.machine.disks.values():
                 disk.full = False
+                disk.answers()
             for path, disk in list(node.machine.disks.items()):
                 if disk.broken:
                     self._replace_disk(node, path)
         super()._heal()
+        self.loop.post(None, 3.0, self._take_back)
+
+    def _take_back(self) -> None:
+        """Somebody looks at the disks that were given up, finds nothing wrong, and takes them into service again."""
+        if self.calm:
+            return
+        for node in self.nodes.values():
+            gateway = node.gateway
+            if isinstance(gateway, StoreGateway) and gateway.store and not gateway.process.dead:
+                for slot in gateway.store.volumes.slots:
+                    if not slot.usable:
+                        gateway.spawn(self._take_volume(gateway.store, slot.path))
+        self.loop.post(None, 3.0, self._take_back)
 
     # -- end ---------------------------------------------------------------------------------------------------
 
@@ -455,9 +483,13 @@ class StoreWorld(World):
         leaders = [store.core for store in stores if store.core.leading]
         if len(stores) != 2 or len(leaders) != 1:
             return False
+        if any(not slot.usable for store in stores for slot in store.volumes.slots):
+            return False  # it comes back, or is taken back
         leader = leaders[0]
         if not (leader.confirmed == leader.required == {"a", "b"} and leader.ask is None and leader.live):
             return False
+        if leader.commit < leader.accepted:
+            return False  # one of the two connections lost something; the leader will notice
         return self.careless or not any(store.catalogue.counts()["missing"] for store in stores)
 
     def _where(self) -> str:
@@ -531,6 +563,8 @@ SMALL: Final = {
     (incoming, "CHUNK_BYTES"): 512,
     (incoming, "WRITE_BYTES"): 2048,
     (incoming, "BACKLOG_BYTES_MAX"): 4096,
+    (peering, "WINDOW_BYTES"): 8192,
+    (peering, "UNCLAIMED_S"): 3.0,
     (healing, "RETRY_S"): 1.0,
     (tidying, "SWEEP_S"): 2.0,
     (scrub, "REST_S"): 1.0,

@@ -9,6 +9,9 @@ MUTANT_SEEDS = {"core": 300, "store": 2000}
 
 # Each of these once showed a fault of the store; the comment says which.
 FOUND = {
+    640052: "told to lead while it followed on a live link, and giving that up, a node ignored its leader for ever",
+    640105: "an upload waited for ever for a disk that had been left",
+    670571: "bytes of an uncommitted entry were lost on its leader, and the follower asked for them for ever",
     10: "an upload given up with a backlog went on writing for ever",
     57: "a link that went down while entries were being written set the journal's place back",
     276: "an entry whose bytes no disk took was committed and is on neither node",
@@ -22,6 +25,7 @@ FOUND = {
 
 
 FOUND_CORE = {
+    21779: "a hand-over for trouble left proposed entries behind, and nobody led for the longer log",
     6000657: "told to lead, to follow and to lead again in one go, the gateway led twice",
 }
 

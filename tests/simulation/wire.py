@@ -32,6 +32,8 @@ class End:
         rng, loop = self.world.rng, self.world.loop
         delay = 0.0003 if rng.random() < 0.98 else rng.random()
         self._arrives = max(self._arrives + 1e-6, loop.now + delay)
+        if self.world.wire_bytes_s:
+            self._arrives += len(data) / self.world.wire_bytes_s
         loop.post(self.other.process, self._arrives - loop.now, self.other.receive, data)
 
     def receive(self, data: bytes) -> None:

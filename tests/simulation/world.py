@@ -256,6 +256,7 @@ class World:
         self.checker = Checker(self)
         self.paths = {("a", "b"): Path(), ("b", "a"): Path()}
         self.disorder = self.rng.choice((0.0, 0.0, 0.01, 0.1))
+        self.wire_bytes_s = 0.0  # of each connection between the nodes; 0: without limit
         self.nodes = {"a": self.node_class(self, "a", "b"), "b": self.node_class(self, "b", "a")}
         self.chaos_s, self.settle_s = CHAOS_S, SETTLE_S
         self._ids = 0

@@ -70,19 +70,13 @@ def test_paused_pair_takes_over_only_after_resume(lab: Lab) -> None:
 def test_health_tells_who_serves(lab: Lab) -> None:
     primary = primary_of(lab)
     first, second = ADDRESSES[primary], ADDRESSES[other_than(primary)]
-    assert [health(first, f"/health/{kind}") for kind in ("live", "ready", "primary", "standby")] == [
-        200,
-        200,
-        200,
-        503,
-    ]
-    assert [health(second, f"/health/{kind}") for kind in ("live", "ready", "primary", "standby")] == [
-        200,
-        200,
-        503,
-        200,
-    ]
-    assert health(second, "/health/standby?lag=100000") == 200
+
+    def shown(address: str) -> list[int]:
+        return [health(address, f"/health/{kind}") for kind in ("live", "ready", "primary", "standby")]
+
+    wait_for(lambda: shown(first) == [200, 200, 200, 503], "what the primary says")
+    wait_for(lambda: shown(second) == [200, 200, 503, 200], "what the standby says")  # a moment ago it heard nothing
+    wait_for(lambda: health(second, "/health/standby?lag=100000") == 200, "a standby that isn't far behind")
     assert health(second, "/health/standby?lag=x") == 400
     with inside("client"), urllib.request.urlopen(f"http://{first}:{HTTP_PORT}/metrics", timeout=30) as answer:
         metrics = answer.read().decode()

@@ -8,13 +8,16 @@ from tools.cli.main import main
 from tools.dev.conformance import DOCUMENT, TABLES, renewed
 from tools.dev.structure import PACKAGES, ROOT
 
+CONTEXT = click.Context(main)
 README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
 
 
 def commands(group: click.Group, prefix: str) -> list[str]:
     found = []
-    for name, command in group.commands.items():
+    for name in group.list_commands(CONTEXT):
+        command = group.get_command(CONTEXT, name)
+        assert command is not None
         if isinstance(command, click.Group):
             found += commands(command, f"{prefix} {name}")
         else:
@@ -29,7 +32,9 @@ def test_every_command_is_in_the_readme() -> None:
 
 def test_every_command_has_help() -> None:
     def check(group: click.Group) -> None:
-        for command in group.commands.values():
+        for name in group.list_commands(CONTEXT):
+            command = group.get_command(CONTEXT, name)
+            assert command is not None
             assert command.help
             if isinstance(command, click.Group):
                 check(command)

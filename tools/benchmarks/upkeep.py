@@ -15,7 +15,7 @@ import click
 
 from tools.benchmarks.store import SAMPLES, renamed, sample
 from tools.cli.dicom_client import DicomClient, Object
-from tools.cli.rebuild import from_files, set_aside
+from tools.cli.rebuild import from_files, open_volumes, set_aside
 from tools.lab.network import NODES, VIP, inside
 from tools.lab.pair import AET, DICOM_PORT, Lab, wait_for
 
@@ -133,10 +133,13 @@ def rebuild(count: int, folder: Path | None) -> None:
         send(sample(*SAMPLES[1][1:]), range(count))
         wait_for("both copies", lambda: whole(lab), WAIT_S)
         settings = load(lab.config("b"), {})
-        lab.kill("b", "gateway", 19)
+        lab.power_off("b")
         rates = []
         for _ in range(3):
-            set_aside(settings)
-            done = from_files(settings, lambda done, of: None)
+            aside = set_aside(settings)
+            volumes = open_volumes(settings)
+            done = from_files(settings, volumes, aside, lambda _: None)
+            for volume in volumes:
+                volume.close()
             rates.append(done.instances / done.seconds)
         click.echo(f"{SAMPLES[1][0]}: {count} files, {statistics.median(rates):.0f} files/s")

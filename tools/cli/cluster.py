@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 import time
+import uuid
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -14,16 +15,16 @@ import msgspec
 
 from conf.settings import ClusterSettings, Settings
 from conf.tls import CertificatesBad, MutualTls
-from ha.etcd import Compare, DeleteKey, EtcdError, HttpEtcd, PutKey
-from ha.records import StateValue
-from storage.control import Member
-from tools.cli.client import ask
-from tools.cli.operate import json_option
-from tools.cli.options import EXIT_CONFIG, Failure, config_option, settings_of
+from ha.decide import State, View, conditions
+from ha.etcd import Compare, DeleteKey, EtcdError, HttpEtcd, KeyValue, PutKey
+from ha.records import Records, StateValue, read
+from storage.control import NEVER, Member, Report, boottime
+from tools.cli.client import ask, report
+from tools.cli.exits import EXIT_AWAY, EXIT_CONFIG, EXIT_FOUND
+from tools.cli.options import Failure, config_option, json_option, settings_of, sure, yes_option
+from tools.cli.say import say
 
 T = TypeVar("T")
-EXIT_AWAY: Final = 3
-EXIT_BLOCKED: Final = 4
 SWITCHOVER_S: Final = 30
 POLL_S: Final = 0.05
 ETCD_TIMEOUT_S: Final = 3.0
@@ -32,20 +33,45 @@ ETCD_TIMEOUT_S: Final = 3.0
 class Cluster:
     """What etcd says of a pair."""
 
-    def __init__(self, etcd: HttpEtcd, prefix: str, keys: dict[str, Any]) -> None:
+    def __init__(self, etcd: HttpEtcd, prefix: str, keys: dict[str, KeyValue]) -> None:
         self.etcd, self.prefix = etcd, prefix
-        self.leader = keys["leader"].value if "leader" in keys else ""
-        self.state = msgspec.json.decode(keys["state"].value, type=StateValue) if "state" in keys else None
-        self.revision = keys["state"].mod_revision if "state" in keys else 0
-        self.paused = "pause" in keys
-        self.switchover = keys["switchover"].value if "switchover" in keys else ""
-        self.maintained = {key.removeprefix("maintenance/") for key in keys if key.startswith("maintenance/")}
-        self.present = {key.removeprefix("members/") for key in keys if key.startswith("members/")}
+        self.records = read(keys, Records(), boottime())
+        self.leader = self.records.leader.node if self.records.leader else ""
+        self.state = self.records.state
+        self.present = set(self.records.members)
         self.history = [json.loads(kv.value) for key, kv in sorted(keys.items()) if key.startswith("history/")]
 
     @property
     def in_sync(self) -> list[str]:
         return [member.node for member in self.state.in_sync] if self.state else []
+
+    def view(self, settings: Settings, gateway: Report | None) -> View:
+        """As the agent of this node sees it, for `ha.decide.conditions`."""
+        cluster, node, now = settings.cluster, settings.node.name, boottime()
+        if cluster is None:
+            raise ValueError("no [cluster] section")
+        mine, other = self.records.members.get(node), self.records.members.get(cluster.peer)
+        return View(
+            node=node,
+            peer=cluster.peer,
+            now=now,
+            ttl_s=cluster.lease_ttl_s,
+            started_at=now,
+            gateway_grace_s=cluster.gateway_grace_s,
+            looked=True,
+            etcd_ok=True,
+            state=self.state,
+            leader=self.records.leader,
+            leader_absent_since=None,
+            lease=0,
+            lease_deadline=NEVER,
+            gateway=gateway,
+            gateway_lost_at=None,
+            paused=self.records.paused,
+            peer_present=other is not None,
+            trouble=mine.trouble if mine else "",
+            maintained=node in self.records.maintained,
+        )
 
 
 async def look(etcd: HttpEtcd, name: str) -> Cluster:
@@ -76,10 +102,6 @@ def with_etcd(config: Path | None, work: Callable[[Settings, ClusterSettings, Ht
         raise Failure(f"etcd doesn't answer: {error}", EXIT_AWAY) from None
 
 
-def echo(result: dict[str, Any], as_json: bool, text: str) -> None:
-    click.echo(json.dumps(result) if as_json else text)
-
-
 # -- switchover --------------------------------------------------------------------------------------------------------
 
 
@@ -93,7 +115,7 @@ def switchover(config: Path | None, to: str | None, at: datetime | None, as_json
     if at is not None:
         time.sleep(_seconds_until(at))
     result = with_etcd(config, lambda settings, cluster, etcd: switch(cluster, settings.node.name, etcd, to))
-    echo(result, as_json, f"node {result['to']} is primary after {result['seconds']:.1f} s")
+    say(result, as_json, f"node {result['to']} is primary after {result['seconds']:.1f} s")
 
 
 def _seconds_until(at: datetime) -> float:
@@ -109,7 +131,7 @@ async def switch(cluster: ClusterSettings, node: str, etcd: HttpEtcd, to: str | 
     """Ask for a switchover and wait until it has happened. Raises Failure."""
     found = await look(etcd, cluster.name)
     if not found.leader:
-        raise Failure("there is no primary now; `tandem why` says why", EXIT_BLOCKED)
+        raise Failure("there is no primary now; `tandem why` says why", EXIT_FOUND)
     other = cluster.peer if found.leader == node else node
     target = to or other
     if target not in (node, cluster.peer):
@@ -117,9 +139,9 @@ async def switch(cluster: ClusterSettings, node: str, etcd: HttpEtcd, to: str | 
     if target == found.leader:
         return {"to": target, "from": target, "seconds": 0.0}
     if target not in found.in_sync:
-        raise Failure(f"node {target} isn't in sync; `tandem status` shows how far it is", EXIT_BLOCKED)
+        raise Failure(f"node {target} isn't in sync; `tandem status` shows how far it is", EXIT_FOUND)
     if target not in found.present:
-        raise Failure(f"the HA agent of node {target} isn't there; is `tandem-ha` running on it?", EXIT_BLOCKED)
+        raise Failure(f"the HA agent of node {target} isn't there; is `tandem-ha` running on it?", EXIT_FOUND)
     lease = await etcd.grant(SWITCHOVER_S)
     await etcd.txn((), (PutKey(f"{found.prefix}switchover", target, lease),))
     started, before = time.monotonic(), found.leader
@@ -128,54 +150,106 @@ async def switch(cluster: ClusterSettings, node: str, etcd: HttpEtcd, to: str | 
         found = await look(etcd, cluster.name)
         if found.leader == target:
             return {"to": target, "from": before, "seconds": round(time.monotonic() - started, 2)}
-    raise Failure(f"node {target} didn't take over within {SWITCHOVER_S} s; `tandem why` on it says why", EXIT_BLOCKED)
+    raise Failure(f"node {target} didn't take over within {SWITCHOVER_S} s; `tandem why` on it says why", EXIT_FOUND)
 
 
 @click.command()
 @config_option
-@click.option("--force", is_flag=True, required=True, help="It may lose what only the other node holds.")
-@click.option("--yes", is_flag=True, help="Don't ask.")
+@click.option("--force", is_flag=True, help="Needed: it may lose what only the other node holds.")
+@yes_option
 @json_option
 def failover(config: Path | None, force: bool, yes: bool, as_json: bool) -> None:
-    """Make this node primary although it isn't in sync. Only when the other node is gone for good."""
+    """Make this node primary where nothing else does: the other one is gone for good, or etcd was lost or restored.
 
-    async def check(settings: Settings, cluster: ClusterSettings, etcd: HttpEtcd) -> tuple[Cluster, dict[str, Any]]:
-        return await look(etcd, cluster.name), own_status(settings)
+    Says first what would be lost, and refuses while the other node is alive and knows more. In the end there is a pair
+    that can be made whole again.
+    """
+    if not force:
+        raise Failure("give --force; for a planned change there is `tandem switchover`", EXIT_CONFIG)
+
+    async def check(settings: Settings, _: ClusterSettings, etcd: HttpEtcd) -> tuple[Cluster, Report, dict[str, Any]]:
+        assert settings.cluster is not None
+        return await look(etcd, settings.cluster.name), own_report(settings), own_status(settings)
 
     async def force_in(settings: Settings, cluster: ClusterSettings, etcd: HttpEtcd) -> bool:
-        now, own = await check(settings, cluster, etcd)
-        if now.state is None or now.leader or now.revision != found.revision:
+        now, mine, _ = await check(settings, cluster, etcd)
+        before = found.state.revision if found.state else 0
+        if now.leader or (now.state.revision if now.state else 0) != before:
             return False  # it isn't any more what was shown
-        me = Member(settings.node.name, own["store_id"], own["incarnation"])
-        node = settings.node.name
-        value = msgspec.structs.replace(now.state, primary=node, in_sync=(me,), nonce=f"forced by {node}")
+        value = forced(now.state, mine, settings.node.name)
         key = f"{found.prefix}state"
         free = Compare(f"{found.prefix}leader", "create", 0)
         put = PutKey(key, msgspec.json.encode(value).decode())
-        return await etcd.txn((free, Compare(key, "mod", now.revision)), (put,))
+        return await etcd.txn((free, Compare(key, "mod", before)), (put,))
 
-    found, own = with_etcd(config, check)
+    found, mine, own = with_etcd(config, check)
     node = own["node"]
-    if found.leader:
-        raise Failure(f"node {found.leader} is primary; `tandem switchover` is what you want", EXIT_BLOCKED)
-    if node in found.in_sync:
-        raise Failure(
-            f"node {node} is in sync and takes over by itself; `tandem why` says what it waits for", EXIT_BLOCKED
-        )
-    epoch = found.state.epoch if found.state else 0
-    last = found.history[-1] if found.history else {}
-    click.echo(
-        f"In sync is only {', '.join(found.in_sync) or 'nobody'}: what it stored alone since epoch {epoch} "
-        f"({_when(last.get('at'))}) isn't here and would be quarantined there when it comes back. This node holds "
-        f"{own['instances']} instances, {own['catch_up']['missing']} of them without a copy here.",
-        err=True,
-    )
-    if not yes and not click.confirm("Lose that and serve from this node?", err=True):
-        raise Failure("nothing was changed", 1)
+    if why := refusal(found, mine, node):
+        raise Failure(why, EXIT_FOUND)
+    click.echo(losses(found, mine, own), err=True)
+    sure("Serve from this node?", yes)
     if not with_etcd(config, force_in):
-        raise Failure("the state changed meanwhile; look again", EXIT_BLOCKED)
+        raise Failure("the state changed meanwhile; look again", EXIT_FOUND)
     later = "before the other node starts again: `tandem rebuild-index --from peer` on it"
-    echo({"forced": node, "later": later}, as_json, f"node {node} takes over now; {later}")
+    say({"forced": node, "later": later}, as_json, f"node {node} takes over now; {later}")
+
+
+def refusal(found: Cluster, mine: Report, node: str) -> str:
+    """Why a node isn't made primary by force, "" if it may be."""
+    other = mine.peer.node if mine.peer else "the other node"
+    if found.leader:
+        return f"node {found.leader} is primary; `tandem switchover` is what you want"
+    if mine.linked and mine.peer_leads:
+        return f"node {other} is alive and leads, though etcd doesn't say so; what it holds alone would be lost"
+    if mine.linked and mine.foreign:
+        return f"node {other} is alive and holds another log; stop it first if its data are to go"
+    if mine.linked and mine.peer_last is not None and mine.last < mine.peer_last:
+        return f"node {other} is alive and its log is longer: run this there"
+    if mine.linked and mine.peer_whole and not mine.whole:
+        return f"node {other} is alive and its copy is complete: run this there"
+    return ""
+
+
+def forced(state: State | None, mine: Report, node: str) -> StateValue:
+    """The state in which only this node, as it is, is in sync; in an epoch above all that either node has promised."""
+    known = state.epoch if state else 0
+    epoch = max(known, mine.promised, mine.peer_promised if mine.linked else 0) + 1
+    cluster_id = mine.cluster_id or (state.cluster_id if state else "") or str(uuid.uuid4())
+    me = Member(node, mine.store_id, mine.incarnation)
+    lineage = mine.lineage or str(uuid.uuid4())
+    return StateValue(cluster_id, epoch, node, (me,), f"forced by {node} {uuid.uuid4()}", lineage)
+
+
+def losses(found: Cluster, mine: Report, own: dict[str, Any]) -> str:
+    """What would be lost, as far as can be known here."""
+    node, state = own["node"], found.state
+    lines = []
+    if state is None:
+        lines.append("etcd knows nothing of this cluster: it was lost. Its state is made anew from this node.")
+    elif state.epoch < mine.promised:
+        lines.append(f"etcd knows epoch {state.epoch}, this node {mine.promised}: it was restored from a backup.")
+    others = [one for one in found.in_sync if one != node]
+    if state is not None and node not in found.in_sync:
+        last = found.history[-1] if found.history else {}
+        lines.append(
+            f"In sync is only {', '.join(others) or 'nobody'}: what it stored alone since epoch {state.epoch} "
+            f"({_when(last.get('at'))}) isn't here, and how much that is only it knows."
+        )
+    elif mine.linked:
+        lines.append("The other node is linked, and holds nothing that isn't here.")
+    else:
+        lines.append("Everything that was acknowledged while both nodes were in sync is in this node's log.")
+    missing = own["healing"]["missing"]
+    lacks = f"; of {missing} it has no copy: they are lost if no other one turns up" if missing else ""
+    lines.append(f"This node holds {own['instances']} instances{lacks}.")
+    return "\n".join(lines)
+
+
+def own_report(settings: Settings) -> Report:
+    try:
+        return report(settings.control_socket)
+    except OSError as error:
+        raise Failure(f"the gateway of node {settings.node.name} isn't running ({error.strerror})", EXIT_AWAY) from None
 
 
 def own_status(settings: Settings) -> dict[str, Any]:
@@ -198,7 +272,7 @@ def pause(config: Path | None, as_json: bool) -> None:
         await etcd.txn((), (PutKey(f"/tandem/{cluster.name}/pause", datetime.now().isoformat(timespec="seconds")),))
 
     with_etcd(config, work)
-    echo({"paused": True}, as_json, "paused: if the primary fails now, nobody takes over")
+    say({"paused": True}, as_json, "paused: if the primary fails now, nobody takes over")
 
 
 @click.command()
@@ -211,7 +285,7 @@ def resume(config: Path | None, as_json: bool) -> None:
         await etcd.txn((), (DeleteKey(f"/tandem/{cluster.name}/pause"),))
 
     with_etcd(config, work)
-    echo({"paused": False}, as_json, "resumed")
+    say({"paused": False}, as_json, "resumed")
 
 
 # -- looking -----------------------------------------------------------------------------------------------------------
@@ -232,7 +306,7 @@ def history(config: Path | None, as_json: bool) -> None:
         f"  without a leader {row.get('leaderless_s', 0)} s{_parts(row)}"
         for row in rows
     ]
-    echo({"history": rows}, as_json, "\n".join(lines) or "no primary yet")
+    say({"history": rows}, as_json, "\n".join(lines) or "no primary yet")
 
 
 def _parts(row: dict[str, Any]) -> str:
@@ -255,17 +329,17 @@ def why(config: Path | None, as_json: bool) -> None:
     async def work(
         settings: Settings, cluster: ClusterSettings, etcd: HttpEtcd
     ) -> tuple[list[tuple[str, bool, str]], dict[str, Any]]:
-        found, own = await look(etcd, cluster.name), own_status(settings)
-        return _conditions(found, own, settings.node.name), found.history[-1] if found.history else {}
+        found, gateway = await look(etcd, cluster.name), own_report(settings)
+        return reasons(found, settings, gateway), found.history[-1] if found.history else {}
 
-    conditions, last = with_etcd(config, work)
-    blocked = [name for name, good, _ in conditions if not good]
-    text = "\n".join(f"{'ok     ' if good else 'BLOCKS '} {name}: {says}" for name, good, says in conditions)
-    rows = [{"condition": name, "ok": good, "says": says} for name, good, says in conditions]
+    found, last = with_etcd(config, work)
+    blocked = [name for name, good, _ in found if not good]
+    text = "\n".join(f"{'ok     ' if good else 'BLOCKS '} {name}: {says}" for name, good, says in found)
+    rows = [{"condition": name, "ok": good, "says": says} for name, good, says in found]
     if last:
-        text += f"\nlast change {_when(last.get('at'))}: {REASONS.get(last['by'], last['by']).format(**last)}"
-    echo({"may_take_over": not blocked, "conditions": rows, "last": last}, as_json, text)
-    sys.exit(EXIT_BLOCKED if blocked else 0)
+        text += f"\nlast change {_when(last.get('at'))}: {told(last)}"
+    say({"may_take_over": not blocked, "conditions": rows, "last": last}, as_json, text)
+    sys.exit(EXIT_FOUND if blocked else 0)
 
 
 REASONS: Final = {
@@ -273,24 +347,27 @@ REASONS: Final = {
     "takeover": "node {primary} took over: {before} had given its lease back, or let it run out",
     "again": "node {primary} lost its lease for a moment and leads again",
     "restart": "the gateway of node {primary} was restarted and leads again",
+    "first": "node {primary} is the first primary of this cluster",
 }
 
 
-def _conditions(found: Cluster, own: dict[str, Any], node: str) -> list[tuple[str, bool, str]]:
-    member = next((one for one in found.state.in_sync if one.node == node), None) if found.state else None
-    usable = [row for row in own["nodes"][node]["volumes"] if row["state"] in ("online", "slow", "full", "draining")]
-    leader, maintained = found.leader, node in found.maintained
+def told(row: dict[str, Any]) -> str:
+    """Why a change of the primary happened, in words."""
+    by = row["by"] if row.get("before") else "first"
+    return REASONS.get(by, by).format(**row)
+
+
+def reasons(found: Cluster, settings: Settings, gateway: Report) -> list[tuple[str, bool, str]]:
+    """What `decide` asks before this node takes a free lease: (condition, whether it holds, in words)."""
+    node, leader = settings.node.name, found.leader
     held = "held by this node" if leader == node else f"held by {leader}; free when that ends" if leader else "free"
-    return [
-        ("lease", True, held),
-        ("in sync", member is not None, ", ".join(found.in_sync) or "nobody"),
-        ("same store", member is None or member.store_id == own["store_id"], own["store_id"]),
-        ("complete copy", bool(own["whole"]), "yes" if own["whole"] else "still catching up"),
-        ("a disk", bool(usable), f"{len(usable)} in service"),
-        ("no trouble", not own["trouble"], own["trouble"] or "none"),
-        ("no maintenance", not maintained, "`tandem maintenance off` ends it" if maintained else "none"),
-        ("not paused", not found.paused or leader == node, "`tandem resume` ends it" if found.paused else "no pause"),
-    ]
+    if found.state is None:
+        why = "etcd knows nothing of this cluster; " + (
+            "it was lost: `tandem failover --force` makes it anew from this node" if gateway.cluster_id else "it is new"
+        )
+        return [("lease", True, held), ("state", False, why)]
+    rows = conditions(found.view(settings, gateway), gateway, found.state)
+    return [("lease", True, held), *((one.name, one.holds or leader == node, one.says) for one in rows)]
 
 
 @click.command()
@@ -308,15 +385,15 @@ def risk(config: Path | None, as_json: bool) -> None:
         "in_sync": own["in_sync"],
     }
     lines = [
-        f"{own['single_copy']} objects have their only copy here"
+        f"{own['single_copy']} objects have their only copy here, as far as is known"
         + (f", the oldest since {_when(since)}" if since else "")
     ]
     if own["healing"]["missing"]:
         lines.append(f"{own['healing']['missing']} copies of this node are being made again")
     if own["healing"]["unreadable"]:
         lines.append(f"{own['healing']['unreadable']} objects have no good copy on either node")
-    echo(result, as_json, "\n".join(lines))
-    sys.exit(EXIT_BLOCKED if own["single_copy"] or own["healing"]["unreadable"] else 0)
+    say(result, as_json, "\n".join(lines))
+    sys.exit(EXIT_FOUND if own["single_copy"] or own["healing"]["unreadable"] else 0)
 
 
 COMMANDS: tuple[click.Command, ...] = (switchover, failover, pause, resume, history, why, risk)

@@ -17,11 +17,12 @@ from conf.settings import ClusterSettings, Settings
 from ha.etcd import DeleteKey, EtcdError, HttpEtcd, PutKey
 from tools.benchmarks.outage import Probe
 from tools.cli.client import ask
-from tools.cli.cluster import EXIT_BLOCKED, echo, look, own_status, switch, with_etcd
+from tools.cli.cluster import look, own_status, switch, with_etcd
 from tools.cli.dicom_client import AssociationFailed, DicomClient, NotLetIn
+from tools.cli.exits import EXIT_FOUND
 from tools.cli.importing import CALLING
-from tools.cli.operate import json_option
-from tools.cli.options import Failure, config_option, dicom_host, settings_of
+from tools.cli.options import Failure, config_option, dicom_host, json_option, settings_of, sure, yes_option
+from tools.cli.say import say
 
 PAUSE_S: Final = 0.05
 ANSWER_S: Final = 1.0
@@ -46,7 +47,7 @@ def viewer(host: str, port: int, aet: str) -> Probe:
 @click.command()
 @config_option
 @click.option("--goal", default=GOAL_S, show_default=True, help="Longest outage that passes, seconds.")
-@click.option("--yes", is_flag=True, help="Don't ask.")
+@yes_option
 @json_option
 def drill(config: Path | None, goal: float, yes: bool, as_json: bool) -> None:
     """Switch over and back, and report what clients would have noticed. Exit 4 if it can't be done or takes long."""
@@ -54,9 +55,8 @@ def drill(config: Path | None, goal: float, yes: bool, as_json: bool) -> None:
     status = own_status(settings)
     blocks = _not_now(status)
     if blocks:
-        raise Failure(f"no drill now: {blocks}", EXIT_BLOCKED)
-    if not yes and not click.confirm("Requests are interrupted for a moment, twice. Go on?", err=True):
-        raise Failure("nothing was changed", 1)
+        raise Failure(f"no drill now: {blocks}", EXIT_FOUND)
+    sure("Requests are interrupted for a moment, twice. Go on?", yes)
 
     async def legs(_: Settings, cluster: ClusterSettings, etcd: HttpEtcd) -> list[dict[str, Any]]:
         done = []
@@ -80,8 +80,8 @@ def drill(config: Path | None, goal: float, yes: bool, as_json: bool) -> None:
         for leg in done
     ]
     lines.append("passed" if passed else f"NOT passed: more than {goal} s")
-    echo(result, as_json, "\n".join(lines))
-    sys.exit(0 if passed else EXIT_BLOCKED)
+    say(result, as_json, "\n".join(lines))
+    sys.exit(0 if passed else EXIT_FOUND)
 
 
 def _not_now(status: dict[str, Any]) -> str:
@@ -102,7 +102,7 @@ async def _calm(settings: Settings) -> None:
             await asyncio.sleep(CALM_S)
             return
         if time.monotonic() > deadline:
-            raise Failure(f"the pair isn't whole after {SYNC_S:.0f} s: {blocks}", EXIT_BLOCKED)
+            raise Failure(f"the pair isn't whole after {SYNC_S:.0f} s: {blocks}", EXIT_FOUND)
         await asyncio.sleep(0.5)
 
 
@@ -119,15 +119,15 @@ def maintenance(config: Path | None, state: str, as_json: bool) -> None:
         if state == "off":
             await etcd.txn((), (DeleteKey(key),))
             return {"node": node, "maintenance": False, "primary": found.leader}
-        if cluster.peer in found.maintained:
-            raise Failure(f"node {cluster.peer} is under maintenance; one at a time", EXIT_BLOCKED)
+        if cluster.peer in found.records.maintained:
+            raise Failure(f"node {cluster.peer} is under maintenance; one at a time", EXIT_FOUND)
         await etcd.txn((), (PutKey(key, str(time.time())),))  # first, so that nobody is alerted of the switchover
         primary = found.leader
         if primary == node:
             try:
                 primary = (await switch(cluster, node, etcd, cluster.peer))["to"]
             except BaseException:
-                if node not in found.maintained:
+                if node not in found.records.maintained:
                     with contextlib.suppress(EtcdError):
                         await etcd.txn((), (DeleteKey(key),))
                 raise
@@ -135,7 +135,7 @@ def maintenance(config: Path | None, state: str, as_json: bool) -> None:
 
     result = with_etcd(config, work)
     what = "may be worked on; `tandem maintenance off` afterwards" if result["maintenance"] else "takes part again"
-    echo(result, as_json, f"node {result['node']} {what}; node {result['primary'] or '-'} is primary")
+    say(result, as_json, f"node {result['node']} {what}; node {result['primary'] or '-'} is primary")
 
 
 COMMANDS: tuple[click.Command, ...] = (drill, maintenance)

@@ -17,8 +17,8 @@ import click
 
 from conf.settings import SettingsError, build, load
 from tools.cli.certificates import Authority, expires
-from tools.cli.operate import json_option
-from tools.cli.options import EXIT_CONFIG, Failure
+from tools.cli.exits import EXIT_CONFIG
+from tools.cli.options import Failure, json_option
 
 ETC: Final = Path("/etc/tandem")
 DATA: Final = Path("/srv/tandem")
@@ -74,7 +74,7 @@ def _machine(_: click.Context, __: click.Parameter, value: Any) -> Any:
 @click.option("--volume", "volumes", multiple=True, type=click.Path(path_type=Path), help="One for each disk.")
 @click.option("--name", default="tandem", show_default=True, help="Of the cluster.")
 @click.option("--aet", default="TANDEM", show_default=True, help="AE title.")
-@click.option("--share", is_flag=True, help="Show the archive over SMB, to everybody; see [share] in the settings.")
+@click.option("--share", is_flag=True, help="Show the archive over SMB, to users that Samba knows; see [share].")
 @json_option
 def init(
     folder: Path,

@@ -1,51 +1,68 @@
-"""The `tandem` command."""
+"""The `tandem` command: its groups, and the processes themselves. What a command needs is imported when it is run."""
 
-import json
-import logging
+import importlib
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
-import structlog
 
 from conf import VERSION
 from conf.settings import ENV_PREFIX, Settings, SettingsError, build, overridden
-from storage.objects.volume import MARKER, create_marker
-from tools.cli.client import ask, render, watch_status
-from tools.cli.cluster import COMMANDS as CLUSTER_COMMANDS
-from tools.cli.drill import COMMANDS as DRILL_COMMANDS
-from tools.cli.init import COMMANDS as INIT_COMMANDS
-from tools.cli.operate import COMMANDS as OPERATOR_COMMANDS
-from tools.cli.options import EXIT_CONFIG, Failure, config_option, settings_of
-from tools.cli.rebuild_command import rebuild_index
-from tools.cli.transfer import COMMANDS as TRANSFER_COMMANDS
+from tools.cli.exits import EXIT_AWAY, EXIT_CONFIG, EXIT_FAILED, EXIT_FATAL
+from tools.cli.options import CONFIG_VARIABLE, Failure, config_option, json_option, settings_of
+from tools.cli.say import say
 
-EXIT_AWAY = 3
+# command -> (module, what it is called there)
+ELSEWHERE: Final = {
+    **dict.fromkeys(("volume", "scrub", "verify", "delete", "get", "conflicts", "quarantine"), "tools.cli.operate"),
+    **dict.fromkeys(
+        ("switchover", "failover", "pause", "resume", "history", "why", "risk"),
+        "tools.cli.cluster",
+    ),
+    **dict.fromkeys(("drill", "maintenance"), "tools.cli.drill"),
+    **dict.fromkeys(("init", "renew"), "tools.cli.init"),
+    **dict.fromkeys(("import", "export", "hash-password"), "tools.cli.transfer"),
+    "rebuild-index": "tools.cli.rebuild_command",
+    "lab": "tools.lab.commands",
+}
+
+
+class LazyGroup(click.Group):
+    """Groups and commands of other files are imported when they are named: `tandem status` is asked often."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *ELSEWHERE})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        module = ELSEWHERE.get(cmd_name)
+        if module is None:
+            return super().get_command(ctx, cmd_name)
+        found = {command.name: command for command in importlib.import_module(module).COMMANDS}
+        return found.get(cmd_name)
 
 
 def configure_log(settings: Settings) -> None:
-    renderer: Any = structlog.processors.JSONRenderer()
-    if settings.log.format == "text":
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, settings.log.level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
-    )
+    from conf.telling import configure
+
+    configure(settings.log)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    envvar=CONFIG_VARIABLE,
+    help=f"Settings of the node that a command is about; default: ${CONFIG_VARIABLE}.",
+)
 @click.version_option(VERSION, prog_name="tandem")
-def main() -> None:
-    """Tandem: a DICOM storage gateway for two nodes. Every image is on both before the sender hears Success."""
+def main(config: Path | None) -> None:
+    """Tandem: a DICOM storage gateway for two nodes. Every image is on both before the sender hears Success.
+
+    Exit codes: 0 done; 1 it didn't work; 2 wrong settings or arguments; 3 what was asked isn't running; 4 the answer is
+    one to look at (blocked, different, refused, at risk).
+    """
 
 
 @main.command()
@@ -58,15 +75,22 @@ def gateway(config: Path | None, data: Path | None, port: int | None, aet: str |
 
     With --data DIR it runs alone: no config file, no root, no etcd.
     """
-    from gateway.app import EXIT_FATAL, run
+    from gateway.app import run
     from storage.state.kv import CatalogueDamaged
 
+    if data is None and (port is not None or aet is not None):
+        raise Failure("--port and --aet are for --data; with --config they stand in the file, [dicom]", EXIT_CONFIG)
+    said_here = click.get_current_context().get_parameter_source("config") is click.core.ParameterSource.COMMANDLINE
+    if data is not None and said_here:
+        raise Failure("either --config FILE or --data DIR", EXIT_CONFIG)
+    if data is None and config is None:
+        raise Failure(f"give --data DIR to run alone, or --config FILE (or ${CONFIG_VARIABLE})", EXIT_CONFIG)
     settings = standalone(data, port, aet) if data else settings_of(config)
     configure_log(settings)
     try:
-        code = run(settings)
+        code = run(settings, lambda: standalone(data, port, aet) if data else settings_of(config))
     except (OSError, CatalogueDamaged) as error:
-        raise Failure(f"can't start: {error}", 1) from error
+        raise Failure(f"can't start: {getattr(error, 'strerror', None) or error}", EXIT_FAILED) from error
     if code == EXIT_FATAL:
         os._exit(code)  # at once: worker threads may hang on a dead disk
     sys.exit(code)
@@ -74,13 +98,15 @@ def gateway(config: Path | None, data: Path | None, port: int | None, aet: str |
 
 def standalone(data: Path, port: int | None, aet: str | None) -> Settings:
     """Settings for a gateway by itself. Its folder becomes a volume at the first start."""
+    from storage.objects.volume import MARKER, create_marker
+
     data = data.resolve()
     volume = data / "volume"
     if not (volume / MARKER).exists():
         try:
             create_marker(volume)
         except OSError as error:
-            raise Failure(f"{volume}: {error.strerror}", 1) from error
+            raise Failure(f"{volume}: {error.strerror}", EXIT_FAILED) from error
     dicom = {key: value for key, value in (("port", port), ("aet", aet)) if value is not None}
     raw: dict[str, Any] = {
         "node": {"run_dir": str(data)},
@@ -109,14 +135,15 @@ def ha(config: Path | None) -> None:
 
 @main.command("check-config")
 @click.argument("file", type=click.Path(path_type=Path))
-def check_config(file: Path) -> None:
+@json_option
+def check_config(file: Path, as_json: bool) -> None:
     """Check a settings file; exit 2 and one line if something is wrong."""
     settings = settings_of(file)
     kind = f"cluster {settings.cluster.name}, peer {settings.cluster.peer}" if settings.cluster else "standalone"
-    click.echo(f"{file}: ok, node {settings.node.name}, {kind}")
-    ignored = [name for name in os.environ if name.startswith(ENV_PREFIX)]
-    if ignored:
-        click.echo(f"overridden from the environment: {', '.join(sorted(ignored))}")
+    ignored = sorted(name for name in os.environ if name.startswith(ENV_PREFIX))
+    more = f"\noverridden from the environment: {', '.join(ignored)}" if ignored else ""
+    result = {"file": str(file), "node": settings.node.name, "kind": kind, "overridden": ignored}
+    say(result, as_json, f"{file}: ok, node {settings.node.name}, {kind}{more}")
 
 
 @main.command()
@@ -125,6 +152,9 @@ def check_config(file: Path) -> None:
 @click.option("--watch", is_flag=True, help="Look again every second, until Ctrl-C.")
 def status(config: Path | None, as_json: bool, watch: bool) -> None:
     """Show role, in-sync set, volumes and counts of this node. Exit 3 if its gateway is not running."""
+    from tools.cli.client import ask
+    from tools.cli.status import render, watch_status
+
     settings = settings_of(config)
     if watch:
         watch_status(settings, as_json)
@@ -133,28 +163,4 @@ def status(config: Path | None, as_json: bool, watch: bool) -> None:
         found = ask(settings.control_socket)
     except OSError as error:
         raise Failure(f"the gateway of node {settings.node.name} isn't running ({error.strerror})", EXIT_AWAY) from None
-    click.echo(json.dumps(found) if as_json else render(found))
-
-
-@main.group()
-def lab() -> None:
-    """A pair on this one machine, in network namespaces: for trying, demonstrating and testing. Needs root."""
-
-
-def _add_lab_commands() -> None:
-    from tools.lab.commands import COMMANDS
-
-    for command in COMMANDS:
-        lab.add_command(command)
-
-
-_add_lab_commands()
-for operator_command in (
-    *OPERATOR_COMMANDS,
-    *TRANSFER_COMMANDS,
-    *CLUSTER_COMMANDS,
-    *DRILL_COMMANDS,
-    *INIT_COMMANDS,
-    rebuild_index,
-):
-    main.add_command(operator_command)
+    say(found, as_json, lambda: render(found))

@@ -1,10 +1,8 @@
 """`tandem volume|scrub|verify|delete|get|quarantine`: what an operator has done on a running node."""
 
 import getpass
-import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,14 +11,25 @@ import xxhash
 
 from conf.settings import Settings
 from storage.objects.volume import MARKER, READ_BYTES, create_marker
-from tools.cli.client import OrderFailed, order, printable, size
-from tools.cli.options import CONFIG_VARIABLE, Failure, config_option, give_to_gateway, owner_differs, settings_of
+from tools.cli import progress
+from tools.cli.client import OrderFailed, order
+from tools.cli.exits import EXIT_AWAY, EXIT_FAILED, EXIT_FOUND
+from tools.cli.options import (
+    Failure,
+    config_option,
+    give_to_gateway,
+    json_option,
+    owner_differs,
+    settings_of,
+    sure,
+    yes_option,
+)
 from tools.cli.quarantine import RestoreFailed, restore
+from tools.cli.say import say
+from tools.cli.status import printable, size
 
-EXIT_DIFFERENT = 4
 FETCH_ATTEMPTS = 3
 
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 path_argument = click.argument("path", type=click.Path(path_type=Path))
 
 
@@ -30,21 +39,12 @@ def ordered(config: Path | None, name: str, label: str = "", **given: Any) -> di
     try:
         if not label:
             return order(settings.control_socket, name, given)
-        with click.progressbar(length=1, label=label, file=sys.stderr) as bar:
-
-            def progress(done: int, of: int) -> None:
-                bar.length = max(1, of)
-                bar.update(min(done, of) - bar.pos)
-
-            return order(settings.control_socket, name, given, progress)
+        with progress.of(label) as moved:
+            return order(settings.control_socket, name, given, moved)
     except OrderFailed as error:
-        raise Failure(str(error), 1) from None
+        raise Failure(str(error), EXIT_FAILED) from None
     except OSError as error:
-        raise Failure(f"the gateway of node {settings.node.name} isn't running ({error.strerror})", 3) from None
-
-
-def _say(result: dict[str, Any], as_json: bool, text: Callable[[], str]) -> None:
-    click.echo(json.dumps(result) if as_json else text())
+        raise Failure(f"the gateway of node {settings.node.name} isn't running ({error.strerror})", EXIT_AWAY) from None
 
 
 @click.group()
@@ -55,18 +55,20 @@ def volume() -> None:
 @volume.command("add")
 @config_option
 @path_argument
-def volume_add(config: Path | None, path: Path) -> None:
+@json_option
+def volume_add(config: Path | None, path: Path, as_json: bool) -> None:
     """Make PATH a volume, and take it into service if the node runs. Also for a new disk in the place of a dead one."""
     path = path.resolve()
-    settings = settings_of(config) if config or CONFIG_VARIABLE in os.environ else None
+    settings = settings_of(config) if config else None
     if settings:
         try:
             _prepare(settings, path)
             made = order(settings.control_socket, "volume-add", {"path": str(path)})
-            click.echo(f"{path}: volume {made['id']}, in service{_unlisted(settings, path)}")
+            result = {"path": str(path), "id": made["id"], "in_service": True}
+            say(result, as_json, f"{path}: volume {made['id']}, in service{_unlisted(settings, path)}")
             return
         except OrderFailed as error:
-            raise Failure(str(error), 1) from None
+            raise Failure(str(error), EXIT_FAILED) from None
         except OSError:
             pass  # not running: it finds the volume at its start
     try:
@@ -75,9 +77,10 @@ def volume_add(config: Path | None, path: Path) -> None:
         volume_id = create_marker(path)
         if settings:
             give_to_gateway(settings, path / MARKER)
-        click.echo(f"{path}: volume {volume_id}{_unlisted(settings, path)}")
+        result = {"path": str(path), "id": volume_id, "in_service": False}
+        say(result, as_json, f"{path}: volume {volume_id}{_unlisted(settings, path)}")
     except OSError as error:
-        raise Failure(f"{path}: {error.strerror or error}", 1) from error
+        raise Failure(f"{path}: {error.strerror or error}", EXIT_FAILED) from error
 
 
 def _prepare(settings: Settings, path: Path) -> None:
@@ -86,9 +89,10 @@ def _prepare(settings: Settings, path: Path) -> None:
         return
     if not path.is_mount():
         hint = "mount the disk first, or give the folder to the gateway's user"
-        raise Failure(f"{path} isn't a mount point and isn't the gateway's; {hint}", 1)
+        raise Failure(f"{path} isn't a mount point and isn't the gateway's; {hint}", EXIT_FAILED)
     if any(entry.name not in ("lost+found", MARKER) for entry in path.iterdir()):
-        raise Failure(f"{path} isn't empty and isn't the gateway's; chown it if it is meant to be a volume", 1)
+        hint = "chown it if it is meant to be a volume"
+        raise Failure(f"{path} isn't empty and isn't the gateway's; {hint}", EXIT_FAILED)
     give_to_gateway(settings, path)
 
 
@@ -111,7 +115,7 @@ def volume_list(config: Path | None, as_json: bool) -> None:
             for row in result["volumes"]
         )
 
-    _say(result, as_json, text)
+    say(result, as_json, text)
 
 
 @volume.command("drain")
@@ -121,27 +125,32 @@ def volume_list(config: Path | None, as_json: bool) -> None:
 def volume_drain(config: Path | None, path: Path, as_json: bool) -> None:
     """Move all that lies on PATH to the other volumes; nothing new goes there any more."""
     result = ordered(config, "volume-drain", f"emptying {path}", path=str(path.resolve()))
-    _say(result, as_json, lambda: f"{path}: {result['moved']} copies moved, {result['left']} left")
+    say(result, as_json, lambda: f"{path}: {result['moved']} copies moved, {result['left']} left")
 
 
 @volume.command("retire")
 @config_option
 @path_argument
-def volume_retire(config: Path | None, path: Path) -> None:
+@json_option
+def volume_retire(config: Path | None, path: Path, as_json: bool) -> None:
     """Take an empty volume out of service. Remove it from [storage] volumes too."""
-    ordered(config, "volume-retire", path=str(path.resolve()))
-    click.echo(f"{path}: retired; remove it from [storage] volumes in the settings")
+    result = ordered(config, "volume-retire", path=str(path.resolve()))
+    say(result, as_json, f"{path}: retired; remove it from [storage] volumes in the settings")
 
 
 @click.command()
 @config_option
-@click.option("--now", is_flag=True, required=True, help="Check at once; otherwise the node does it by itself.")
+@click.option("--now", is_flag=True, help="Check at once; without it only the node's own round is shown.")
 @click.option("--study", default="", help="Only this Study Instance UID.")
 @json_option
 def scrub(config: Path | None, now: bool, study: str, as_json: bool) -> None:
     """Read this node's copies and check them against their digests; what is bad is made again from the other node."""
+    if not now and not study:
+        found = ordered(config, "scrub-status")
+        say(found, as_json, lambda: f"{found['checked']} copies checked since the start, {found['bad']} bad or gone")
+        return
     result = ordered(config, "scrub", "checking", study=study)
-    _say(
+    say(
         result,
         as_json,
         lambda: (
@@ -163,9 +172,9 @@ def verify(config: Path | None, quick: bool, as_json: bool) -> None:
         verdict = "the same" if result["same"] else f"{result['count']} differences"
         return "\n".join([*result["differences"], f"{result['entries']} entries compared: {verdict}"])
 
-    _say(result, as_json, text)
+    say(result, as_json, text)
     if not result["same"]:
-        sys.exit(EXIT_DIFFERENT)
+        sys.exit(EXIT_FOUND)
 
 
 @click.command()
@@ -174,12 +183,15 @@ def verify(config: Path | None, quick: bool, as_json: bool) -> None:
 @click.option("--series", default="", help="Only this Series Instance UID.")
 @click.option("--instance", default="", help="Only this SOP Instance UID.")
 @click.option("--reason", required=True, help="Why; goes to the audit log and the quarantine.")
+@yes_option
 @json_option
-def delete(config: Path | None, study: str, series: str, instance: str, reason: str, as_json: bool) -> None:
+def delete(config: Path | None, study: str, series: str, instance: str, reason: str, yes: bool, as_json: bool) -> None:
     """Delete a study, series or instance on both nodes. The files stay in quarantine until they are purged."""
+    what = f"instance {instance}" if instance else f"series {series}" if series else f"study {study}"
+    sure(f"Delete {what} on both nodes?", yes)
     given = {"study": study, "series": series, "sop_instance": instance, "reason": reason, "by": getpass.getuser()}
     result = ordered(config, "delete", **given)
-    _say(result, as_json, lambda: f"{result['deleted']} instances deleted")
+    say(result, as_json, lambda: f"{result['deleted']} instances deleted")
 
 
 @click.command()
@@ -192,7 +204,7 @@ def get(config: Path | None, sop_instance: str, output: Path | None, as_json: bo
     target = (output or Path(f"{sop_instance}.dcm")).resolve()
     source = fetch(config, sop_instance, target)
     result = {"sop_instance": sop_instance, "from": source, "output": str(target)}
-    _say(result, as_json, lambda: f"{target} (from {source})")
+    say(result, as_json, lambda: f"{target} (from {source})")
 
 
 def fetch(config: Path | None, sop_instance: str, target: Path) -> str:
@@ -205,11 +217,11 @@ def fetch(config: Path | None, sop_instance: str, target: Path) -> str:
         except FileNotFoundError:
             continue  # moved to another disk, or replaced, since we were told where it is
         except OSError as error:
-            raise Failure(f"{error.filename or target}: {error.strerror}", 1) from error
+            raise Failure(f"{error.filename or target}: {error.strerror}", EXIT_FAILED) from error
         if good:
             return str(result["from"])
         target.unlink()
-    raise Failure(f"{sop_instance} changes all the time; try again later", 1)
+    raise Failure(f"{sop_instance} changes all the time; try again later", EXIT_FAILED)
 
 
 def _copied(file: BinaryIO, target: Path, offset: int) -> str:
@@ -218,7 +230,7 @@ def _copied(file: BinaryIO, target: Path, offset: int) -> str:
     try:
         output = target.open("wb")
     except FileNotFoundError as error:
-        raise Failure(f"{target}: {error.strerror}", 1) from error
+        raise Failure(f"{target}: {error.strerror}", EXIT_FAILED) from error
     with output:
         output.write(file.read(offset))
         while block := file.read(READ_BYTES):
@@ -251,9 +263,9 @@ def conflicts(config: Path | None, as_json: bool) -> None:
             lines.append(f"... {result['count']} in all")
         return "\n".join(lines) or "no study names more than one patient"
 
-    _say(result, as_json, text)
+    say(result, as_json, text)
     if result["count"]:
-        sys.exit(EXIT_DIFFERENT)
+        sys.exit(EXIT_FOUND)
 
 
 @click.group()
@@ -267,7 +279,7 @@ def quarantine() -> None:
 def quarantine_list(config: Path | None, as_json: bool) -> None:
     """Show the quarantined objects of this node with their reasons."""
     result = ordered(config, "quarantine-list")
-    _say(
+    say(
         result,
         as_json,
         lambda: (
@@ -284,28 +296,32 @@ def quarantine_list(config: Path | None, as_json: bool) -> None:
 @quarantine.command("restore")
 @config_option
 @click.argument("ids", nargs=-1, required=True)
-def quarantine_restore(config: Path | None, ids: tuple[str, ...]) -> None:
+@json_option
+def quarantine_restore(config: Path | None, ids: tuple[str, ...], as_json: bool) -> None:
     """Store quarantined objects again, as if they were sent anew; they leave the quarantine when that succeeded."""
     settings = settings_of(config)
     known = {one["id"]: Path(one["file"]) for one in ordered(config, "quarantine-list")["objects"]}
     for one in ids:
         if one not in known:
-            raise Failure(f"{one} isn't in the quarantine of this node", 1)
+            raise Failure(f"{one} isn't in the quarantine of this node", EXIT_FAILED)
         try:
             restore(known[one], settings)
         except RestoreFailed as error:
-            raise Failure(f"{one}: {error}", 1) from error
+            raise Failure(f"{one}: {error}", EXIT_FAILED) from error
         ordered(config, "quarantine-purge", older_than_days=0, ids=[one])
-        click.echo(f"{one}: stored")
+        say({"restored": one}, as_json, f"{one}: stored")
 
 
 @quarantine.command("purge")
 @config_option
 @click.option("--older-than", "days", type=float, required=True, help="Days; 0 for all.")
-@click.confirmation_option(prompt="Delete these objects for good?")
-def quarantine_purge(config: Path | None, days: float) -> None:
+@yes_option
+@json_option
+def quarantine_purge(config: Path | None, days: float, yes: bool, as_json: bool) -> None:
     """Delete quarantined objects for good."""
-    click.echo(f"{ordered(config, 'quarantine-purge', older_than_days=days)['purged']} objects purged")
+    sure("Delete these objects for good?", yes)
+    result = ordered(config, "quarantine-purge", older_than_days=days)
+    say(result, as_json, lambda: f"{result['purged']} objects purged")
 
 
 COMMANDS: tuple[click.Command, ...] = (volume, scrub, verify, delete, get, conflicts, quarantine)

@@ -1,16 +1,17 @@
-"""Which node a command is about: `--config FILE` or TANDEM_CONFIG."""
+"""What commands have in common: which node they are about, and how they fail."""
 
 import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TypeVar
 
 import click
 
 from conf.settings import Settings, SettingsError, load
+from tools.cli.exits import EXIT_CONFIG
 
+F = TypeVar("F", bound=Callable[..., Any])
 CONFIG_VARIABLE = "TANDEM_CONFIG"
-EXIT_CONFIG = 2
 
 
 class Failure(click.ClickException):
@@ -18,28 +19,43 @@ class Failure(click.ClickException):
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
-        self.code = code
+        self.exit_code = code  # type: ignore[misc]
 
-    def show(self, file: IO[Any] | None = None) -> None:
+    def show(self, file: Any = None) -> None:
         click.echo(f"tandem: {self.message}", err=True)
-        sys.exit(self.code)
+
+
+def _chosen(context: click.Context, _: click.Parameter, value: Path | None) -> Path | None:
+    """Said behind the command, or before it (`tandem --config FILE COMMAND`), or in the environment."""
+    if value is not None:
+        return value
+    named: Path | None = context.find_root().params.get("config")
+    return named
 
 
 config_option = click.option(
-    "--config", type=click.Path(path_type=Path), help=f"Settings of the node; default: ${CONFIG_VARIABLE}."
+    "--config",
+    type=click.Path(path_type=Path),
+    callback=_chosen,
+    help=f"Settings of the node; also before the command; default: ${CONFIG_VARIABLE}.",
 )
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+yes_option = click.option("--yes", is_flag=True, help="Don't ask.")
 
 
 def settings_of(config: Path | None) -> Settings:
     if config is None:
-        named = os.environ.get(CONFIG_VARIABLE)
-        if not named:
-            raise Failure(f"which node? Give --config FILE or set {CONFIG_VARIABLE}", EXIT_CONFIG)
-        config = Path(named)
+        raise Failure(f"which node? Give --config FILE or set {CONFIG_VARIABLE}", EXIT_CONFIG)
     try:
         return load(config)
     except SettingsError as error:
         raise Failure(str(error), EXIT_CONFIG) from None
+
+
+def sure(question: str, yes: bool) -> None:
+    """Ask before what can't be undone. Raises click.Abort."""
+    if not yes:
+        click.confirm(question, abort=True, err=True)
 
 
 def give_to_gateway(settings: Settings, *paths: Path) -> None:

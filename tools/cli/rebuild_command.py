@@ -1,68 +1,104 @@
 """`tandem rebuild-index`: its command line."""
 
-import json
 import shutil
-import sys
 from pathlib import Path
 
 import click
 
+from storage.objects.locks import lock_state
 from storage.objects.volume import VolumeOffline
 from storage.state.kv import CatalogueDamaged
-from tools.cli.client import ask
-from tools.cli.options import Failure, config_option, settings_of
-from tools.cli.rebuild import catalogue_path, check_volumes, from_files, set_aside
+from tools.cli.exits import EXIT_CONFIG, EXIT_FAILED
+from tools.cli.options import Failure, config_option, give_to_gateway, json_option, settings_of, sure, yes_option
+from tools.cli.progress import counting
+from tools.cli.rebuild import Rebuilt, catalogue_path, from_files, open_volumes, set_aside
+from tools.cli.say import say
 
 
 @click.command("rebuild-index")
 @config_option
-@click.option("--from", "source", type=click.Choice(["files", "peer"]), default="files", show_default=True)
+@click.option("--from", "source", type=click.Choice(["files", "peer"]), help="Default: peer in a pair, files alone.")
+@click.option("--disaster", is_flag=True, help="From files although the node is one of a pair: the other one is gone.")
 @click.option("--jobs", default=2, show_default=True, help="Processes that read files.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def rebuild_index(config: Path | None, source: str, jobs: int, as_json: bool) -> None:
+@yes_option
+@json_option
+def rebuild_index(config: Path | None, source: str | None, disaster: bool, jobs: int, yes: bool, as_json: bool) -> None:
     """Make a node's catalogue anew, while its gateway doesn't run. The old one is set aside.
 
-    `files`: from the readable trees of its volumes. `peer`: the node begins anew as a stranger, follows the other node
-    and takes over the files that lie here; the way to go whenever the other node is well.
+    `peer`: the node begins anew as a stranger, follows the other node and takes over the files that lie here; the way
+    to go whenever the other node is well. `files`: from the files of its own volumes, into a new log. In a pair that is
+    for the day when the other node is gone for good (`--disaster`): afterwards `tandem failover --force` on this node.
     """
     settings = settings_of(config)
-    try:
-        ask(settings.control_socket)
-    except OSError:
-        pass
-    else:
-        raise Failure(f"the gateway of node {settings.node.name} runs; stop it first", 1)
+    source = source or ("peer" if settings.cluster else "files")
     if source == "peer" and settings.cluster is None:
-        raise Failure("this node has no peer", 2)
-    if source == "files":
-        try:
-            check_volumes(settings)
-        except VolumeOffline as error:
-            raise Failure(f"{error}; mount it first, or take it out of [storage] volumes", 1) from error
+        raise Failure("this node has no peer", EXIT_CONFIG)
+    if source == "files" and settings.cluster is not None and not disaster:
+        raise Failure(
+            "this node is one of a pair: `--from peer` has it follow the other one; `--from files --disaster` is for "
+            "when that one is gone for good, and what only it held is lost then",
+            EXIT_CONFIG,
+        )
+    try:
+        lock = lock_state(settings.storage.state)
+        give_to_gateway(settings, lock.path)
+        volumes = open_volumes(settings) if source == "files" else []
+    except VolumeOffline as error:
+        raise Failure(f"{error}; mount it first, or take it out of [storage] volumes", EXIT_FAILED) from error
+    except OSError as error:
+        raise Failure(f"{error.strerror or error}; stop the gateway first", EXIT_FAILED) from error
+    if disaster:  # the rest can be undone: the old catalogue is only set aside
+        sure("Make the catalogue of this node anew, into a log of its own?", yes)
     aside = set_aside(settings)
     if aside:
         click.echo(f"the old catalogue is in {aside}", err=True)
     if source == "peer":
-        click.echo("the node begins anew when its gateway starts")
+        say(
+            {"from": "peer", "aside": str(aside or "")}, as_json, lambda: "the node begins anew when its gateway starts"
+        )
+        lock.close()
         return
     try:
-        with click.progressbar(length=1, label="reading files", file=sys.stderr) as bar:
-
-            def progress(done: int, of: int) -> None:
-                bar.length = max(1, of)
-                bar.update(done - bar.pos)
-
-            rebuilt = from_files(settings, progress, jobs)
-    except (OSError, CatalogueDamaged, VolumeOffline) as error:
+        with counting("reading files") as progress:
+            rebuilt = from_files(settings, volumes, aside, progress, jobs)
+    except (OSError, CatalogueDamaged) as error:
         shutil.rmtree(catalogue_path(settings), ignore_errors=True)
         if aside:
             aside.rename(catalogue_path(settings))
-        raise Failure(f"can't rebuild: {error}; the old catalogue is where it was", 1) from error
+        raise Failure(f"can't rebuild: {error}; the old catalogue is where it was", EXIT_FAILED) from error
+    finally:
+        for volume in volumes:
+            volume.close()
+        lock.close()
+    _report(rebuilt, aside, as_json, disaster)
+
+
+def _report(rebuilt: Rebuilt, aside: Path | None, as_json: bool, disaster: bool) -> None:
     rate = rebuilt.instances / rebuilt.seconds if rebuilt.seconds else 0
-    if as_json:
-        found = {"instances": rebuilt.instances, "unreadable": len(rebuilt.unreadable), "files_per_s": round(rate)}
-        click.echo(json.dumps(found))
-        return
-    click.echo(f"{rebuilt.instances} instances in {rebuilt.seconds:.1f} s, {rate:.0f} files/s")
-    if rebuilt.unreadable:
-        click.echo(f"{len(rebuilt.unreadable)} files aren't complete DICOM objects; they stay where they are")
+    found = {
+        "instances": rebuilt.instances,
+        "unreadable": len(rebuilt.unreadable),
+        "damaged": rebuilt.damaged,
+        "deleted": rebuilt.deleted,
+        "old_catalogue": rebuilt.old_catalogue,
+        "files_per_s": round(rate),
+    }
+
+    def text() -> str:
+        lines = [f"{rebuilt.instances} instances in {rebuilt.seconds:.1f} s, {rate:.0f} files/s"]
+        if not rebuilt.old_catalogue and aside:
+            lines.append("the old catalogue couldn't be read: what was deleted just before may be back")
+        if rebuilt.damaged:
+            lines.append(f"{rebuilt.damaged} files aren't what was stored; they weren't taken")
+        if rebuilt.deleted:
+            lines.append(f"{rebuilt.deleted} files of deleted or replaced instances weren't taken")
+        if rebuilt.unreadable:
+            lines.append(f"{len(rebuilt.unreadable)} files aren't complete DICOM objects; they stay where they are")
+        if disaster:
+            lines.append("next: start the gateway and `tandem ha`, then `tandem failover --force` on this node")
+        return "\n".join(lines)
+
+    say(found, as_json, text)
+
+
+COMMANDS: tuple[click.Command, ...] = (rebuild_index,)

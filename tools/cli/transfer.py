@@ -1,7 +1,6 @@
 """`tandem import|export|hash-password`: whole folders in, whole studies out."""
 
 import getpass
-import json
 import os
 import shutil
 import sys
@@ -11,11 +10,13 @@ from typing import Any
 
 import click
 
+from tools.cli import progress
+from tools.cli.exits import EXIT_AWAY, EXIT_CONFIG, EXIT_FAILED, EXIT_FOUND
 from tools.cli.importing import Fate, Journal, Target, Unreachable, bring_in, files_below
-from tools.cli.operate import fetch, json_option, ordered
-from tools.cli.options import EXIT_CONFIG, Failure, config_option, dicom_host, settings_of
+from tools.cli.operate import fetch, ordered
+from tools.cli.options import Failure, config_option, dicom_host, json_option, settings_of
+from tools.cli.say import say
 
-EXIT_REFUSED = 4
 SHOWN = 20
 APART = "NOT_IN_DICOMDIR"
 
@@ -43,10 +44,10 @@ def import_(
     found = list(files_below(paths))
     notes = Journal(journal)
     try:
-        with click.progressbar(length=len(found), label="import", file=sys.stderr) as bar:
-            counts, refused = bring_in(found, target, notes, workers, lambda: bar.update(1))
+        with progress.counting("import", len(found)) as done:
+            counts, refused = bring_in(found, target, notes, workers, lambda: done(1))
     except Unreachable as error:
-        raise Failure(f"{error}; run it again to go on", 3) from None
+        raise Failure(f"{error}; run it again to go on", EXIT_AWAY) from None
     finally:
         notes.close()
     result = {
@@ -54,8 +55,8 @@ def import_(
         **{key: counts[key] for key in ("stored", "known", "refused")},
         "journal": str(journal),
     }
-    click.echo(json.dumps(result) if as_json else _report(result, refused))
-    sys.exit(EXIT_REFUSED if refused else 0)
+    say(result, as_json, lambda: _report(result, refused))
+    sys.exit(EXIT_FOUND if refused else 0)
 
 
 def _target(config: Path | None, to: str | None, aet: str) -> Target:
@@ -91,14 +92,15 @@ def export(config: Path | None, studies: tuple[str, ...], folder: Path, as_json:
         raise Failure(f"{folder} isn't empty; give a new folder", EXIT_CONFIG)
     uids = [uid for study in studies for uid in ordered(config, "instances", study=study)["instances"]]
     if not uids:
-        raise Failure("nothing is stored of these studies here", 1)
+        raise Failure("nothing is stored of these studies here", EXIT_FAILED)
     folder.mkdir(parents=True, exist_ok=True)
     staged = (folder / ".export").resolve()
     staged.mkdir()
     try:
-        with click.progressbar(uids, label="export", file=sys.stderr) as bar:
-            for number, uid in enumerate(bar):
+        with progress.counting("export", len(uids)) as done:
+            for number, uid in enumerate(uids):
                 fetch(config, uid, staged / f"{number:08d}")
+                done(1)
         apart = file_set(staged, folder)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -107,7 +109,7 @@ def export(config: Path | None, studies: tuple[str, ...], folder: Path, as_json:
     if apart:
         text.append(f"{len(apart)} lack what a DICOMDIR needs and are in {folder / APART}:")
         text += [f"  {uid}: {why}" for uid, why in list(apart.items())[:SHOWN]]
-    click.echo(json.dumps(result) if as_json else "\n".join(text))
+    say(result, as_json, "\n".join(text))
 
 
 def file_set(staged: Path, folder: Path) -> dict[str, str]:

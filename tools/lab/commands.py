@@ -11,14 +11,15 @@ from typing import Concatenate, ParamSpec
 import click
 
 from storage.crash import POINTS
-from tools.cli.client import OrderFailed, render
+from tools.cli.client import OrderFailed
+from tools.cli.status import render
 from tools.lab.disks import DiskError
 from tools.lab.network import MEMBERS, LabError
 from tools.lab.pair import Lab, find_lab
 
 P = ParamSpec("P")
 
-COMMANDS: list[click.Command] = []
+_LAB: list[click.Command] = []
 
 dir_option = click.option(
     "--dir", "folder", type=click.Path(path_type=Path), help="Folder of the lab; default: the one brought up last."
@@ -42,7 +43,7 @@ def _command(name: str) -> Callable[[Callable[Concatenate[Lab, P], None]], click
                 raise click.ClickException(str(error)) from None
 
         made: click.Command = click.command(name)(dir_option(run))
-        COMMANDS.append(made)
+        _LAB.append(made)
         return made
 
     return decorate
@@ -65,7 +66,7 @@ def up(folder: Path, ttl: float, volumes: int, tls: bool, disk_size: int) -> Non
     click.echo(json.dumps(described))
 
 
-COMMANDS.append(up)
+_LAB.append(up)
 
 
 @_command("down")
@@ -103,7 +104,7 @@ def execute(folder: Path | None, member: str, words: tuple[str, ...]) -> None:
     os.execvpe(argv[0], argv, environment)
 
 
-COMMANDS.append(execute)
+_LAB.append(execute)
 
 
 @_command("power-off")
@@ -211,3 +212,11 @@ def cut(lab: Lab, node: str, other: str, one_way: str | None) -> None:
 def join(lab: Lab, node: str, other: str) -> None:
     """Mend what `cut` cut."""
     lab.join(node, other)
+
+
+lab = click.Group(
+    "lab",
+    commands=_LAB,
+    help="A pair on this one machine, in network namespaces: for trying, demonstrating and testing. Needs root.",
+)
+COMMANDS: tuple[click.Command, ...] = (lab,)

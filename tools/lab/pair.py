@@ -187,7 +187,7 @@ class Lab:
             f'vips = ["{VIP}/{SUBNET.prefixlen}", "{VIP6}/{SUBNET6.prefixlen}", '
             f'{{ address = "{READ_VIP}/{SUBNET.prefixlen}", prefer = "standby" }}]\n'
             + (f"tls = {{ {files} }}\n\n" if tls else "\n")
-            + f'[share]\nenabled = true\nfolder = "{folder / "share"}"\n\n'
+            + f'[share]\nenabled = true\nguest = true\nfolder = "{folder / "share"}"\n\n'
             f"[http]\nport = {HTTP_PORT}\n\n"
             f'[alerts]\ncommand = ["sh", "-c", "cat >> {folder}/alerts.jsonl; echo >> {folder}/alerts.jsonl"]\n'
             f"settle_s = 2.0\n"

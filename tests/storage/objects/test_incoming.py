@@ -16,8 +16,8 @@ HEADER = b"header"
 
 
 class UnsyncedSpooled(LocalSpooled):
-    def finish(self) -> None:
-        super().finish()
+    def finish(self, digest: bytes = b"") -> None:
+        super().finish(digest)
         raise OSError(errno.EIO, "Input/output error")
 
 
@@ -34,6 +34,7 @@ def volumes(tmp_path: Path, *, failing: int, count: int = 2) -> Volumes:
     made = Volumes([tmp_path / f"disk{number}" for number in range(count)], 0)
     for slot in made.slots[:failing]:
         assert slot.volume
+        slot.volume.close()
         slot.volume = made._by_id[slot.volume.id].volume = FailingVolume(slot.path)
     return made
 

@@ -8,7 +8,7 @@ import pytest
 
 from storage.replication.link import Kind, Link
 from storage.replication.network import NewProtocol, Tcp
-from storage.replication.routes import Greeting, Routes
+from storage.replication.routes import WIRE, Greeting, Routes
 from tests.conftest import free_port
 
 LIMIT_S = 60
@@ -106,7 +106,7 @@ async def test_who_speaks_another_protocol_is_not_listened_to(pair: tuple[Node, 
     strange: list[Link] = []
     await cables[1].connect(lambda: Link(strange.append, lambda *_: None, lambda _: strange.clear()))
     await until(lambda: strange)
-    strange[0].send(Kind.USE, 0, msgspec.msgpack.encode(Greeting((2, 0), "9.9")))
+    strange[0].send(Kind.USE, 0, msgspec.msgpack.encode(Greeting((WIRE[0] + 1, 0), "9.9")))
     await until(lambda: not strange)
     assert len(answers.up) == before
 
@@ -157,15 +157,19 @@ async def test_a_network_that_only_answers_probes_is_left() -> None:
     there = [Cable("127.0.0.11", "127.0.0.21", port), Cable("127.0.0.12", "127.0.0.22", port)]
     answers, dials = Node(False, list(here)), Node(True, list(there))
 
+    stay: list[Link] = []
+
     def ends_at_once(link: Link) -> None:
         dials.up.append(link)
         if dials.used == [there[0].name]:
             link.close("too large for this network")
+        else:
+            stay.append(link)
 
     dials.routes._on_up = ends_at_once
     await answers.routes.start()
     await dials.routes.start()
-    await until(lambda: dials.used == [there[1].name] and answers.used == [here[1].name])
+    await until(lambda: stay and dials.used == [there[1].name] and answers.used == [here[1].name])
     count = len(dials.up)
     await asyncio.sleep(3)
     assert len(dials.up) == count

@@ -15,7 +15,7 @@ CAUGHT_UP = {
     "whole": True,
     "whole_at": 50,
     "commit": 60,
-    "heard_at": 99.5,
+    "read_from": 99.5,
 }
 
 
@@ -46,7 +46,7 @@ def test_follows() -> None:
         {"leading": True},
         {"whole_at": None},
         {"commit": 49},  # it was away: what the primary had when it joined isn't all here yet
-        {"heard_at": 98.0},  # this process was stopped, and doesn't know yet what it has missed
+        {"read_from": 98.0},  # this process was stopped: what it reads now may have lain in a buffer
     ],
     ids=lambda change: next(iter(change)),
 )

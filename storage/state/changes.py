@@ -1,0 +1,157 @@
+"""What each change does to the tables of the catalogue, inside a transaction."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import msgspec
+
+from storage.state import rows
+from storage.state.kv import Transaction
+from storage.state.model import (
+    Delete,
+    Entry,
+    Leaving,
+    Location,
+    Put,
+    Task,
+    TaskDone,
+    Tombstone,
+    Void,
+    decode_entry,
+    decode_instance,
+    decode_location,
+    encode,
+)
+
+ADOPTED: Final = "adopted-"  # instead of a spool name: a file that was taken over where it lay
+DIVERGED: Final = "diverged: prepared here and not committed"
+
+
+def same_copy(one: Location, other: Location) -> bool:
+    """The same file, published or not."""
+    return (one.volume, one.spool) == (other.volume, other.spool)
+
+
+def seq_key(seq: int) -> bytes:
+    return seq.to_bytes(8, "big")
+
+
+def meta(txn: Transaction, name: str, default: Any) -> Any:
+    value = txn.get("meta", name.encode())
+    return default if value is None else msgspec.msgpack.decode(value)
+
+
+def put_meta(txn: Transaction, meta: Mapping[str, Any]) -> None:
+    for name, value in meta.items():
+        txn.put("meta", name.encode(), msgspec.msgpack.encode(value))
+
+
+def below(txn: Transaction, table: str, prefix: bytes) -> Iterator[bytes]:
+    for key, _ in txn.scan(table, prefix):
+        if not key.startswith(prefix):
+            return
+        yield key
+
+
+def locate(txn: Transaction, entry: Entry, location: Location | None) -> None:
+    key = seq_key(entry.seq)
+    if location is not None:
+        txn.put("location", key, encode(location))
+    elif isinstance(entry.operation, Put):
+        txn.put("missing", key, b"no disk took it")
+
+
+def leave(txn: Transaction, location: Location, sop_instance: str, reason: str, *, keep: bool = True) -> None:
+    leaving = Leaving(location, sop_instance, reason, keep)
+    txn.put("leaving", f"{location.volume}/{location.spool}".encode(), encode(leaving))
+
+
+def withdraw(txn: Transaction, seq: int, sop_instance: str, reason: str) -> None:
+    """This node's copy of an entry is no longer wanted."""
+    key = seq_key(seq)
+    raw = txn.get("location", key)
+    if raw is not None:
+        leave(txn, decode_location(raw), sop_instance, reason)
+        txn.delete("location", key)
+    txn.delete("missing", key)
+
+
+def truncate(txn: Transaction, after: int) -> None:
+    dropped = [decode_entry(value) for _, value in txn.scan("log", seq_key(after + 1))]
+    for entry in dropped:
+        if isinstance(entry.operation, Put):
+            withdraw(txn, entry.seq, entry.operation.sop_instance, DIVERGED)
+        txn.delete("log", seq_key(entry.seq))
+
+
+def lose(txn: Transaction, seq: int, why: str, was: Location) -> None:
+    """The copy of an entry that was at a certain place is gone."""
+    entry, raw = txn.get("log", seq_key(seq)), txn.get("location", seq_key(seq))
+    if entry is None or not isinstance(decode_entry(entry).operation, Put):
+        return  # deleted or cut off meanwhile
+    if raw is not None and not same_copy(decode_location(raw), was):
+        return  # it was made again elsewhere meanwhile
+    txn.delete("location", seq_key(seq))
+    # Where it was: on a disk that comes back it is found again.
+    txn.put("missing", seq_key(seq), encode(was) if was.volume else why.encode())
+
+
+def move(txn: Transaction, seq: int, location: Location) -> None:
+    key = seq_key(seq)
+    entry, old = txn.get("log", key), txn.get("location", key)
+    if entry is None or not isinstance(operation := decode_entry(entry).operation, Put):
+        if not location.spool.startswith(ADOPTED):  # that one's place may be somebody else's by now
+            leave(txn, location, "", "deleted while it was being copied")
+        return
+    before = decode_location(old) if old is not None else location
+    if before.spool != location.spool and (before.volume, before.path) != (location.volume, location.path):
+        leave(txn, before, operation.sop_instance, "copied to another volume", keep=False)
+    txn.put("location", key, encode(location))
+    txn.delete("missing", key)
+
+
+def apply(txn: Transaction, entry: Entry, location: Location | None) -> int:
+    """Returns by how many bytes the archive grew."""
+    operation = entry.operation
+    if isinstance(operation, Put):
+        return apply_put(txn, entry.seq, operation, location)
+    if isinstance(operation, Delete):
+        return apply_delete(txn, entry.seq, operation)
+    if isinstance(operation, Task):
+        txn.put("task", operation.id.encode(), encode(operation))
+    elif isinstance(operation, TaskDone):
+        txn.delete("task", operation.id.encode())
+    return 0
+
+
+def apply_put(txn: Transaction, seq: int, put: Put, location: Location | None) -> int:
+    uid = put.sop_instance.encode()
+    raw = txn.get("instance", uid)
+    grown = put.length
+    if raw is not None and (old := decode_instance(raw)).seq != seq:
+        grown -= rows.remove(txn, old.put)
+        supersede(txn, old.seq, old.put, "replaced by a newer version")
+        if not rows.says_the_same(old.put, put):
+            rows.made_anew(txn, old.put.study)
+    if location is not None and txn.get("missing", seq_key(seq)) is None:
+        txn.put("location", seq_key(seq), encode(location))
+    rows.add(txn, seq, put)
+    txn.delete("tombstone", uid)
+    return grown
+
+
+def apply_delete(txn: Transaction, seq: int, delete: Delete) -> int:
+    shrunk = 0
+    for old in rows.matching(txn, delete):
+        shrunk += rows.remove(txn, old.put)
+        supersede(txn, old.seq, old.put, f"deleted: {delete.reason}")
+        txn.put("tombstone", old.put.sop_instance.encode(), encode(Tombstone(seq, delete.reason, delete.at)))
+    rows.made_anew(txn, delete.study)
+    return -shrunk
+
+
+def supersede(txn: Transaction, seq: int, put: Put, reason: str) -> None:
+    withdraw(txn, seq, put.sop_instance, reason)
+    raw = txn.get("log", seq_key(seq))
+    if raw is not None:
+        txn.put("log", seq_key(seq), encode(Entry(decode_entry(raw).epoch, seq, Void())))

@@ -32,6 +32,8 @@ GAUGES: Final = {
     "tandem_missing": "Copies of this node that are to be made again",
     "tandem_unreadable": "Objects without a good copy on either node",
     "tandem_conflicts": "Studies that name more than one patient",
+    "tandem_uncommitted": "Entries of the log that wait for both nodes",
+    "tandem_unpublished": "Entries of the log that readers don't see yet",
     "tandem_behind": "Entries that the other node lacks",
     "tandem_linked": "1 while the other node is heard",
     "tandem_etcd": "1 while etcd answers",
@@ -47,6 +49,7 @@ class Health:
         self._looked_at = float("-inf")
         self._registry = meter.registry
         self._gauges = {name: Gauge(name, about, registry=self._registry) for name, about in GAUGES.items()}
+        store.measure(commit=meter.commit.observe, sync=meter.sync.observe)
         self._free = Gauge("tandem_volume_free_bytes", "Free space", ["path"], registry=self._registry)
         self._online = Gauge("tandem_volume_online", "1 while in service", ["path"], registry=self._registry)
 
@@ -107,6 +110,8 @@ class Health:
             "missing": status["healing"]["missing"],
             "unreadable": status["healing"]["unreadable"],
             "conflicts": status["conflicts"],
+            "uncommitted": self._store.uncommitted,
+            "unpublished": self._store.lag,
             "behind": status["catch_up"]["behind"],
             "linked": status["catch_up"]["linked"],
             "etcd": status["etcd"],

@@ -82,6 +82,13 @@ class Meter:
             buckets=SECONDS,
             registry=registry,
         )
+        self.commit = Histogram(
+            "tandem_commit_seconds",
+            "From the proposal of an entry until both nodes have it",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.sync = Histogram("tandem_sync_seconds", "Of the file of an object", buckets=SECONDS, registry=registry)
         self._received = Counter("tandem_received_bytes", "Bytes of data sets that were stored", registry=registry)
         self._answers = Counter("tandem_answers", "Answers and sub-operations", ["service"], registry=registry)
         self._associations = Counter("tandem_associations", "Associations asked for", ["outcome"], registry=registry)

@@ -71,6 +71,7 @@ class Ingest:
         self._examine, self._not_kept = examine, not_kept
         self._state_is_full = state_is_full
         self._study_volume: dict[str, str] = {}
+        self.on_commit: Callable[[float], object] = lambda seconds: None
 
     def begin(self, header: bytes) -> Upload:
         """Start an object. `header` is what precedes the data set. Raises NotServing or NoRoom."""
@@ -143,8 +144,10 @@ class Ingest:
             await upload.discard()
             raise NotServing("no longer the primary")
         upload.keep()
+        start = self._clock()
         try:
             await self._propose(put, upload)
+            self.on_commit(self._clock() - start)
         finally:
             self._volumes.on_their_way.discard(incoming)  # committed; or given up, and then it is swept away some time
         return True

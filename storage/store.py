@@ -123,6 +123,16 @@ class Store:
         self._engine.on_stepped_down, self._engine.on_drain = stepped_down, drain
         self._engine.duty.busy = busy
 
+    def measure(self, *, commit: Callable[[float], object], sync: Callable[[float], object]) -> None:
+        """Both are called with seconds: from the proposal of an entry until both nodes have it, on the event loop; for
+        the sync of an object's file, in any thread."""
+        self._engine.ingest.on_commit, self._engine.volumes.on_sync = commit, sync
+
+    @property
+    def uncommitted(self) -> int:
+        """Entries of the log that not every node in sync has yet."""
+        return self._engine.core.accepted - self._engine.core.commit
+
     def note_drained(self) -> None:
         """The last request that a switchover waits for has ended."""
         if not self._engine.duty.busy():

@@ -76,6 +76,7 @@ class Volumes:
         for slot in self.slots:
             if slot.volume and (twin := self._by_id.setdefault(slot.volume.id, slot)) is not slot:
                 raise TwoOfOne(twin.path, slot.path)
+        self.on_sync: Callable[[float], object] = lambda seconds: None  # in the thread that has synced an object
         self.on_their_way: weakref.WeakSet[Incoming] = weakref.WeakSet()  # objects not yet named by any entry
         self.on_failed: Callable[[str], None] = lambda volume_id: None
         self.on_out: Callable[[str], None] = lambda volume_id: None  # hung or away: it may come back
@@ -226,6 +227,7 @@ class Volumes:
 
     def took(self, volume_id: str, seconds: float) -> None:
         """How long the disk took for one object; a slow one is avoided for a while."""
+        self.on_sync(seconds)
         slot = self._by_id.get(volume_id)
         if slot is not None and seconds > self._slow_io_s:
             log.warning("volume.slow", volume=volume_id, seconds=round(seconds, 1))

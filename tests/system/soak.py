@@ -65,6 +65,11 @@ def faults(lab: Lab, rng: random.Random) -> dict[str, Callable[[str], None]]:
         pause()
         lab.disks(node).empty(number)
 
+    def slow(node: str) -> None:
+        lab.slow(node, rng.choice([8, 16, 40]))
+        pause()
+        lab.slow(node, 0)
+
     def crash(node: str) -> None:
         lab.order(node, "crash", point=rng.choice(POINTS), count=rng.randint(1, 20))
 
@@ -78,8 +83,9 @@ def faults(lab: Lab, rng: random.Random) -> dict[str, Callable[[str], None]]:
         "kill gateway": lambda node: lab.kill(node, "gateway"),
         "kill ha": lambda node: lab.kill(node, "ha"),
         "kill etcd": lambda node: lab.kill(node, "etcd"),
+        "slow line": slow,
         "disk full": fill,
-        "disk hangs": lambda node: lab.disks(node).stall(rng.randint(1, VOLUMES), rng.uniform(0.5, 3.0)),
+        "disk hangs": lambda node: lab.disks(node).stall(rng.randint(1, VOLUMES), rng.uniform(0.5, 15.0)),
         "disk dies": lambda node: lab.disks(node).fail(rng.randint(1, VOLUMES)),
         "crash point": crash,
     }

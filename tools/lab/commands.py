@@ -214,6 +214,14 @@ def join(lab: Lab, node: str, other: str) -> None:
     lab.join(node, other)
 
 
+@_command("slow")
+@node_argument
+@click.argument("mbit", type=click.IntRange(0))
+def slow(lab: Lab, node: str, mbit: int) -> None:
+    """Let no more than MBIT megabits a second reach NODE on each of its cables; 0: as fast as it goes."""
+    lab.slow(node, mbit)
+
+
 lab = click.Group(
     "lab",
     commands=_LAB,

@@ -118,6 +118,17 @@ def plug(member: str) -> None:
         ip("-n", HUB, "link", "set", port, "up")
 
 
+def slow(member: str, mbit: int) -> None:
+    """Let no more than so many megabits a second reach a member on each of its cables; what comes too fast queues, for
+    0.4 s at most, as in a switch. 0: as fast as it goes."""
+    shape = ["root", "tbf", "rate", f"{mbit}mbit", "burst", "128kb", "latency", "400ms"]
+    for port in ports(member):
+        command = ["replace", "dev", port, *shape] if mbit else ["delete", "dev", port, "root"]
+        done = subprocess.run(["ip", "netns", "exec", HUB, "tc", "qdisc", *command], capture_output=True, text=True)
+        if done.returncode and mbit:
+            raise LabError(f"tc: {done.stderr.strip()}")
+
+
 def unplug_for_good(member: str) -> None:
     for port in ports(member):
         ip("-n", HUB, "link", "del", port)

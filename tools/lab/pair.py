@@ -299,6 +299,10 @@ class Lab:
         else:
             lab_network.mend(node, other)
 
+    def slow(self, node: str, mbit: int) -> None:
+        """Let no more than so many megabits a second reach a node on each of its cables; 0: as fast as it goes."""
+        lab_network.slow(node, mbit)
+
     def cut_etcd(self, node: str, other: str) -> None:
         """Cut only what a node and another member say over etcd's ports; `join(node, "etcd_" + other)` mends it."""
         lab_network.cut_etcd(node, other)

@@ -335,6 +335,7 @@ class Engine(Parts):
     def _stepped_down(self) -> None:
         self.duty.stepped_down()
         self._pendings.fail(NotServing("another node has taken over"))
+        self.peering.release()
         self._spawn(self._abandon_soon())
         self.on_stepped_down()
         if self.settings.cluster is None:

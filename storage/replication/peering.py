@@ -31,6 +31,7 @@ HELD_CHUNKS_MAX: Final = 4
 WINDOW_BYTES: Final = 4 << 20  # of one stream, sent and not taken by the other node's disk
 UNCLAIMED_S: Final = 30.0
 STALLED_S: Final = 60.0  # nothing of a stream comes or goes
+CREDIT_S: Final = 30.0  # longer than a disk is waited for: the peer then takes what it can't keep, and says so
 LISTING_S: Final = 300.0
 
 
@@ -174,10 +175,17 @@ class Peering:
         return self.link is not None and self._windows.get(stream, 1) <= 0
 
     async def stream_room(self, stream: int) -> None:
-        """Wait until the peer has taken what was sent of a stream, or the link has ended."""
+        """Wait until the peer has taken what was sent of a stream, or the link has ended. A link over which nothing of
+        any stream is taken is ended: no entry waits for it that would show it."""
         while self.is_blocked(stream):
+            link = self.link
             self._credited.clear()
-            await self._credited.wait()
+            try:
+                async with asyncio.timeout(CREDIT_S):
+                    await self._credited.wait()
+            except TimeoutError:
+                if link is self.link:
+                    self.drop("nothing that is sent is taken")
 
     def chunk(self, stream: int, chunk: bytearray) -> None:
         if stream in self._windows:
@@ -202,6 +210,11 @@ class Peering:
         self._windows.pop(stream, None)
         if self.link:
             self.link.send(Kind.END, stream)
+
+    def release(self) -> None:
+        """Nobody waits any more until the peer takes what was sent: this node doesn't serve now."""
+        self._windows = {stream: left for stream, left in self._windows.items() if stream & FETCH_STREAM_BIT}
+        self._credited.set()
 
     def abort_stream(self, stream: int) -> None:
         self._windows.pop(stream, None)

@@ -7,7 +7,7 @@ import pytest
 from tests.simulation.store_world import StoreGateway, StoreWorld, small
 from tests.simulation.world import drive
 
-OBJECT_BYTES = 60_000  # a 100 MB object at 5 MB/s takes as long
+SIZE = 36_000  # gives objects of 58 KB: 20 s, as 100 MB take at 5 MB/s
 WIRE_BYTES_S = 3_000.0
 
 
@@ -38,7 +38,7 @@ class SlowWorld(StoreWorld):
             await asyncio.sleep(25.0)
 
     def _size(self) -> int:
-        return OBJECT_BYTES
+        return SIZE
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 
+PACKET_BYTES = 1500
+
+
 class End:
     """One end of a connection, as the transport of a protocol."""
 
@@ -32,9 +35,13 @@ class End:
         rng, loop = self.world.rng, self.world.loop
         delay = 0.0003 if rng.random() < 0.98 else rng.random()
         self._arrives = max(self._arrives + 1e-6, loop.now + delay)
-        if self.world.wire_bytes_s:
-            self._arrives += len(data) / self.world.wire_bytes_s
-        loop.post(self.other.process, self._arrives - loop.now, self.other.receive, data)
+        if not self.world.wire_bytes_s:
+            loop.post(self.other.process, self._arrives - loop.now, self.other.receive, data)
+            return
+        for at in range(0, len(data), PACKET_BYTES):  # what is sent at once doesn't arrive at once
+            packet = data[at : at + PACKET_BYTES]
+            self._arrives += len(packet) / self.world.wire_bytes_s
+            loop.post(self.other.process, self._arrives - loop.now, self.other.receive, packet)
 
     def receive(self, data: bytes) -> None:
         if self._closed:

@@ -335,7 +335,7 @@ def conditions(view: View, gateway: Report, state: State) -> list[Condition]:
         Condition("epoch", gateway.promised <= state.epoch, "known" if gateway.promised <= state.epoch else old),
         Condition(
             "the other node's epoch",
-            not gateway.linked or gateway.peer_promised <= state.epoch,
+            not gateway.linked or gateway.foreign or gateway.peer_promised <= state.epoch,
             ahead if gateway.linked and gateway.peer_promised > state.epoch else "known",
         ),
         Condition("complete copy", _whole_enough(view, gateway, state), whole),

@@ -411,8 +411,10 @@ class Journal:
                 self._check(generation)
             except (OSError, LookupError) as error:
                 self._check(generation, volume_id, error)
-                failure = error if isinstance(error, OSError) else OSError(errno.EIO, str(error))
-                self._volumes.failed(volume_id, failure)
+                failure = OSError(errno.EIO, "the volume is out of service")
+                if isinstance(error, OSError):  # otherwise it only hangs or is away, and may come back
+                    failure = error
+                    self._volumes.failed(volume_id, failure)
                 self._without(work, volume_id, failure)
 
     def _without(self, work: Work, volume_id: str, error: OSError) -> None:

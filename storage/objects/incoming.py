@@ -336,10 +336,14 @@ class Incoming:
         if self.on_taken:
             self.on_taken(sum(len(chunk) for chunk in self._queue))
         self._queue.clear()
-        while self._job is not None:
-            await asyncio.wait([self._job])
-        if self._finishing:
-            await asyncio.wait([self._finishing])
+        try:
+            async with asyncio.timeout(DISCARD_S):
+                while self._job is not None:
+                    await asyncio.wait([self._job])
+                if self._finishing:
+                    await asyncio.wait([self._finishing])
+        except TimeoutError:
+            return  # its disk hangs; what is there is swept up once it answers
         spooled = self._spooled
         if spooled:
             with contextlib.suppress(OSError):  # a disk that hangs keeps it; the sweep sets it aside

@@ -79,6 +79,9 @@ async def look(etcd: HttpEtcd, name: str) -> Cluster:
     return Cluster(etcd, prefix, {kv.key.removeprefix(prefix): kv for kv in await etcd.get_prefix(prefix)})
 
 
+UNSEEN_EPOCHS: Final = 1 << 20
+
+
 def with_etcd(config: Path | None, work: Callable[[Settings, ClusterSettings, HttpEtcd], Awaitable[T]]) -> T:
     """Run `work` with a connection to the cluster's etcd."""
     settings = settings_of(config)
@@ -176,6 +179,8 @@ def failover(config: Path | None, force: bool, yes: bool, as_json: bool) -> None
         before = found.state.revision if found.state else 0
         if now.leader or (now.state.revision if now.state else 0) != before:
             return False  # it isn't any more what was shown
+        if refusal(now, mine, settings.node.name):
+            return False
         value = forced(now.state, mine, settings.node.name)
         key = f"{found.prefix}state"
         free = Compare(f"{found.prefix}leader", "create", 0)
@@ -211,9 +216,10 @@ def refusal(found: Cluster, mine: Report, node: str) -> str:
 
 
 def forced(state: State | None, mine: Report, node: str) -> StateValue:
-    """The state in which only this node, as it is, is in sync; in an epoch above all that either node has promised."""
+    """The state in which only this node, as it is, is in sync; in an epoch above all that either node has promised, and
+    far above what a node that isn't heard may have led in: two logs never use the same epoch."""
     known = state.epoch if state else 0
-    epoch = max(known, mine.promised, mine.peer_promised if mine.linked else 0) + 1
+    epoch = max(known, mine.promised, mine.peer_promised if mine.linked else 0) + (1 if mine.linked else UNSEEN_EPOCHS)
     cluster_id = mine.cluster_id or (state.cluster_id if state else "") or str(uuid.uuid4())
     me = Member(node, mine.store_id, mine.incarnation)
     lineage = mine.lineage or str(uuid.uuid4())

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import xxhash
 
@@ -54,7 +54,7 @@ class Incoming:
         self._queue: list[bytearray | bytes] = [header] if header else []
         self._queued_bytes = len(header)
         self._chunk = bytearray()
-        self._job: asyncio.Future[None] | None = None
+        self._job: asyncio.Future[Spooled] | None = None
         self._spooled: Spooled | None = None
         self._failed: OSError | None = None
         self._finishing: asyncio.Future[bytes] | None = None
@@ -124,7 +124,7 @@ class Incoming:
         self._job = self._workers.run(self._write, queue, generation)
         self._job.add_done_callback(lambda job: self._written(job, size, generation))
 
-    def _written(self, job: "asyncio.Future[None]", size: int, generation: int) -> None:
+    def _written(self, job: "asyncio.Future[Spooled]", size: int, generation: int) -> None:
         if generation != self._generation:
             _seen(job)
             return
@@ -143,7 +143,7 @@ class Incoming:
         if self.on_drained and not self.backlogged:
             self.on_drained()
 
-    def _write(self, queue: list[bytearray | bytes], generation: int, digest: bool = True) -> None:
+    def _write(self, queue: list[bytearray | bytes], generation: int, digest: bool = True) -> Spooled:
         if digest:
             self._update_digest(queue)
         spooled = self._spooled
@@ -154,6 +154,7 @@ class Incoming:
                     raise OSError(errno.EAGAIN, "the disk answered too late")
                 self._spooled = spooled
         spooled.write(queue)
+        return spooled
 
     def _let_go(self) -> int:
         """Forget what waits for the disk; returns its bytes."""
@@ -295,15 +296,14 @@ class Incoming:
         job.add_done_callback(lambda done: self._last_written(done, generation))
 
     def _write_and_finish(self, queue: list[bytearray | bytes], generation: int, digest: bool = True) -> None:
-        if queue or self._spooled is None:
-            self._write(queue, generation, digest)
-        spooled = self._spooled
-        if spooled is None:
-            raise RuntimeError("nothing spooled")
+        spooled, volume = self._spooled, self.volume
+        if queue or spooled is None:
+            spooled = self._write(queue, generation, digest)
         crash.point("incoming.before_fsync")
         start = time.monotonic()
         spooled.finish(self._digest.digest())
-        self._placement.took(self.volume.id, time.monotonic() - start)
+        if generation == self._generation:  # a thread that was left behind has nothing to say of its successor's disk
+            self._placement.took(volume.id, time.monotonic() - start)
         crash.point("incoming.after_fsync")
 
     def _last_written(self, job: "asyncio.Future[None]", generation: int) -> None:
@@ -372,7 +372,7 @@ def _discard(spooled: Spooled) -> None:
         spooled.discard()
 
 
-def _seen(job: "asyncio.Future[None]") -> None:
+def _seen(job: "asyncio.Future[Any]") -> None:
     """Its error is nobody's business any more."""
     if not job.cancelled():
         job.exception()

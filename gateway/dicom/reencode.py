@@ -39,7 +39,9 @@ class Element:
     items: tuple[memoryview, ...] | None  # of a sequence of undefined length
 
 
-class _Reader:
+class _Layout:
+    """How tags and lengths lie in an encoding."""
+
     def __init__(self, encoding: Encoding) -> None:
         self.implicit, self.little, _ = encoding
         order = "<" if self.little else ">"
@@ -47,6 +49,8 @@ class _Reader:
         self.long = struct.Struct(f"{order}L")
         self.short = struct.Struct(f"{order}H")
 
+
+class _Reader(_Layout):
     def elements(self, data: memoryview, depth: int = 0) -> Iterator[Element]:
         """Raises CannotConvert."""
         at, size = 0, len(data)
@@ -126,14 +130,7 @@ class _Reader:
         return tuple(items)
 
 
-class _Writer:
-    def __init__(self, encoding: Encoding) -> None:
-        self.implicit, self.little, _ = encoding
-        order = "<" if self.little else ">"
-        self.tag = struct.Struct(f"{order}HH")
-        self.long = struct.Struct(f"{order}L")
-        self.short = struct.Struct(f"{order}H")
-
+class _Writer(_Layout):
     def element(self, tag: int, vr: bytes, value: bytes | memoryview) -> list[bytes | memoryview]:
         head = self.tag.pack(tag >> 16, tag & 0xFFFF)
         if self.implicit:

@@ -13,7 +13,6 @@ from gateway.dicom.upper_layer import Event, ProtocolError, UpperLayer
 
 RECEIVE_BYTES: Final = 256 << 10
 FIRST_BYTES: Final = 4 << 10  # until there is an association: a connection alone costs next to nothing
-WRITE_AHEAD_BYTES: Final = 1 << 20
 MESSAGE_ID_MAX: Final = 0xFFFF
 CLOSE_S: Final = 5.0
 

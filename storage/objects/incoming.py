@@ -175,7 +175,6 @@ class Incoming:
             self.restart()
         except (OSError, NoRoom) as raised:
             self._failed = error
-            self._job = self._since = None
             left = self._let_go()  # also without a listener: whoever feeds it waits for the backlog to go
             if self.on_taken:
                 self.on_taken(left)
@@ -191,11 +190,10 @@ class Incoming:
         Raises OSError for one that isn't, NoRoom."""
         with self._guard:
             self._generation += 1
-            broken, self._spooled = self._spooled, None
             whole = not self._partly
+            if whole:
+                self._spooled = None
         self._job = self._since = None
-        if broken is not None and not whole:
-            self._spooled = broken
         if not whole:
             raise OSError(errno.ETIMEDOUT, "the disk doesn't answer")
         self.volume = self._placement.choose()

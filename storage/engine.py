@@ -38,6 +38,7 @@ from storage.replication.pending import Pending, Pendings
 from storage.state.formats import bring_up_to_date
 from storage.state.model import Delete, Entry, Put, Task, TaskDone, encode
 from storage.state.soundness import closed
+from storage.upkeep.disks import LOOK_THREADS
 from storage.upkeep.recovery import recover
 from storage.workers import within
 
@@ -76,6 +77,7 @@ class Engine(Parts):
         view = around.view([volume.path / "archive" for volume in self.volumes])
         recovered = recover(self.catalogue, self.volumes, verify=settings.storage.verify_tail)
         self.disk = around.workers(DISK_THREADS, "disk")
+        self.looking = around.workers(LOOK_THREADS, "look")
         self.core = self._new_core(recovered.whole)
         self._furnish(around, view, recovered.away)
         self._queued = self.journal.applied
@@ -111,6 +113,7 @@ class Engine(Parts):
             await self.journal.checkpoint()
         self.journal.close()
         self.disk.stop()
+        self.looking.leave()
         self.catalogue.close()
         closed(self.settings.storage.state / "catalogue")
         self.volumes.close()

@@ -8,6 +8,7 @@ needs both. Should this node's last disk fail then, it stops leading, and whoeve
 import asyncio
 import errno
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -25,7 +26,7 @@ from storage.replication.peering import Peering
 from storage.replication.pending import Pending, Pendings
 from storage.replication.replica import Replica
 from storage.state.catalogue import Catalogue
-from storage.state.model import Delete, Entry, Location, Operation, Put, Task, TaskDone
+from storage.state.model import Delete, Entry, Operation, Put, Task, TaskDone
 from storage.workers import Threads
 
 STUDIES_REMEMBERED_MAX: Final = 4096
@@ -118,30 +119,27 @@ class Ingest:
         """Commit a finished object. `make(digest, length)` gives its record.
 
         Returns True if it is stored now, False if the same object was there already. Raises Conflict, NotServing,
-        NoRoom, or OSError when this node's disk failed.
+        NoRoom, or OSError when this node's disk failed. What isn't kept is discarded; nobody waits for that.
         """
+        try:
+            return await self._put(upload, make)
+        finally:
+            upload.discard_soon()
+
+    async def _put(self, upload: Upload, make: Callable[[bytes, int], Put]) -> bool:
         incoming = upload.incoming
         upload.complete()
         digest = incoming.digest_at_once() if self._asks_early() else None
         if digest is None:
-            try:
-                digest = await incoming.finish()
-            except (OSError, NoRoom):
-                await upload.discard()
-                raise
+            digest = await incoming.finish()
         put = make(digest, incoming.length)
         known = self._known(put)
         if known is not None:
-            try:
-                await incoming.finish()
-            except (OSError, NoRoom):
-                await upload.discard()
-                raise
+            await incoming.finish()
             if not self._replaces(put, known[0]):
                 return await self._again(upload, put, *known)
             put = msgspec.structs.replace(put, replaces=True)
         if not self._duty.may_serve:
-            await upload.discard()
             raise NotServing("no longer the primary")
         upload.keep()
         start = self._clock()
@@ -149,7 +147,10 @@ class Ingest:
             await self._propose(put, upload)
             self.on_commit(self._clock() - start)
         finally:
-            self._volumes.on_their_way.discard(incoming)  # committed; or given up, and then it is swept away some time
+            if incoming.waits:  # its sender has gone, and its entry still needs it
+                incoming.begin_finish().add_done_callback(lambda _: self._volumes.on_their_way.discard(incoming))
+            else:
+                self._volumes.on_their_way.discard(incoming)
         return True
 
     def _asks_early(self) -> bool:
@@ -183,10 +184,8 @@ class Ingest:
         if pending and pending.waiting:
             await asyncio.wait([pending.waiting])
             if self._core.commit < seq:
-                await upload.discard()
                 raise NotServing("no longer the primary")
         if await self._copies.intact(seq, known.length) or await self._examine(seq):
-            await upload.discard()
             return False
         if put.offset != known.offset:
             await upload.set_aside("the stored copy of it can't be read here now", put.sop_instance)
@@ -200,9 +199,7 @@ class Ingest:
         pending, waiting = self._pend(put, upload.stream)
         incoming = upload.incoming
         if incoming.in_memory and self._journal.idle:
-            self._journal.append_landing(
-                pending.entry, lambda: self._land(pending, incoming), lambda: incoming.volume.id, incoming.restart
-            )
+            self._journal.append_landing(pending.entry, incoming, partial(setattr, pending, "location"))
         elif incoming.begin_finish().done():
             self._landed(pending, incoming)
         else:
@@ -231,12 +228,6 @@ class Ingest:
         pending = Pending(Entry(self._core.epoch, seq, operation), None, stream, waiting)
         self._pendings.add(pending)
         return pending, waiting
-
-    def _land(self, pending: Pending, incoming: Incoming) -> Location:
-        """In the journal's thread."""
-        incoming.land_here()
-        pending.location = incoming.location
-        return pending.location
 
     def _landed(self, pending: Pending, incoming: Incoming) -> None:
         """The bytes of a proposed entry are durable here, or will never be."""

@@ -6,20 +6,22 @@ rows) comes in batches of its own rhythm: when a reader waits, after a moment, o
 
 import asyncio
 import errno
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 import structlog
 
 from storage import crash
+from storage.objects.incoming import Incoming
 from storage.objects.view import Showing
 from storage.objects.volume import NoRoom
 from storage.objects.volumes import Volumes
+from storage.publishing import Publishing
 from storage.state.catalogue import Batch, Catalogue, same_copy
-from storage.state.model import Delete, Entry, Location, Put
+from storage.state.model import Entry, Location, Put
+from storage.turns import Turns
 from storage.workers import Threads, WorkersFactory
 
 log = structlog.get_logger()
@@ -30,18 +32,20 @@ APPLIES_WAITING_MAX: Final = 64
 CHECKPOINT_INTERVAL_S: Final = 5.0
 BUSY_S: Final = 0.25
 
-Land = Callable[[], Location]
+Land = Callable[[int], Location]
 
 
 @dataclass
 class Ready:
-    """An entry to be written. `land`, if it is given, makes its bytes durable first, in the journal's thread."""
+    """An entry to be written. `land(attempt)`, if it is given, makes its bytes durable first, in the journal's
+    thread."""
 
     entry: Entry
     location: Location | None
     land: Land | None = None
     aim: Callable[[], str] | None = None  # the volume on which `land` would put it now
-    restart: Callable[[], None] | None = None  # before `land` is tried again on another volume; raises OSError, NoRoom
+    restart: Callable[[], int] | None = None  # the next attempt, on another volume; raises OSError, NoRoom
+    attempt: int = 0  # of landing it: what an earlier one does, in a thread that was left behind, is for nothing
 
 
 @dataclass
@@ -53,10 +57,6 @@ class Work:
     waiters: list["asyncio.Future[None]"]
     stuck: tuple[int, Exception] | None = None
     committed: bool = False
-
-
-class LeftBehind(Exception):
-    """This thread was held by a disk for so long that another one does its work."""
 
 
 class Journal:
@@ -76,14 +76,13 @@ class Journal:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`on_stuck(seq, error)`: no disk took the bytes of this entry; it and those after it are forgotten."""
-        self._catalogue, self._volumes, self._view = catalogue, volumes, view
+        self._catalogue, self._volumes = catalogue, volumes
+        self._turns = Turns(volumes, clock)
+        self._tree = Publishing(catalogue, volumes, view, self._turns)
         self._on_durable, self._on_applied = on_durable, on_applied
-        self._on_stuck, self._on_failed, self._clock = on_stuck, on_failed, clock
+        self._on_stuck, self._on_failed = on_stuck, on_failed
         self._workers = workers
         self._thread: Threads = workers(1, "journal")
-        self._generation = 0  # of the thread; one that a disk holds is left behind
-        self._gate = threading.Lock()  # held while a batch is committed: it isn't left behind then
-        self._doing: tuple[str, float] | None = None  # (volume, "" for the state folder; since when)
         self._work: Work | None = None  # under way
         self._appends: list[Ready] = []
         self._early: dict[int, Ready] = {}  # bytes are durable, an entry before it isn't
@@ -96,8 +95,6 @@ class Journal:
         self._broken: BaseException | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._publishing: set[asyncio.Future[None]] = set()  # one by one, beside the batches
-        self._touched: dict[str, set[str]] = {}
-        self._syncing: dict[str, set[str]] = {}  # those that a batch under way syncs
         self._checkpointed_at = 0.0
         self._appended_at = float("-inf")
         self._checkpointed = 0
@@ -128,10 +125,16 @@ class Journal:
         """Write an entry whose bytes are durable, once all those before it are written."""
         self._append(Ready(entry, location))
 
-    def append_landing(self, entry: Entry, land: Land, aim: Callable[[], str], restart: Callable[[], None]) -> None:
+    def append_landing(self, entry: Entry, incoming: Incoming, landed: Callable[[Location], None]) -> None:
         """Land the bytes and write the entry in one go: the shortest way while the journal has nothing else to do.
-        `aim()` is the volume that it goes to; `restart()` comes before another try, on another one."""
-        self._append(Ready(entry, None, land, aim, restart))
+        `landed(location)` is called in the journal's thread."""
+
+        def land(attempt: int) -> Location:
+            incoming.land_here(attempt)
+            landed(incoming.location)
+            return incoming.location
+
+        self._append(Ready(entry, None, land, lambda: incoming.volume.id, incoming.restart, incoming.attempt))
 
     def _append(self, ready: Ready) -> None:
         self._early[ready.entry.seq] = ready
@@ -191,14 +194,7 @@ class Journal:
 
     async def publish_again(self, location: Location) -> None:
         """Move a copy into the tree that is recorded there and wasn't moved. Raises OSError if its disk hangs."""
-
-        generation = self._generation
-
-        def publish() -> None:
-            self._publish("", location, generation)
-            self._doing = None
-
-        job = self._thread.run(publish)
+        job = self._thread.run(self._publish_again, location, self._turns.now)
         self._publishing.add(job)
         try:
             await job
@@ -263,16 +259,16 @@ class Journal:
         self._hand_over(work, loop)
 
     def _hand_over(self, work: Work, loop: asyncio.AbstractEventLoop) -> None:
-        generation, self._work = self._generation, work
-        job = self._thread.run(self._write, work, loop, generation)
-        job.add_done_callback(lambda done: self._written(done, work, generation))
+        turn, self._work = self._turns.now, work
+        job = self._thread.run(self._write, work, loop, turn)
+        job.add_done_callback(lambda done: self._written(done, work, turn))
 
-    def _written(self, job: "asyncio.Future[None]", work: Work, generation: int) -> None:
-        if generation != self._generation:
+    def _written(self, job: "asyncio.Future[None]", work: Work, turn: int) -> None:
+        if turn != self._turns.now:
             if not job.cancelled():
                 job.exception()  # left behind; what it did is done anew
             return
-        self._running, self._doing, self._work = False, None, None
+        self._running, self._work = False, None
         if job.cancelled():
             return
         if error := job.exception():
@@ -302,20 +298,17 @@ class Journal:
 
     def hangs(self, seconds: float) -> str | None:
         """What has held the thread for so long: a volume, "" for the disk of the state folder; None for nothing."""
-        doing = self._doing
-        return doing[0] if doing is not None and self._clock() - doing[1] > seconds else None
+        return self._turns.held(seconds)
 
-    def leave_thread(self) -> None:
-        """The volume that holds the thread is out of service: another thread does the work anew without it."""
+    def leave_thread(self, seconds: float) -> None:
+        """The volume that has held the thread for so long is out of service: another thread does the work anew without
+        it."""
         work = self._work
-        if not self._gate.acquire(blocking=False):
-            return  # it is committing at this moment
-        try:
-            self._generation += 1
-        finally:
-            self._gate.release()
+        if not self._turns.next(seconds):
+            return
         log.error("journal.left_thread", entries=len(work.ready) if work else 0)
-        self._thread, self._doing = self._workers(1, "journal"), None
+        self._thread.leave()
+        self._thread = self._workers(1, "journal")
         for job in self._publishing:
             if not job.done():
                 job.set_exception(OSError(errno.ETIMEDOUT, "the disk doesn't answer"))
@@ -327,11 +320,9 @@ class Journal:
             self._running, self._work = False, None
             self._completed(work)
             return
-        batch = replace(work.batch, appends=[], moved=dict(work.batch.moved))
-        if batch.meta.pop("checkpoint", None) is not None:  # the next one, with all that was to be synced for this
+        batch = self._tree.sync_again(work.batch)
+        if "checkpoint" in work.batch.meta:
             self._checkpointed, self._checkpointed_at = 0, float("-inf")
-            for volume_id, directories in self._syncing.items():
-                self._touched.setdefault(volume_id, set()).update(directories)
         again = Work(work.ready, batch, work.waiters)
         for number, ready in enumerate(work.ready):
             try:
@@ -344,7 +335,7 @@ class Journal:
     def _ready_again(self, ready: Ready) -> None:
         """Raises OSError or NoRoom if its bytes can't be had any more."""
         if ready.restart:
-            ready.restart()
+            ready.attempt = ready.restart()
         elif ready.location:
             try:
                 self._volumes.get(ready.location.volume)
@@ -353,69 +344,59 @@ class Journal:
 
     # -- the thread's side -------------------------------------------------------------------------------------
 
-    def _write(self, work: Work, loop: asyncio.AbstractEventLoop, generation: int) -> None:
-        self._land(work, generation)
+    def _write(self, work: Work, loop: asyncio.AbstractEventLoop, turn: int) -> None:
+        self._land(work, turn)
         batch = work.batch
-        self._sync_names(work, generation)
-        self._place_all(batch)
+        self._sync_names(work, turn)
+        self._tree.place_all(batch, self.applied)
         if "checkpoint" in batch.meta:
-            self._sync_tree(generation)
+            self._tree.sync(turn)
         crash.point("journal.before_commit")
-        with self._gate:
-            self._check(generation)
-            self._doing = ("", self._clock())
+        with self._turns.committing(turn):
             self._catalogue.write(batch)
-            work.committed, self._syncing = True, {}
+            work.committed = True
+            self._tree.synced()
         crash.point("journal.after_commit")
         if batch.appends:
             loop.call_soon_threadsafe(self._on_durable, batch.appends[-1][0].seq)
-        for entry, location in batch.applies:
-            if location and isinstance(entry.operation, Put):
-                self._publish(entry.operation.study, location, generation)
-        for location in batch.moved.values():
-            if location.path:
-                self._publish("", location, generation)
-        self._doing = None
+        self._tree.publish_all(batch, turn)
+        self._turns.done(turn)
         crash.point("journal.after_publish")
 
-    def _check(self, generation: int, volume_id: str = "", error: Exception | None = None) -> None:
-        """Go no further in a thread that was left behind. What its disk said in the end counts all the same: nobody
-        will be told of that error again. Raises LeftBehind."""
-        if generation != self._generation:
-            if isinstance(error, OSError):
-                self._volumes.failed(volume_id, error)
-            raise LeftBehind
+    def _publish_again(self, location: Location, turn: int) -> None:
+        self._tree.publish(location, turn)
+        self._turns.done(turn)
 
-    def _land(self, work: Work, generation: int) -> None:
+    def _land(self, work: Work, turn: int) -> None:
         for ready in work.ready:
+            self._turns.at(turn, self._volume_of(ready))
             try:
-                self._doing = (self._volume_of(ready), self._clock())
-                location = ready.land() if ready.land else ready.location
-                self._check(generation)
+                location = ready.land(ready.attempt) if ready.land else ready.location
             except (OSError, NoRoom) as error:
-                self._check(generation)  # `land` has told of it
+                self._turns.check(turn)  # `land` has told of it
                 work.stuck = (ready.entry.seq, error)
                 return
+            self._turns.check(turn)
             work.batch.appends.append((ready.entry, location))
 
     def _volume_of(self, ready: Ready) -> str:
         return ready.location.volume if ready.location else ready.aim() if ready.aim else "?"
 
-    def _sync_names(self, work: Work, generation: int) -> None:
+    def _sync_names(self, work: Work, turn: int) -> None:
         batch = work.batch
         named = [location for _, location in batch.appends if location] + list(batch.moved.values())
         for volume_id in {location.volume for location in named}:
+            self._turns.at(turn, volume_id)
             try:
-                self._doing = (volume_id, self._clock())
                 self._volumes.get(volume_id).sync_spool()
-                self._check(generation)
             except (OSError, LookupError) as error:
-                self._check(generation, volume_id, error)
+                self._turns.check(turn, volume_id, error)
                 failure = OSError(errno.EIO, "the volume is out of service")
                 if isinstance(error, OSError):  # otherwise it only hangs or is away, and may come back
                     failure = error
                     self._volumes.failed(volume_id, failure)
                 self._without(work, volume_id, failure)
+        self._turns.check(turn)
 
     def _without(self, work: Work, volume_id: str, error: OSError) -> None:
         """A disk failed between bytes and names: nothing on it counts."""
@@ -426,70 +407,3 @@ class Journal:
                 work.stuck = (entry.seq, error)
                 del batch.appends[number:]
                 return
-
-    def _sync_tree(self, generation: int) -> None:
-        """All renames of applied entries were done before; after this sync recovery needn't look at them again."""
-        touched, self._touched = self._touched, {}
-        self._syncing = touched
-        for volume_id, directories in touched.items():
-            try:
-                self._doing = (volume_id, self._clock())
-                self._volumes.get(volume_id).sync_directories(directories)
-                self._check(generation)
-            except (OSError, LookupError) as error:
-                # A dead disk: its copies are noted as lost and made again; until then nothing on it is relied on.
-                log.error("tree.not_synced", volume=volume_id, error=type(error).__name__)
-                if isinstance(error, OSError):
-                    self._volumes.failed(volume_id, error)
-
-    def _place_all(self, batch: Batch) -> None:
-        """Say where each object will be in the tree. Until it is moved there it is found in the spool; the record comes
-        before the rename, so that a copy is always at one of the two."""
-        if not batch.applies and not batch.moved:
-            return
-        fresh: dict[str, str] = {}
-        taken = self._catalogue.leaving_paths()
-        deleted = False
-        for number, (entry, location) in enumerate(batch.applies):
-            deleted = deleted or isinstance(entry.operation, Delete)
-            location = self._catalogue.location(entry.seq) or location  # it may have been made again elsewhere
-            batch.applies[number] = (entry, self._place(entry, location, fresh, taken, own_name=deleted))
-        for seq, location in batch.moved.items():
-            if seq <= max(self.applied, batch.applied):  # later ones may have been cut off meanwhile
-                entry = self._catalogue.entry(seq)
-                batch.moved[seq] = self._place(entry, location, fresh, taken) or location
-
-    def _place(
-        self,
-        entry: Entry,
-        location: Location | None,
-        fresh: dict[str, str],
-        taken: set[tuple[str, str]],
-        *,
-        own_name: bool = False,
-    ) -> Location | None:
-        if location is None or not isinstance(entry.operation, Put):
-            return None
-        if location.path:
-            return location  # adopted where it lies
-        path = self._catalogue.path_of(entry, fresh, own_name=own_name)
-        if (location.volume, path) in taken:
-            path = self._catalogue.path_of(entry, fresh, own_name=True)
-        return Location(location.volume, location.spool, path)
-
-    def _publish(self, study: str, location: Location, generation: int | None = None) -> None:
-        folder = "/".join(location.path.split("/")[:2])
-        try:
-            volume = self._volumes.get(location.volume)
-            self._doing = (location.volume, self._clock())
-            touched = volume.publish(location.spool, location.path)
-            if generation is not None:
-                self._check(generation)
-        except (OSError, LookupError) as error:
-            log.error("publish.failed", spool=location.spool, error=type(error).__name__)
-            return
-        self._touched.setdefault(location.volume, set()).update(touched)
-        try:
-            self._view.show(folder, volume.path / "archive" / folder)
-        except OSError as error:
-            log.error("share.not_shown", study=study, error=error.strerror)

@@ -43,6 +43,7 @@ class Parts:
     catalogue: Catalogue
     volumes: Volumes
     disk: Threads
+    looking: Threads
     core: Replica
     _pendings: Pendings
     _state_full: bool
@@ -98,6 +99,7 @@ class Parts:
         self.disks = DiskWatch(
             self.volumes,
             self.disk,
+            self.looking,
             clock=self.clock,
             hang_s=storage.hang_s,
             give_up_s=storage.reprotect_after_s,
@@ -106,7 +108,9 @@ class Parts:
             checked=lambda: self._spawn(self.healing.note_new_volumes()),
         )
         self.scrub = Scrub(*kept, self.journal, self.copies, self.healing, self.disk, storage.scrub_days)
-        self.tidying = Tidying(*kept, self.journal, self.disk, in_use=self._spools_in_use, clock=self.clock)
+        self.tidying = Tidying(
+            *kept, self.journal, self.disk, in_use=self._spools_in_use, clock=self.clock, hang_s=storage.hang_s
+        )
         self._furnish_service()
 
     def _furnish_service(self) -> None:

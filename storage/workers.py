@@ -19,6 +19,10 @@ class Threads(Protocol):
 
     def run(self, function: Callable[..., T], *args: Any) -> "asyncio.Future[T]": ...
     def stop(self) -> None: ...
+    def leave(self) -> None:
+        """End the threads some time; nobody waits for the one that a disk holds."""
+        ...
+
     def reinforce(self, stuck_s: float) -> int:
         """Replace threads that have been at one job for so long, as a disk that hangs has them; returns how many."""
         ...
@@ -58,11 +62,14 @@ class Workers:
 
     def stop(self) -> None:
         """Let the jobs that were handed over end, then the threads. One that a disk holds isn't waited for."""
-        for _ in self._threads:
-            self._jobs.put(None)
+        self.leave()
         deadline = time.monotonic() + STOP_S
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+
+    def leave(self) -> None:
+        for _ in self._threads:
+            self._jobs.put(None)
 
     def _work(self) -> None:
         me = threading.get_ident()

@@ -46,6 +46,14 @@ def item(**values: object) -> Object:
     return Object(str(made.get("SOPClassUID", CTImageStorage)), uid, str(ExplicitVRLittleEndian), encoded(made))
 
 
+def uid_of(data: bytes, tag: int) -> str:
+    """The value of a UID in a data set of explicit VR, little endian."""
+    element = struct.pack("<HH2s", tag >> 16, tag & 0xFFFF, b"UI")
+    at = data.index(element) + len(element)
+    length = int.from_bytes(data[at : at + 2], "little")
+    return data[at + 2 : at + 2 + length].rstrip(b"\0").decode()
+
+
 def pdu(kind: int, body: bytes) -> bytes:
     return struct.pack(">BxL", kind, len(body)) + body
 

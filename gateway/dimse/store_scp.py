@@ -42,7 +42,7 @@ class Storer:
         if self._bytes > self._context.settings.max_object_bytes:
             if not self._too_long:
                 self._too_long = True
-                self._context.spawn(self._upload.discard())
+                self._upload.discard_soon()
             return
         self._upload.feed(view)
         self._identifier.feed(view)
@@ -58,12 +58,12 @@ class Storer:
         try:
             await self._store()
         except NoRoom as error:
-            await self._upload.discard()
             self.call.answer(Status.OUT_OF_RESOURCES, str(error))
         except OSError as error:
             log.error("store.disk", error=error.strerror)
-            await self._upload.discard()
             self.call.answer(Status.OUT_OF_RESOURCES, "a disk failed or is full; try again")
+        finally:
+            self._upload.discard_soon()
 
     async def _store(self) -> None:
         upload, store = self._upload, self._context.store
@@ -137,7 +137,7 @@ class Storer:
         self.call.answer(status, why)
 
     async def abandon(self) -> None:
-        await self._upload.discard()
+        self._upload.discard_soon()
 
 
 def storer(call: Call, context: Context) -> Receiver:

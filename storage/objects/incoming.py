@@ -35,6 +35,7 @@ class Placement(Protocol):
     on_their_way: "weakref.WeakSet[Incoming]"
 
     def choose(self, prefer: str = "") -> Volume: ...
+    def serves(self, volume_id: str) -> bool: ...
     def failed(self, volume_id: str, error: OSError) -> None: ...
     def took(self, volume_id: str, seconds: float) -> None: ...
 
@@ -61,9 +62,9 @@ class Incoming:
         self._digested = False
         self._given_up = False
         self._partly = False  # some of it was handed to the disk and isn't in memory any more
-        self._generation = 0  # of the jobs: what an earlier one does when its disk lets go of it is for nothing
+        self._attempt = 0  # of the jobs: what an earlier one does when its disk lets go of it is for nothing
         self._guard = threading.Lock()
-        self._since: float | None = None  # when the job began that is under way
+        self._since: float | None = None  # when the job began that a thread is at
         self.on_taken: Callable[[int], None] | None = None  # so many bytes were written
         self.on_drained: Callable[[], None] | None = None
 
@@ -120,12 +121,12 @@ class Incoming:
         queue, self._queue = self._queue, []
         self._partly = True
         size = sum(len(chunk) for chunk in queue)
-        generation, self._since = self._generation, self._loop.time()
-        self._job = self._workers.run(self._write, queue, generation)
-        self._job.add_done_callback(lambda job: self._written(job, size, generation))
+        attempt = self._attempt
+        self._job = self._workers.run(self._write, queue, attempt)
+        self._job.add_done_callback(lambda job: self._written(job, size, attempt))
 
-    def _written(self, job: "asyncio.Future[Spooled]", size: int, generation: int) -> None:
-        if generation != self._generation:
+    def _written(self, job: "asyncio.Future[Spooled]", size: int, attempt: int) -> None:
+        if attempt != self._attempt:
             _seen(job)
             return
         self._job = self._since = None
@@ -143,18 +144,33 @@ class Incoming:
         if self.on_drained and not self.backlogged:
             self.on_drained()
 
-    def _write(self, queue: list[bytearray | bytes], generation: int, digest: bool = True) -> Spooled:
+    def _write(self, queue: list[bytearray | bytes], attempt: int, digest: bool = True) -> Spooled:
+        self._begin(attempt)
         if digest:
             self._update_digest(queue)
         spooled = self._spooled
         if spooled is None:
             spooled = self.volume.create()
             with self._guard:
-                if generation != self._generation:
-                    raise OSError(errno.EAGAIN, "the disk answered too late")
+                self._check(attempt)
                 self._spooled = spooled
         spooled.write(queue)
         return spooled
+
+    def _begin(self, attempt: int) -> None:
+        """The thread comes to this job now; what it waited for before says nothing of this disk. Raises OSError."""
+        with self._guard:
+            self._check(attempt)
+            self._since = self._loop.time()
+
+    def _came_back(self, attempt: int) -> None:
+        with self._guard:
+            if attempt == self._attempt:
+                self._since = None
+
+    def _check(self, attempt: int) -> None:
+        if attempt != self._attempt:
+            raise OSError(errno.EAGAIN, "the disk answered too late")
 
     def _let_go(self) -> int:
         """Forget what waits for the disk; returns its bytes."""
@@ -165,8 +181,14 @@ class Incoming:
     # -- a disk that hangs ---------------------------------------------------------------------------------------
 
     def stuck_for(self, now: float) -> float:
-        """Seconds that the job under way has taken, 0 if there is none. `now`: the loop's time."""
-        return 0.0 if self._since is None else now - self._since
+        """Seconds that a thread has been at its job, 0 if none is. `now`: the loop's time."""
+        since = self._since
+        return 0.0 if since is None else now - since
+
+    @property
+    def waits(self) -> bool:
+        """It waits for its disk."""
+        return self._job is not None or (self._finishing is not None and not self._finishing.done())
 
     def leave_disk(self) -> None:
         """The disk hangs. An object that is in memory as a whole goes to another one, any other fails."""
@@ -185,18 +207,25 @@ class Incoming:
         if self._finishing is not None:
             self._start_last()
 
-    def restart(self) -> None:
+    @property
+    def attempt(self) -> int:
+        """How often it was restarted."""
+        return self._attempt
+
+    def restart(self) -> int:
         """Forget what was written: the object is still in memory as a whole, and goes to a disk that is in service now.
-        Raises OSError for one that isn't, NoRoom."""
+        Returns the number of this attempt. Raises OSError for one that isn't in memory, NoRoom."""
         with self._guard:
-            self._generation += 1
+            self._attempt += 1
+            self._since = None
             whole = not self._partly
             if whole:
                 self._spooled = None
-        self._job = self._since = None
+        self._job = None
         if not whole:
             raise OSError(errno.ETIMEDOUT, "the disk doesn't answer")
         self.volume = self._placement.choose()
+        return self._attempt
 
     def _update_digest(self, queue: list[bytearray | bytes]) -> None:
         self._digested = True
@@ -254,17 +283,23 @@ class Incoming:
             self._update_digest(self._queue)
         return self._digest.digest()
 
-    def land_here(self) -> None:
-        """Make an object that is in memory durable in this thread; raises OSError or NoRoom if no volume takes it."""
-        queue, digested, generation = self._queue, self._digested, self._generation
+    def land_here(self, attempt: int) -> None:
+        """Make an object that is in memory durable in this thread; raises OSError or NoRoom if no volume takes it, and
+        OSError (EAGAIN) if it was restarted since."""
+        self._begin(attempt)
+        queue, digested = self._queue, self._digested
+        if self._spooled is None and not self._placement.serves(self.volume.id):
+            self.volume = self._placement.choose()
         while True:
             volume = self.volume
             try:
-                self._write_and_finish(queue, generation, digest=not digested)
+                self._write_and_finish(queue, attempt, digest=not digested)
+                self._came_back(attempt)
                 return
             except OSError as error:
+                self._came_back(attempt)
                 self._placement.failed(volume.id, error)  # also when this thread was left behind long ago
-                if generation != self._generation:
+                if attempt != self._attempt:
                     raise
                 digested = True
                 self._move_on(error)
@@ -284,28 +319,29 @@ class Incoming:
         if self._failed:
             self._end(self._failed)
             return
-        generation, self._since = self._generation, self._loop.time()
+        attempt = self._attempt
         if self._spooled is None:
-            job = self._workers.run(self.land_here)
+            job = self._workers.run(self.land_here, attempt)
         else:
             queue, self._queue = self._queue, []
             self._partly = True
-            job = self._workers.run(self._write_and_finish, queue, generation)
-        job.add_done_callback(lambda done: self._last_written(done, generation))
+            job = self._workers.run(self._write_and_finish, queue, attempt)
+        job.add_done_callback(lambda done: self._last_written(done, attempt))
 
-    def _write_and_finish(self, queue: list[bytearray | bytes], generation: int, digest: bool = True) -> None:
+    def _write_and_finish(self, queue: list[bytearray | bytes], attempt: int, digest: bool = True) -> None:
+        self._begin(attempt)
         spooled, volume = self._spooled, self.volume
         if queue or spooled is None:
-            spooled = self._write(queue, generation, digest)
+            spooled = self._write(queue, attempt, digest)
         crash.point("incoming.before_fsync")
         start = time.monotonic()
         spooled.finish(self._digest.digest())
-        if generation == self._generation:  # a thread that was left behind has nothing to say of its successor's disk
+        if attempt == self._attempt:  # a thread that was left behind has nothing to say of its successor's disk
             self._placement.took(volume.id, time.monotonic() - start)
         crash.point("incoming.after_fsync")
 
-    def _last_written(self, job: "asyncio.Future[None]", generation: int) -> None:
-        if generation != self._generation:
+    def _last_written(self, job: "asyncio.Future[None]", attempt: int) -> None:
+        if attempt != self._attempt:
             _seen(job)
             return
         self._since = None
@@ -328,7 +364,10 @@ class Incoming:
     # -- giving up ---------------------------------------------------------------------------------------------
 
     async def discard(self) -> None:
-        """Forget the object; nothing of it stays on the disk."""
+        """Forget the object; nothing of it stays on the disk. Blocks no longer than `DISCARD_S` for each of two steps;
+        the second of two calls returns at once."""
+        if self._given_up:
+            return
         self._given_up = True
         self._placement.on_their_way.discard(self)  # what stays of it on a disk that hangs is swept up
         if self.on_taken:

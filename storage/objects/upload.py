@@ -20,7 +20,7 @@ class Upload:
         self.incoming, self.stream = incoming, stream
         self._peering, self._place = peering, place
         self._completed = False
-        self._kept = False
+        self._kept = self._discarded = False
 
     def place(self, study: str) -> None:
         self._place(self.incoming, study)
@@ -77,11 +77,12 @@ class Upload:
         self._kept = True
         self._peering.abort_stream(self.stream)
 
-    async def discard(self) -> None:
-        if self._kept:
-            return
-        self._peering.abort_stream(self.stream)
-        await self.incoming.discard()
+    def discard_soon(self) -> None:
+        """Forget the object, unless it is kept. Nobody has to wait for what a disk does then."""
+        if not self._kept and not self._discarded:
+            self._discarded = True
+            self._peering.abort_stream(self.stream)
+            self._peering.discard_soon(self.incoming)
 
     async def set_aside(self, reason: str, sop_instance: str) -> None:
         """Keep a refused object in quarantine. Raises OSError."""
@@ -90,3 +91,4 @@ class Upload:
         await self.incoming.finish()
         self._peering.abort_stream(self.stream)
         await self.incoming.set_aside(reason, {"sop_instance": sop_instance})
+        self._kept = True

@@ -35,6 +35,7 @@ READ_BYTES: Final = 1 << 20
 RENAMES_MAX: Final = 8
 DIGEST_ATTRIBUTE: Final = "user.tandem.xxh3-128"  # of the data set as it was received
 RENAME_NOREPLACE: Final = 1
+RENAME_EXCHANGE: Final = 2
 AT_FDCWD: Final = -100
 
 
@@ -179,14 +180,28 @@ def _sync_range(fd: int, start: int, length: int, flags: int) -> None:
 
 def rename_new(source: Path, target: Path) -> None:
     """rename(2) that replaces nothing. Raises FileExistsError, OSError."""
-    done = _libc.renameat2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), RENAME_NOREPLACE)
-    if done == 0:
-        return
+    if not _rename_with(RENAME_NOREPLACE, source, target):  # NFS, some FUSE
+        os.link(source, target)
+        os.unlink(source)
+
+
+def _rename_with(flag: int, source: Path, target: Path) -> bool:
+    """renameat2(2). False where the file system hasn't got it. Raises OSError."""
+    done = _libc.renameat2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flag)
     number = ctypes.get_errno()
-    if number not in (errno.EINVAL, errno.ENOSYS):
+    if done != 0 and number not in (errno.EINVAL, errno.ENOSYS):
         raise OSError(number, os.strerror(number), str(source))
-    os.link(source, target)  # a file system without that flag (NFS, some FUSE)
-    os.unlink(source)
+    return bool(done == 0)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Each gets the other's name, in one step where the file system can. Raises OSError."""
+    if _rename_with(RENAME_EXCHANGE, one, other):
+        return
+    between = other.with_name(f"{other.name}.{os.urandom(4).hex()}")
+    other.rename(between)
+    one.rename(other)
+    between.rename(one)
 
 
 def fsync_directory(path: Path) -> None:

@@ -24,6 +24,7 @@ SLOW_FOR_S: Final = 600.0  # a disk that was slow is avoided that long
 
 # Errors that say nothing of a disk: a file was moved just now, or this process has run out of something.
 NOT_THE_DISK: Final = (errno.ENOENT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+NOT_ALLOWED: Final = (errno.EACCES, errno.EPERM)  # of one folder perhaps; whether of the whole disk the next look says
 
 OpenVolume = Callable[[Path], Volume]
 
@@ -163,6 +164,11 @@ class Volumes:
             raise NoRoom("no volume is online with room")
         return best[2]
 
+    def serves(self, volume_id: str) -> bool:
+        """It is in service, full perhaps."""
+        slot = self._by_id.get(volume_id)
+        return slot is not None and slot.usable
+
     @property
     def usable(self) -> int:
         """Volumes in service, full ones included."""
@@ -183,15 +189,17 @@ class Volumes:
             slot.state, slot.free_bytes, slot.looked_at = "full", 0, self._clock() + FULL_FOR_S
             log.warning("volume.full", volume=volume_id)
             return
-        if error.errno in NOT_THE_DISK:
-            log.error("volume.error", volume=volume_id, error=error.strerror)
+        if error.errno in NOT_THE_DISK or error.errno in NOT_ALLOWED:
+            log.error("volume.error", volume=volume_id, error=reason_of(error))
             return
+        self._fails(slot, slot.volume, error)
+
+    def _fails(self, slot: Slot, volume: Volume, error: OSError) -> None:
         slot.failed, slot.why = True, f"failed: {error.strerror or error}"
         slot.hung = slot.away = False
-        if slot.volume:
-            slot.volume.close()  # so that it can be unmounted
-        log.error("volume.failed", volume=volume_id, error=reason_of(error))
-        self.on_failed(volume_id)
+        volume.close()  # so that it can be unmounted
+        log.error("volume.failed", volume=volume.id, error=reason_of(error))
+        self.on_failed(volume.id)
 
     def hangs(self, volume_id: str) -> None:
         """A disk that doesn't answer counts as one that fails, but for coming back by itself when it answers again."""
@@ -254,7 +262,9 @@ class Volumes:
             else:
                 self.failed(slot.volume.id, OSError(errno.ENODEV, "another disk is in its place, or it can't be read"))
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in NOT_ALLOWED:
+                self._fails(slot, slot.volume, error)
+            elif error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 slot.hung = slot.away = False
                 self.failed(slot.volume.id, error)
         else:

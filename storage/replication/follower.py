@@ -3,6 +3,7 @@ them to the journal."""
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import structlog
@@ -67,9 +68,7 @@ class Follower:
         if incoming and self._journal.idle and incoming.digest_at_once() and _fits(incoming, put):
             self._peering.forget(effect.stream)
             self._volumes.on_their_way.discard(incoming)  # the journal has it from here
-            self._journal.append_landing(
-                entry, lambda: self._land(entry, incoming), lambda: incoming.volume.id, incoming.restart
-            )
+            self._journal.append_landing(entry, incoming, partial(self._note, entry))
             return
         if incoming:
             incoming.begin_finish()
@@ -81,14 +80,11 @@ class Follower:
         if self._tasks.get(seq) is task:
             del self._tasks[seq]
 
-    def _land(self, entry: Entry, incoming: Incoming) -> Location:
-        """In the journal's thread."""
-        incoming.land_here()
-        self.entries[entry.seq] = (entry, incoming.location)
-        return incoming.location
+    def _note(self, entry: Entry, location: Location | None) -> None:
+        self.entries[entry.seq] = (entry, location)
 
     def _keep(self, entry: Entry, location: Location | None) -> None:
-        self.entries[entry.seq] = (entry, location)
+        self._note(entry, location)
         self._journal.append(entry, location)
 
     async def _persist(self, entry: Entry, put: Put, stream: int) -> None:

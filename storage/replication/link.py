@@ -9,6 +9,7 @@ finds where the logs stand. Received payloads are owned buffers, filled by the s
 """
 
 import asyncio
+import socket
 import struct
 from collections.abc import Callable
 from enum import IntEnum
@@ -21,6 +22,18 @@ HEADER: Final = struct.Struct(">2sBxIQQ")
 PAYLOAD_BYTES_MAX: Final = 4 << 20
 SCRATCH_BYTES: Final = 64 << 10
 HIGH_WATER_BYTES: Final = 4 << 20
+UNACKNOWLEDGED_S: Final = 30  # a connection whose bytes get no acknowledgement for so long is dead, whatever others do
+IDLE_S: Final = 10  # then an idle one is asked
+
+
+def end_when_dead(sock: socket.socket | None) -> None:
+    """A connection can die while another one to the same peer lives: something between has forgotten it."""
+    if sock is None:
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, IDLE_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, IDLE_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_S * 1000)
 
 
 class Kind(IntEnum):
@@ -105,6 +118,7 @@ class Link(asyncio.BufferedProtocol):
         stream = cast(asyncio.Transport, transport)  # uvloop's is one without saying so
         self._transport = stream
         stream.set_write_buffer_limits(high=HIGH_WATER_BYTES)
+        end_when_dead(stream.get_extra_info("socket"))
         self._on_up(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -117,14 +131,6 @@ class Link(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._room.set()
-
-    def pause_reading(self) -> None:
-        if self._transport and not self._transport.is_closing():
-            self._transport.pause_reading()
-
-    def resume_reading(self) -> None:
-        if self._transport and not self._transport.is_closing():
-            self._transport.resume_reading()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """The rest of a long payload is received in its place; anything else goes through a buffer."""

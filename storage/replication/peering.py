@@ -1,6 +1,7 @@
 """The other node as this gateway sees it: one link; objects that stream in; objects asked for and given."""
 
 import asyncio
+import errno
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -18,7 +19,7 @@ from storage.replication.messages import encode as encode_message
 from storage.replication.network import Network
 from storage.replication.routes import Routes
 from storage.state.model import Put
-from storage.workers import Threads
+from storage.workers import Threads, within
 
 log = structlog.get_logger()
 
@@ -30,6 +31,7 @@ FETCHES_SERVED_MAX: Final = 8
 HELD_CHUNKS_MAX: Final = 4
 WINDOW_BYTES: Final = 4 << 20  # of one stream, sent and not taken by the other node's disk
 UNCLAIMED_S: Final = 30.0
+READ_S: Final = 30.0  # that a disk may take for one block, with all that is read from it before
 STALLED_S: Final = 60.0  # nothing of a stream comes or goes
 CREDIT_S: Final = 30.0  # longer than a disk is waited for: the peer then takes what it can't keep, and says so
 LISTING_S: Final = 300.0
@@ -402,7 +404,13 @@ class Peering:
 
     async def _serve(self, link: Link, stream: int, seq: int) -> None:
         async with self._serving:
-            begun = await self._workers.run(self._begin_reading, seq)
+            reading = self._workers.run(self._begin_reading, seq)
+            try:
+                begun = await within(reading, READ_S)
+            except OSError:
+                reading.add_done_callback(_close_late)
+                link.send(Kind.ABORT, stream)  # its disk hangs; nothing is wrong with the copy as far as is known
+                return
             if isinstance(begun, Kind):
                 link.send(begun, stream)
                 if begun is Kind.ABORT:
@@ -419,14 +427,15 @@ class Peering:
                     await link.room()
                     async with asyncio.timeout(STALLED_S):
                         await self.stream_room(stream)
-                    block = await self._workers.run(file.read, BEGIN_BYTES) if file else b""
+                    block = await within(self._workers.run(file.read, BEGIN_BYTES), READ_S) if file else b""
                 link.send(Kind.END, stream)
             except TimeoutError:
                 log.warning("fetch.stalled", seq=seq)
                 link.send(Kind.ABORT, stream)
             except OSError as error:
                 log.error("fetch.unreadable", seq=seq, error=error.strerror)
-                self._volumes.failed(volume.id, error)
+                if error.errno != errno.ETIMEDOUT:
+                    self._volumes.failed(volume.id, error)
                 link.send(Kind.ABORT, stream)
             finally:
                 self._windows.pop(stream, None)
@@ -453,3 +462,14 @@ class Peering:
             return volume, header, block, file
         file.close()
         return volume, header, block, None
+
+
+def _close_late(reading: "asyncio.Future[tuple[Volume, bytes, bytes, Reader | None] | Kind]") -> None:
+    """Its disk answered when nobody waited any more."""
+    if (
+        not reading.cancelled()
+        and not reading.exception()
+        and isinstance(begun := reading.result(), tuple)
+        and begun[3]
+    ):
+        begun[3].close()

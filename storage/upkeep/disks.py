@@ -4,7 +4,8 @@ A disk that doesn't answer within `hang_s` counts as one that fails: it goes out
 it goes elsewhere from memory or is refused, and the journal's thread is left behind. One that answers again comes back
 by itself; one that doesn't within `give_up_s` is given up, and its copies are made again.
 
-Each look is a job of its own in the threads for disks, one at a time for a disk: none holds up another.
+Each look is a job of its own in threads of its own, one at a time for a disk: none holds up another. Time counts from
+when a thread comes to a job: what waits for threads that another disk holds says nothing of its own.
 """
 
 import asyncio
@@ -20,6 +21,7 @@ log = structlog.get_logger()
 
 TICK_S: Final = 0.25
 CHECK_S: Final = 10.0
+LOOK_THREADS: Final = 2
 CHECK_OUT_S: Final = 1.0  # of a disk that is hung or away
 
 
@@ -28,20 +30,22 @@ class DiskWatch:
         self,
         volumes: Volumes,
         workers: Threads,
+        looking: Threads,
         *,
         clock: Callable[[], float],
         hang_s: float,
         give_up_s: float,
         journal_hangs: Callable[[float], str | None],
-        leave_thread: Callable[[], None],
+        leave_thread: Callable[[float], None],
         checked: Callable[[], None],
     ) -> None:
-        """`journal_hangs(seconds)`: what has held the journal so long, see `Journal.hangs`; `leave_thread()` has it go
-        on without; `checked()` is called when the disks were looked at."""
-        self._volumes, self._workers, self._clock = volumes, workers, clock
+        """`looking`: threads for the looks at disks, `workers`: those for all else. `journal_hangs(seconds)`: what has
+        held the journal so long, see `Journal.hangs`; `leave_thread(seconds)` has it go on without; `checked()` is
+        called when the disks were looked at."""
+        self._volumes, self._workers, self._looking, self._clock = volumes, workers, looking, clock
         self._hang_s, self._give_up_s = hang_s, give_up_s
         self._journal_hangs, self._leave_thread, self._checked = journal_hangs, leave_thread, checked
-        self._looks: dict[int, tuple[Slot, float]] = {}  # under way: slot, and since when
+        self._looks: dict[int, tuple[Slot, float | None]] = {}  # to be done: slot, and since when a thread is at it
         self._checked_at: dict[int, float] = {}
         self.state_hangs = False  # the disk of catalogue and log doesn't answer: nothing can be kept here
 
@@ -55,15 +59,16 @@ class DiskWatch:
         for slot in self._volumes.to_check():
             self._look(slot, now)
         for slot, since in list(self._looks.values()):
-            if now - since > self._hang_s and slot.volume:
+            if since is not None and now - since > self._hang_s and slot.volume:
                 self._volumes.hangs(slot.volume.id)
         self._look_at_writers()
         held_by = self._journal_hangs(self._hang_s)
         if held_by:
             self._volumes.hangs(held_by)
-            self._leave_thread()
+            self._leave_thread(self._hang_s)
         self._note_state(held_by == "")
         self._workers.reinforce(self._hang_s)
+        self._looking.reinforce(self._hang_s)
         for volume_id, since in self._volumes.out().items():
             if now - since > self._give_up_s:
                 self._volumes.give_up(volume_id)
@@ -83,9 +88,10 @@ class DiskWatch:
             self._checked_at[key] = now
         elif out or now < slot.looked_at:
             return
-        self._looks[key] = (slot, now)
+        self._looks[key] = (slot, None)
 
         def work() -> None:
+            self._looks[key] = (slot, self._clock())
             if due:
                 self._volumes.check_one(slot)
             self._volumes.measure(slot)
@@ -97,12 +103,16 @@ class DiskWatch:
             if due:
                 self._checked()
 
-        self._workers.run(work).add_done_callback(done)
+        self._looking.run(work).add_done_callback(done)
 
     def _look_at_writers(self) -> None:
-        """What is on its way to a disk: the loop's own time, since jobs begin and end there."""
+        """What is on its way to a disk; once that is known to hang, all that waits for it leaves it."""
         now = asyncio.get_running_loop().time()
-        for incoming in list(self._volumes.on_their_way):
+        coming = list(self._volumes.on_their_way)
+        for incoming in coming:
             if incoming.stuck_for(now) > self._hang_s:
                 self._volumes.hangs(incoming.volume.id)
+        out = self._volumes.out()
+        for incoming in coming:
+            if incoming.waits and incoming.volume.id in out:
                 incoming.leave_disk()

@@ -136,14 +136,12 @@ class Healing:
         """Read a copy; if it isn't good it is set aside and made again. Returns whether it was good."""
         before = self._copies.location(seq)
         try:
-            good = await within(self._workers.run(self._copies.good, seq), self._hang_s)
+            good = await self._read(seq, before)
             if good is None and self._copies.location(seq) != before:  # moved, into the tree perhaps, since we looked
                 before = self._copies.location(seq)
-                good = await within(self._workers.run(self._copies.good, seq), self._hang_s)
+                good = await self._read(seq, before)
         except OSError as error:
-            if before and error.errno == errno.ETIMEDOUT:
-                self._volumes.hangs(before.volume)
-            elif before:
+            if before and error.errno != errno.ETIMEDOUT:
                 self._volumes.failed(before.volume, error)
             return False
         if good:
@@ -172,6 +170,17 @@ class Healing:
         _, location = await self._heal(seq)
         if location is not None:
             await self._record({seq: location})
+
+    async def _read(self, seq: int, location: Location | None) -> bool | None:
+        """`Copies.good`, for as long as it takes: a long object of a slow disk isn't one of a disk that hangs. Raises
+        OSError, also when its disk goes out of service meanwhile."""
+        job = self._workers.run(self._copies.good, seq)
+        while True:
+            try:
+                return await within(job, self._hang_s)
+            except OSError as error:
+                if error.errno != errno.ETIMEDOUT or job.done() or not location or not self._is_online(location):
+                    raise
 
     def _is_online(self, location: Location) -> bool:
         try:

@@ -1,20 +1,25 @@
-"""Moves files out of the way that the catalogue no longer names: replaced, deleted, damaged, diverged, moved."""
+"""Moves files out of the way that the catalogue no longer names: replaced, deleted, damaged, diverged, moved.
+
+Each disk is asked by itself and within bounds: one that hangs is passed over until it has answered.
+"""
 
 import asyncio
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import structlog
 
 from storage import crash
 from storage.journal import Journal
-from storage.objects.volume import set_aside
+from storage.objects.volume import Volume, set_aside
 from storage.objects.volumes import Volumes
 from storage.state.catalogue import Catalogue
-from storage.state.model import Leaving, Location
-from storage.workers import Threads
+from storage.state.model import Leaving
+from storage.workers import Threads, within
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 BATCH: Final = 1000
 POLL_S: Final = 0.5
@@ -30,10 +35,12 @@ class Tidying:
         workers: Threads,
         in_use: Callable[[], set[str]],
         clock: Callable[[], float],
+        hang_s: float,
     ) -> None:
         """`in_use()`: spool files of entries that are on their way."""
         self._catalogue, self._volumes, self._journal, self._workers = catalogue, volumes, journal, workers
-        self._in_use, self._clock = in_use, clock
+        self._in_use, self._clock, self._hang_s = in_use, clock, hang_s
+        self._held: dict[str, asyncio.Future[Any]] = {}  # volume -> a job that took too long
         self._swept_at = clock()
         self._left: set[str] = set()
         self._present: set[str] = set()
@@ -49,31 +56,49 @@ class Tidying:
     async def sweep(self) -> None:
         """Set aside what lies in a spool folder since the last sweep and belongs to nobody: its sender went away, or
         its entry was given up when the primary changed."""
-        present, unpublished = await self._workers.run(self._unnamed)
+        present: set[str] = set()
+        for volume in list(self._volumes):
+            found = await self._on(volume.id, self._spooled, volume)
+            present |= self._present_of(volume.id) if found is None else found
+        # Under load there is always something in the spool; only what stays there is worth looking for.
+        stayed, self._present = present & self._present, present
+        named = await self._workers.run(self._catalogue.named, stayed) if stayed else {}
+        unpublished = [location for location in named.values() if location and location.path]
         for location in unpublished:
             try:
                 await self._journal.publish_again(location)
             except OSError as error:
                 log.warning("publish.again_failed", volume=location.volume, error=error.strerror)
         in_use = self._in_use()
-        forgotten = {key for key in present if key.partition("/")[2] not in in_use}
-        if gone := forgotten & self._left:
-            await self._workers.run(self._set_aside, gone)
+        forgotten = {key for key in stayed - named.keys() if key.partition("/")[2] not in in_use}
+        gone = forgotten & self._left
+        for volume_id in sorted({key.partition("/")[0] for key in gone}):
+            await self._on(volume_id, self._set_aside, {key for key in gone if key.startswith(f"{volume_id}/")})
         self._left = forgotten - gone
 
-    def _unnamed(self) -> tuple[set[str], list[Location]]:
-        """volume/spool name of files that the catalogue doesn't name, and copies that should have been moved into the
-        tree (the disk was full, say). Blocks."""
-        present = set()
-        for volume in self._volumes:
-            try:
-                present |= {f"{volume.id}/{name}" for name in volume.spooled()}
-            except OSError as error:
-                self._volumes.failed(volume.id, error)
-        # Under load there is always something in the spool; only what stays there is worth looking for.
-        stayed, self._present = present & self._present, present
-        named = self._catalogue.named(stayed) if stayed else {}
-        return stayed - named.keys(), [location for location in named.values() if location and location.path]
+    async def _on(self, volume_id: str, function: Callable[..., T], *args: Any) -> T | None:
+        """What a job on one disk gives; None while that doesn't answer. The job goes on then."""
+        before = self._held.get(volume_id)
+        if before is not None and not before.done():
+            return None
+        job = self._workers.run(function, *args)
+        try:
+            return await within(job, self._hang_s)
+        except OSError as error:
+            self._held[volume_id] = job
+            log.warning("tidying.held_up", volume=volume_id, error=error.strerror)
+            return None
+
+    def _present_of(self, volume_id: str) -> set[str]:
+        return {key for key in self._present if key.startswith(f"{volume_id}/")}
+
+    def _spooled(self, volume: Volume) -> set[str]:
+        """volume/name of what lies in a spool folder. Blocks."""
+        try:
+            return {f"{volume.id}/{name}" for name in volume.spooled()}
+        except OSError as error:
+            self._volumes.failed(volume.id, error)
+            return set()
 
     def _set_aside(self, keys: set[str]) -> None:
         for key in sorted(keys):
@@ -85,13 +110,13 @@ class Tidying:
 
     async def tidy(self) -> None:
         """One round. A power cut in between repeats it."""
-        leavings = []
-        for volume in self._volumes:  # those of a disk that is away wait without holding up the others
-            leavings += await self._workers.run(self._catalogue.leavings, BATCH, volume.id)
-        if leavings:
-            done = await self._workers.run(self._move_away, leavings)
-            if done:
-                await self._journal.forget_leavings(done)
+        done = []
+        for volume in list(self._volumes):  # those of a disk that is away wait without holding up the others
+            leavings = await self._workers.run(self._catalogue.leavings, BATCH, volume.id)
+            if leavings:
+                done += await self._on(volume.id, self._move_away, leavings) or []
+        if done:
+            await self._journal.forget_leavings(done)
 
     def _move_away(self, leavings: list[tuple[str, Leaving]]) -> list[str]:
         done, touched = [], set()

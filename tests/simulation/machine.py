@@ -435,5 +435,8 @@ class VirtualThreads:
     def stop(self) -> None:
         pass
 
+    def leave(self) -> None:
+        pass
+
     def reinforce(self, stuck_s: float) -> int:
         return 0

@@ -26,7 +26,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def directory_not_synced() -> contextlib.AbstractContextManager[None]:
     """The bytes are synced, the name in the spool folder isn't."""
-    return replaced(Journal, "_sync_names", lambda self, work, generation: None)
+    return replaced(Journal, "_sync_names", lambda self, work, turn: None)
 
 
 def log_entry_before_bytes() -> contextlib.AbstractContextManager[None]:

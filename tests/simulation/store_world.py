@@ -563,6 +563,8 @@ SMALL: Final = {
     (incoming, "CHUNK_BYTES"): 512,
     (incoming, "WRITE_BYTES"): 2048,
     (incoming, "BACKLOG_BYTES_MAX"): 4096,
+    (peering, "READ_BYTES"): 512,
+    (peering, "BEGIN_BYTES"): 2048,
     (peering, "WINDOW_BYTES"): 8192,
     (peering, "UNCLAIMED_S"): 3.0,
     (healing, "RETRY_S"): 1.0,

@@ -11,6 +11,8 @@ MUTANT_SEEDS = {"core": 300, "store": 2000}
 FOUND = {
     640052: "told to lead while it followed on a live link, and giving that up, a node ignored its leader for ever",
     640105: "an upload waited for ever for a disk that had been left",
+    820080: "what an absent sender had left to its entry was held to be on its way for ever, and never swept up",
+    830117: "one of two connections was dead: bytes sent over it came never, and nobody noticed",
     670571: "bytes of an uncommitted entry were lost on its leader, and the follower asked for them for ever",
     10: "an upload given up with a backlog went on writing for ever",
     57: "a link that went down while entries were being written set the journal's place back",

@@ -5,6 +5,7 @@ import errno
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from storage.replication.link import UNACKNOWLEDGED_S
 from tests.simulation.virtual import Process
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ class End:
 
     def writelines(self, buffers: Iterable[bytes | bytearray | memoryview]) -> None:
         data = b"".join(bytes(buffer) for buffer in buffers)
-        self._stuck = self._stuck or not self.world.paths[self.node, self.peer].up
+        if not self._stuck and not self.world.paths[self.node, self.peer].up:
+            self._stuck = True
+            self.world.loop.post(self.process, UNACKNOWLEDGED_S, self.abort)
         if self._closed or self._stuck or self.other is None:
             return  # what follows can't overtake what is stuck
         rng, loop = self.world.rng, self.world.loop
@@ -68,6 +71,9 @@ class End:
                 self._held += held[number:]
                 return
             self.receive(data)
+
+    def get_extra_info(self, name: str) -> None:
+        """There is no socket."""
 
     def is_closing(self) -> bool:
         return self._closed

@@ -1,6 +1,7 @@
 """Data are safe from a second process, from a cloned disk, and from tools that run at the wrong time."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -9,12 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from conf.settings import load
+from storage.objects.volume import create_marker
 from storage.state.catalogue import Batch, Catalogue
 from storage.state.formats import FORMAT
-from tests.builders import item
+from tests.builders import item, uid_of
 from tests.conftest import ROOT, Gateway
+from tools.cli import rebuild
 from tools.cli.client import order
+from tools.cli.rebuild_command import rebuild_index
 
 
 def tandem(*words: str) -> subprocess.CompletedProcess[str]:
@@ -173,10 +179,85 @@ def test_deleted_stays_deleted(new_gateway: Callable[..., Gateway]) -> None:
     uid = gone.stem
     study = next(one for one in items if one.sop_instance == uid)
     socket = gateway.folder / "standalone.sock"
-    wanted = study.data[study.data.index(b"\x20\x00\x0d\x00UI") + 8 :][:64].split(b"\0")[0].decode()
+    wanted = uid_of(study.data, 0x0020_000D)
     assert order(socket, "delete", {"study": wanted, "reason": "test", "by": "test"}) == {"deleted": 1}
     gateway.stop()
     gone.parent.mkdir(parents=True, exist_ok=True)
     gone.write_bytes(copy)  # as a disk that was away would bring it back
     found = rebuilt(gateway)
     assert (found["instances"], found["deleted"]) == (1, 1)
+
+
+@pytest.mark.parametrize("at", ["tools.cli.rebuild.Rebuilding.finish", "tools.cli.rebuild._put_in_place"])
+def test_a_rebuild_that_is_ended_leaves_the_old_catalogue(
+    new_gateway: Callable[..., Gateway], monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    gateway = new_gateway()
+    stored(gateway)
+    gateway.stop()
+
+    def ended(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    loaded = load(settings(gateway), {})
+    volumes = rebuild.open_volumes(loaded)
+    monkeypatch.setattr(at, ended)
+    with pytest.raises(KeyboardInterrupt):
+        rebuild.from_files(loaded, volumes, lambda _: None)
+    monkeypatch.undo()
+    for volume in volumes:
+        volume.close()
+    gateway.start()
+    assert gateway.status()["instances"] == 5
+    gateway.stop()
+    assert rebuilt(gateway)["instances"] == 5  # whatever was left of the first one
+
+
+def test_a_killed_worker_leaves_the_old_catalogue(
+    new_gateway: Callable[..., Gateway], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the kernel does when memory runs out."""
+    gateway = new_gateway()
+    stored(gateway)
+    gateway.stop()
+    before = sorted((gateway.folder / "state").iterdir())
+    monkeypatch.setattr(rebuild, "read_one", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    done = CliRunner().invoke(rebuild_index, ["--config", str(settings(gateway))])
+    assert done.exit_code == 1
+    assert "the old catalogue is where it was" in done.output
+    assert sorted((gateway.folder / "state").iterdir()) == before
+
+
+def test_a_disk_that_was_added_while_running_is_in_the_new_index(
+    new_gateway: Callable[..., Gateway], tmp_path: Path
+) -> None:
+    gateway = new_gateway()
+    socket = gateway.folder / "standalone.sock"
+    create_marker(tmp_path / "second")
+    order(socket, "volume-add", {"path": str(tmp_path / "second")})
+    order(socket, "volume-drain", {"path": str(gateway.volume)})
+    stored(gateway)
+    assert gateway.status()["instances"] == 5
+    assert len(list((tmp_path / "second" / "archive").rglob("*.dcm"))) == 5
+    gateway.stop()
+    assert rebuilt(gateway)["instances"] == 5
+    gateway.start()
+    assert gateway.status()["instances"] == 5
+    assert order(socket, "scrub", {}) == {"checked": 5, "bad": 0, "strangers": 0}
+
+
+def test_a_rebuild_by_root_leaves_all_to_the_gateways_user(new_gateway: Callable[..., Gateway]) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    gateway = new_gateway()
+    stored(gateway)
+    gateway.stop(signal.SIGKILL)
+    for file in files_of(gateway):
+        file.rename(gateway.volume / "spool" / f"x-{file.stem[-8:]}")
+    shutil.rmtree(gateway.volume / "archive")
+    for path in [gateway.folder / "state", *(gateway.folder / "state").rglob("*"), *gateway.volume.rglob("*")]:
+        os.chown(path, 1234, 1234)
+    assert rebuilt(gateway)["instances"] == 5
+    made = [*(gateway.folder / "state").rglob("*"), *gateway.volume.rglob("*")]
+    assert len(files_of(gateway)) == 5
+    assert {str(path): path.stat().st_uid for path in made if path.stat().st_uid != 1234} == {}

@@ -103,6 +103,11 @@ def healed(lab: Lab) -> bool:
     return all(status is not None and status["healing"]["missing"] == 0 for status in found)
 
 
+def volume_states(lab: Lab, node: str) -> list[str]:
+    status = lab.node_status(node)
+    return [row["state"] for row in status["nodes"][node]["volumes"]] if status else []
+
+
 def other_than(node: str) -> str:
     return "b" if node == "a" else "a"
 

@@ -21,6 +21,7 @@ from tests.system.conftest import (
     pid_of,
     primary_of,
     renew,
+    volume_states,
 )
 from tests.system.writer import Writer
 from tools.lab.pair import Lab
@@ -30,11 +31,6 @@ def verified(lab: Lab) -> None:
     """The nodes compare themselves, entry by entry and copy by copy."""
     result = lab.order(primary_of(lab), "verify")
     assert result["same"], result["differences"]
-
-
-def volume_states(lab: Lab, node: str) -> list[str]:
-    status = lab.node_status(node)
-    return [row["state"] for row in status["nodes"][node]["volumes"]] if status else []
 
 
 @pytest.mark.parametrize("role", ["primary", "backup"])

@@ -9,7 +9,7 @@ import time
 from itertools import count
 from pathlib import Path
 
-from tests.builders import item
+from tests.builders import item, uid_of
 from tests.conftest import wait_for
 from tools.cli.dicom_client import AssociationFailed, DicomClient, Object
 from tools.lab.network import NODES, VIP, inside
@@ -88,12 +88,12 @@ class Writer:
     @property
     def study(self) -> str:
         """Study Instance UID of all that it sends."""
-        return _uid_after(self._template.data, b"\x20\x00\x0d\x00UI")
+        return uid_of(self._template.data, 0x0020_000D)
 
     @property
     def series(self) -> str:
         """Series Instance UID of all that it sends."""
-        return _uid_after(self._template.data, b"\x20\x00\x0e\x00UI")
+        return uid_of(self._template.data, 0x0020_000E)
 
     def send_again(self) -> None:
         """All that was acknowledged, once more; each must be acknowledged once more."""
@@ -138,19 +138,12 @@ class Writer:
 
     def found(self, address: str = VIP) -> set[str]:
         """SOP Instance UIDs of this writer's series, by DCMTK's findscu."""
-        text = self._template.data
-        study, series = (_uid_after(text, tag) for tag in (b"\x20\x00\x0d\x00UI", b"\x20\x00\x0e\x00UI"))
+        study, series = self.study, self.series
         words = ["findscu", "-v", "-S", "-aec", AET, "-k", "QueryRetrieveLevel=IMAGE", "-k", "SOPInstanceUID"]
         words += ["-k", f"StudyInstanceUID={study}", "-k", f"SeriesInstanceUID={series}", address, str(DICOM_PORT)]
         argv, environment = self._lab.command("client", words)
         done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120)
         return set(re.findall(r"\(0008,0018\) UI \[([0-9.]+)", done.stdout + done.stderr))
-
-
-def _uid_after(data: bytes, element: bytes) -> str:
-    at = data.index(element) + len(element)
-    length = int.from_bytes(data[at : at + 2], "little")
-    return data[at + 2 : at + 2 + length].rstrip(b"\0").decode()
 
 
 def _same(path: Path | None, digest: str) -> bool:

@@ -15,7 +15,7 @@ import click
 
 from tools.benchmarks.store import SAMPLES, renamed, sample
 from tools.cli.dicom_client import DicomClient, Object
-from tools.cli.rebuild import from_files, open_volumes, set_aside
+from tools.cli.rebuild import from_files, open_volumes
 from tools.lab.network import NODES, VIP, inside
 from tools.lab.pair import AET, DICOM_PORT, Lab, wait_for
 
@@ -136,9 +136,8 @@ def rebuild(count: int, folder: Path | None) -> None:
         lab.power_off("b")
         rates = []
         for _ in range(3):
-            aside = set_aside(settings)
             volumes = open_volumes(settings)
-            done = from_files(settings, volumes, aside, lambda _: None)
+            done, _ = from_files(settings, volumes, lambda _: None)
             for volume in volumes:
                 volume.close()
             rates.append(done.instances / done.seconds)

@@ -4,10 +4,14 @@ From files: every file of the readable trees, and what is complete in the spool 
 published). What a file should be says the old catalogue, where it can still be read, or else the file's own attribute;
 one that is something else now isn't taken for the truth: its entry stays, and its copy is missing. What the old
 catalogue knows to be deleted, or on its way out, stays so. The log that is made is a new one and never joins another.
+
+The new catalogue is made beside the old one and takes its place when it is complete: whatever ends the tool before
+leaves the old one where it was.
 """
 
 import contextlib
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,13 +23,21 @@ from pathlib import Path
 from typing import Final
 
 import lmdb
+import msgspec
 import xxhash
-from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_file_meta_info
 
 from conf.settings import Settings
-from gateway.dicom.identify import Identifier, Unreadable, identify
-from storage.objects.volume import DIGEST_ATTRIBUTE, FOLDERS, LocalVolume, Volume, read_marker
+from gateway.dicom.identify import Identifier, identify
+from storage.objects.volume import (
+    DIGEST_ATTRIBUTE,
+    FOLDERS,
+    LocalVolume,
+    Volume,
+    exchange,
+    fsync_directory,
+    read_marker,
+)
 from storage.state.catalogue import TABLES, Batch, Catalogue
 from storage.state.formats import FORMAT
 from storage.state.kv import Transaction
@@ -38,6 +50,7 @@ META_AT: Final = 132
 READ_BYTES: Final = 1 << 20
 OLD_MAP_BYTES: Final = 1 << 40
 COPIED: Final = ("tombstone", "task")  # tables of the old catalogue that go over as they are
+UNFINISHED: Final = "unfinished"  # a file that is there while a catalogue is being made
 
 
 @dataclass
@@ -98,6 +111,13 @@ class Old:
     def is_deleted(self, sop_instance: str) -> bool:
         return self._get("tombstone", sop_instance.encode()) is not None
 
+    def volume_paths(self) -> list[Path]:
+        """Folders of the volumes that were added while the gateway ran."""
+        raw = self._get("meta", b"volume_paths")
+        with contextlib.suppress(msgspec.MsgspecError, TypeError):
+            return [Path(path) for path in msgspec.msgpack.decode(raw)] if raw is not None else []
+        return []
+
     def rows(self, table: str) -> Iterator[tuple[bytes, bytes]]:
         """As many as can be read."""
         if self._env is None:
@@ -128,21 +148,31 @@ def catalogue_path(settings: Settings) -> Path:
 
 
 def set_aside(settings: Settings) -> Path | None:
-    """Move the catalogue out of the way, so that the node begins anew; returns where it is now."""
+    """Move the catalogue out of the way, so that the node begins anew; returns where it is now. Raises OSError."""
     path = catalogue_path(settings)
     if not path.exists():
         return None
-    aside = path.with_name(f"catalogue.before-{time.strftime('%Y%m%dT%H%M%S')}-{os.urandom(2).hex()}")
+    aside = _aside(path)
     path.rename(aside)
+    fsync_directory(path.parent)
     return aside
 
 
+def _aside(path: Path) -> Path:
+    return path.with_name(f"catalogue.before-{time.strftime('%Y%m%dT%H%M%S')}-{os.urandom(2).hex()}")
+
+
 def open_volumes(settings: Settings) -> list[LocalVolume]:
-    """All of them, for this process alone. Raises VolumeOffline if one isn't there: its objects would be missing in the
-    index; InUse while a gateway has it."""
-    for folder in settings.storage.volumes:
+    """Those of the settings and those added while the gateway ran, for this process alone. Raises VolumeOffline if one
+    isn't there: its objects would be missing in the index; InUse while a gateway has it."""
+    old = Old(catalogue_path(settings))
+    try:
+        folders = list(dict.fromkeys((*settings.storage.volumes, *old.volume_paths())))
+    finally:
+        old.close()
+    for folder in folders:
         read_marker(folder)
-    return [LocalVolume(folder) for folder in settings.storage.volumes]
+    return [LocalVolume(folder) for folder in folders]
 
 
 def files(volumes: list[LocalVolume]) -> Iterator[tuple[str, str, str, str]]:
@@ -180,7 +210,7 @@ def read_one(volume_id: str, folder: str, spool: str, path: str) -> Found:
             if identity is None:
                 file.seek(offset)
                 identity = identify(file, syntax)
-    except (OSError, Unreadable, InvalidDicomError, AttributeError, ValueError, EOFError, NotImplementedError):
+    except Exception:  # whatever bytes lead to, in this code or in a library's: the file isn't a whole object of ours
         return nothing
     if not identity.sop_instance or not identity.study or not identity.series:
         return nothing
@@ -218,6 +248,7 @@ class Rebuilding:
         self._volumes: dict[str, Volume] = {volume.id: volume for volume in volumes}
         self._leaving = old.leaving()
         self._seq = 0
+        self.spooled: list[Location] = []  # to be moved into the tree
         self.result = Rebuilt(old_catalogue=old.known)
 
     def take(self, found: list[Found]) -> None:
@@ -253,11 +284,17 @@ class Rebuilding:
         self._seq += 1
         if copy is not None and location.spool:
             entry = Entry(1, self._seq, put)
-            copy = Location(location.volume, location.spool, self._catalogue.path_of(entry, {}))
-            self._volumes[location.volume].publish(copy.spool, copy.path)
+            copy = Location(location.volume, location.spool, self._path_of(entry, location.volume))
+            self.spooled.append(copy)
         elif copy is not None:
             copy = Location(location.volume, f"rebuilt-{self._seq}", location.path)
         rows.append((Entry(1, self._seq, put), copy))
+
+    def _path_of(self, entry: Entry, volume_id: str) -> str:
+        """Where it belongs in the tree; under a name of its own if something lies there that was told of before."""
+        path = self._catalogue.path_of(entry, {})
+        taken = self._volumes[volume_id].locate(Location(volume_id, "", path)) is not None
+        return self._catalogue.path_of(entry, {}, own_name=True) if taken else path
 
     def _is_newer(self, put: Put, location: Location, before: Put) -> bool:
         """Two files of one instance: the version that replaced the other has the greater number in its name."""
@@ -276,6 +313,7 @@ class Rebuilding:
                 meta={
                     "promised": 1,
                     "volumes": sorted(self._volumes),
+                    "volume_paths": [str(path) for path in self._old.volume_paths()],
                     "checkpoint": self._seq,
                     "lineage": lineage,
                     "format": FORMAT,
@@ -294,15 +332,48 @@ def _put_all(txn: Transaction, table: str, rows: list[tuple[bytes, bytes]]) -> N
 def from_files(
     settings: Settings,
     volumes: list[LocalVolume],
-    aside: Path | None,
     progress: Callable[[int], None],
     jobs: int = 2,
-) -> Rebuilt:
-    """Read every file and write a new log and catalogue; `aside` is the old one. The gateway must not run. Raises
-    OSError, CatalogueDamaged."""
+) -> tuple[Rebuilt, Path | None]:
+    """Read every file, write a new log and catalogue and put it in the place of the old one; returns also where that is
+    now. The gateway must not run. Whatever is raised, the old one is where it was; for files: OSError,
+    CatalogueDamaged, BrokenProcessPool."""
     start = time.monotonic()
-    catalogue = Catalogue.open(catalogue_path(settings), settings.storage.map_size_bytes)
-    old = Old(aside)
+    made = catalogue_path(settings).with_name("catalogue.new")
+    _clear(made)
+    old = Old(catalogue_path(settings))
+    try:
+        result, spooled = _make(settings, made, volumes, old, progress, jobs)
+        folders = (volume.path / name for volume in volumes for name in FOLDERS)
+        give_to_gateway(settings, made, *made.iterdir(), *folders)
+        (made / UNFINISHED).unlink()
+        fsync_directory(made)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    finally:
+        old.close()
+    aside = _put_in_place(made, catalogue_path(settings))
+    _publish(settings, volumes, spooled)
+    result.seconds = time.monotonic() - start
+    return result, aside
+
+
+def _clear(made: Path) -> None:
+    """What an earlier run left: an unfinished one goes; a catalogue that was on its way in or out is kept aside."""
+    if (made / UNFINISHED).exists():
+        shutil.rmtree(made)
+    elif made.exists():
+        made.rename(_aside(made))
+
+
+def _make(
+    settings: Settings, made: Path, volumes: list[LocalVolume], old: Old, progress: Callable[[int], None], jobs: int
+) -> tuple[Rebuilt, list[Location]]:
+    """The new catalogue, in a folder of its own, and what is still to be moved out of the spool folders."""
+    made.mkdir(parents=True)
+    (made / UNFINISHED).touch()
+    catalogue = Catalogue.open(made, settings.storage.map_size_bytes)
     try:
         work = Rebuilding(catalogue, volumes, old)
         with ProcessPoolExecutor(jobs) as pool:
@@ -312,15 +383,36 @@ def from_files(
                 progress(sum(len(chunk) for chunk in batch))
         for volume in volumes:
             _sync(volume)
-        result = work.finish(str(uuid.uuid4()))
+        return work.finish(str(uuid.uuid4())), work.spooled
     finally:
-        old.close()
         catalogue.close()
-    made = catalogue_path(settings)
-    folders = (volume.path / name for volume in volumes for name in FOLDERS)
-    give_to_gateway(settings, made, *made.iterdir(), *folders)
-    result.seconds = time.monotonic() - start
-    return result
+
+
+def _put_in_place(made: Path, path: Path) -> Path | None:
+    """In one step, so that there is a complete catalogue in its place at any time; returns where the old one is."""
+    aside = None
+    if path.exists():
+        aside = _aside(path)
+        exchange(made, path)
+        fsync_directory(path.parent)
+        made.rename(aside)
+    else:
+        made.rename(path)
+    fsync_directory(path.parent)
+    return aside
+
+
+def _publish(settings: Settings, volumes: list[LocalVolume], spooled: list[Location]) -> None:
+    """Move what the spool folders held to where the new catalogue says that it is. What can't be moved now, the gateway
+    moves later."""
+    by_id = {volume.id: volume for volume in volumes}
+    for location in spooled:
+        volume = by_id[location.volume]
+        with contextlib.suppress(OSError):
+            touched = volume.publish(location.spool, location.path)
+            folders = [parent for parent in Path(location.path).parents if parent.name]
+            give_to_gateway(settings, *(volume.path / "archive" / folder for folder in folders))
+            volume.sync_directories(touched)
 
 
 def _sync(volume: LocalVolume) -> None:

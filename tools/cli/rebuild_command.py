@@ -1,6 +1,6 @@
 """`tandem rebuild-index`: its command line."""
 
-import shutil
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import click
@@ -11,7 +11,7 @@ from storage.state.kv import CatalogueDamaged
 from tools.cli.exits import EXIT_CONFIG, EXIT_FAILED
 from tools.cli.options import Failure, config_option, give_to_gateway, json_option, settings_of, sure, yes_option
 from tools.cli.progress import counting
-from tools.cli.rebuild import Rebuilt, catalogue_path, from_files, open_volumes, set_aside
+from tools.cli.rebuild import Rebuilt, from_files, open_volumes, set_aside
 from tools.cli.say import say
 
 
@@ -23,7 +23,9 @@ from tools.cli.say import say
 @yes_option
 @json_option
 def rebuild_index(config: Path | None, source: str | None, disaster: bool, jobs: int, yes: bool, as_json: bool) -> None:
-    """Make a node's catalogue anew, while its gateway doesn't run. The old one is set aside.
+    """Make a node's catalogue anew, while its gateway doesn't run.
+
+    The old one is set aside when the new one is complete.
 
     `peer`: the node begins anew as a stranger, follows the other node and takes over the files that lie here; the way
     to go whenever the other node is well. `files`: from the files of its own volumes, into a new log. In a pair that is
@@ -49,28 +51,24 @@ def rebuild_index(config: Path | None, source: str | None, disaster: bool, jobs:
         raise Failure(f"{error.strerror or error}; stop the gateway first", EXIT_FAILED) from error
     if disaster:  # the rest can be undone: the old catalogue is only set aside
         sure("Make the catalogue of this node anew, into a log of its own?", yes)
-    aside = set_aside(settings)
-    if aside:
-        click.echo(f"the old catalogue is in {aside}", err=True)
     if source == "peer":
+        aside = set_aside(settings)
         say(
             {"from": "peer", "aside": str(aside or "")}, as_json, lambda: "the node begins anew when its gateway starts"
         )
-        lock.close()
-        return
-    try:
-        with counting("reading files") as progress:
-            rebuilt = from_files(settings, volumes, aside, progress, jobs)
-    except (OSError, CatalogueDamaged) as error:
-        shutil.rmtree(catalogue_path(settings), ignore_errors=True)
-        if aside:
-            aside.rename(catalogue_path(settings))
-        raise Failure(f"can't rebuild: {error}; the old catalogue is where it was", EXIT_FAILED) from error
-    finally:
-        for volume in volumes:
-            volume.close()
-        lock.close()
-    _report(rebuilt, aside, as_json, disaster)
+    else:
+        try:
+            with counting("reading files") as progress:
+                rebuilt, aside = from_files(settings, volumes, progress, jobs)
+        except (OSError, CatalogueDamaged, BrokenProcessPool) as error:
+            raise Failure(f"can't rebuild: {error}; the old catalogue is where it was", EXIT_FAILED) from error
+        finally:
+            for volume in volumes:
+                volume.close()
+        _report(rebuilt, aside, as_json, disaster)
+    if aside:
+        click.echo(f"the old catalogue is in {aside}", err=True)
+    lock.close()
 
 
 def _report(rebuilt: Rebuilt, aside: Path | None, as_json: bool, disaster: bool) -> None:
@@ -88,6 +86,7 @@ def _report(rebuilt: Rebuilt, aside: Path | None, as_json: bool, disaster: bool)
         lines = [f"{rebuilt.instances} instances in {rebuilt.seconds:.1f} s, {rate:.0f} files/s"]
         if not rebuilt.old_catalogue and aside:
             lines.append("the old catalogue couldn't be read: what was deleted just before may be back")
+            lines.append("disks that were added while the gateway ran count only if [storage] volumes lists them")
         if rebuilt.damaged:
             lines.append(f"{rebuilt.damaged} files aren't what was stored; they weren't taken")
         if rebuilt.deleted:

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import threading
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,78 @@ def test_digest_at_once_is_that_of_the_bytes(tmp_path: Path) -> None:
 
     early, late, expected = asyncio.run(digests())
     assert early == late == expected
+
+
+def test_time_counts_from_when_a_thread_comes_to_it(tmp_path: Path) -> None:
+    """What waits for threads that another disk holds says nothing of its own disk."""
+    let_go = threading.Event()
+
+    async def measured() -> tuple[float, float, bytes]:
+        workers = Workers(1, "test")
+        workers.run(let_go.wait)
+        coming, data = incoming(volumes(tmp_path, failing=0), workers, 256)
+        finishing = coming.begin_finish()
+        await asyncio.sleep(0.05)
+        waited = coming.stuck_for(asyncio.get_running_loop().time() + 60)
+        assert coming.waits
+        let_go.set()
+        await finishing
+        workers.stop()
+        return waited, coming.stuck_for(asyncio.get_running_loop().time() + 60), data
+
+    waited, after, _ = asyncio.run(measured())
+    assert waited == after == 0.0
+
+
+def test_an_earlier_attempt_does_nothing_more(tmp_path: Path) -> None:
+    """The object went on without it: to another disk, perhaps with half of it written there."""
+
+    async def restarted() -> tuple[Incoming, bytes]:
+        workers = Workers(1, "test")
+        coming, data = incoming(volumes(tmp_path, failing=0), workers, 256)
+        coming.complete()
+        early = coming.attempt
+        late = coming.restart()
+        with pytest.raises(BlockingIOError):
+            coming.land_here(early)
+        coming.land_here(late)
+        workers.stop()
+        return coming, data
+
+    coming, data = asyncio.run(restarted())
+    assert coming.digest == xxhash.xxh3_128_digest(data)
+    assert (coming.volume.path / "spool" / coming.spool).read_bytes() == HEADER + data
+
+
+def test_what_waits_goes_where_a_disk_serves(tmp_path: Path) -> None:
+    made = volumes(tmp_path, failing=0)
+
+    async def moved() -> Incoming:
+        workers = Workers(1, "test")
+        coming, _ = incoming(made, workers, 256)
+        made.hangs(coming.volume.id)
+        await coming.finish()
+        workers.stop()
+        return coming
+
+    assert asyncio.run(moved()).volume.path == tmp_path / "disk1"
+
+
+def test_the_second_discard_returns_at_once(tmp_path: Path) -> None:
+    let_go = threading.Event()
+
+    async def twice() -> list[Path]:
+        workers = Workers(1, "test")
+        workers.run(let_go.wait)
+        coming, _ = incoming(volumes(tmp_path, failing=0), workers, 256)
+        coming.begin_finish()
+        first = asyncio.ensure_future(coming.discard())
+        await asyncio.sleep(0)
+        await coming.discard()
+        assert not first.done()
+        let_go.set()
+        await first
+        workers.stop()
+        return list((coming.volume.path / "spool").iterdir())
+
+    assert asyncio.run(twice()) == []

@@ -7,7 +7,9 @@ raises `Unknown`: it may or may not have been applied, and the caller reads back
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Sequence
+import math
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -82,6 +84,15 @@ def _range_end(prefix: str) -> str:
     return base64.b64encode(bytes(raw)).decode()
 
 
+@contextmanager
+def _understood() -> Iterator[None]:
+    """What is made of an answer. Raises EtcdError for one that isn't etcd's."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise EtcdError(f"an answer that isn't etcd's: {type(error).__name__}") from error
+
+
 class HttpEtcd:
     """Tries the endpoints in turn and stays with one that answers."""
 
@@ -110,11 +121,13 @@ class HttpEtcd:
         url = self._endpoints[self._current] + path
         try:
             async with self._http().post(url, json=body, timeout=self._timeout, ssl=self._ssl) as response:
-                answer: dict[str, Any] = await response.json(content_type=None)
+                answer: Any = await response.json(content_type=None)
+                if not isinstance(answer, dict):
+                    raise ValueError("an answer that isn't etcd's")
                 if response.status != 200:
                     raise EtcdError(f"{url}: {answer.get('error') or response.status}")
                 return answer
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, RecursionError) as error:
             self._current = (self._current + 1) % len(self._endpoints)
             raise Unknown(f"{url}: {error or type(error).__name__}") from error
 
@@ -134,16 +147,17 @@ class HttpEtcd:
 
     async def get_prefix(self, prefix: str) -> list[KeyValue]:
         answer = await self._post("/v3/kv/range", {"key": _b64(prefix), "range_end": _range_end(prefix)})
-        return [
-            KeyValue(
-                _text(kv["key"]),
-                _text(kv.get("value", "")),
-                int(kv["create_revision"]),
-                int(kv["mod_revision"]),
-                int(kv.get("lease", 0)),
-            )
-            for kv in answer.get("kvs", [])
-        ]
+        with _understood():
+            return [
+                KeyValue(
+                    _text(kv["key"]),
+                    _text(kv.get("value", "")),
+                    int(kv["create_revision"]),
+                    int(kv["mod_revision"]),
+                    int(kv.get("lease", 0)),
+                )
+                for kv in answer.get("kvs", [])
+            ]
 
     async def txn(self, compare: Sequence[Compare], then: Sequence[PutKey | DeleteKey]) -> bool:
         conditions = []
@@ -168,11 +182,17 @@ class HttpEtcd:
         return bool(answer.get("succeeded"))
 
     async def grant(self, ttl_s: int) -> int:
-        return int((await self._post("/v3/lease/grant", {"TTL": str(ttl_s)}))["ID"])
+        answer = await self._post("/v3/lease/grant", {"TTL": str(ttl_s)})
+        with _understood():
+            return int(answer["ID"])
 
     async def keepalive(self, lease: int) -> float:
         answer = await self._post("/v3/lease/keepalive", {"ID": str(lease)})
-        return float(answer.get("result", {}).get("TTL", 0))
+        with _understood():
+            ttl_s = float(answer.get("result", {}).get("TTL", 0))
+            if not math.isfinite(ttl_s):
+                raise ValueError(ttl_s)
+            return ttl_s
 
     async def revoke(self, lease: int) -> None:
         await self._post("/v3/lease/revoke", {"ID": str(lease)})
@@ -186,5 +206,5 @@ class HttpEtcd:
             async with self._http().post(url, json=body, timeout=quiet, ssl=self._ssl) as response:
                 async for _line in response.content:
                     yield None
-        except (aiohttp.ClientError, TimeoutError, OSError, asyncio.IncompleteReadError):
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, asyncio.IncompleteReadError):
             return

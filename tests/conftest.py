@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import hypothesis  # noqa: F401 - its plugin imports it at the end, where Python 3.11.7 may fail to parse it
+import hypothesis
 import pytest
 
 from tools.cli.client import ask
@@ -18,6 +18,10 @@ from tools.cli.dicom_client import DicomClient, Object
 
 ROOT = Path(__file__).parent.parent
 WAIT_S = 60.0
+FUZZ = int(os.environ.get("TANDEM_FUZZ", "1"))  # so many times the examples of each property
+
+hypothesis.settings.register_profile("tandem", max_examples=100 * FUZZ, deadline=None)
+hypothesis.settings.load_profile("tandem")
 
 
 @pytest.hookimpl(trylast=True)

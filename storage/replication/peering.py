@@ -278,14 +278,15 @@ class Peering:
     def _frame(self, link: Link, kind: Kind, stream: int, payload: bytearray) -> None:
         if self.link is None or link not in (self.link, self.link.control):
             return
+        try:
+            self._take(link, kind, stream, payload)
+        except msgspec.DecodeError:
+            link.close("a message that isn't ours")
+
+    def _take(self, link: Link, kind: Kind, stream: int, payload: bytearray) -> None:
         match kind:
             case Kind.MESSAGE:
-                try:
-                    message = decode(payload)
-                except msgspec.DecodeError:
-                    link.close("a message that isn't ours")
-                    return
-                self._on_message(message)
+                self._on_message(decode(payload))
             case Kind.OPEN:
                 self._open(link, stream, bytes(payload))
             case Kind.CHUNK:
@@ -307,7 +308,8 @@ class Peering:
             case Kind.SUSPECT:
                 self._on_suspect(stream)
             case Kind.LIST:
-                self._spawn(self._give_listing(link, stream, payload))
+                asked = msgspec.msgpack.decode(payload, type=tuple[int, bool, tuple[int, ...]])
+                self._spawn(self._give_listing(link, stream, *asked))
             case Kind.LISTING:
                 waiting = self._listings.get(stream)
                 if waiting and not waiting.done():
@@ -321,8 +323,8 @@ class Peering:
                 self.on_progress()
 
     def _open(self, link: Link, stream: int, header: bytes) -> None:
-        if len(self._incoming) >= STREAMS_MAX:
-            link.close("too many streams")
+        if len(self._incoming) >= STREAMS_MAX or stream in self._incoming:
+            link.close("too many streams, or one of them twice")
             return
         if not stream & FETCH_STREAM_BIT:
             self._ended[stream] = asyncio.get_running_loop().create_future()
@@ -397,8 +399,7 @@ class Peering:
         finally:
             self._listings.pop(stream, None)
 
-    async def _give_listing(self, link: Link, stream: int, payload: bytearray) -> None:
-        start, read, only = msgspec.msgpack.decode(payload, type=tuple[int, bool, tuple[int, ...]])
+    async def _give_listing(self, link: Link, stream: int, start: int, read: bool, only: tuple[int, ...]) -> None:
         rows = await self._workers.run(lambda: self._list(start, read, only))
         link.send(Kind.LISTING, stream, msgspec.msgpack.encode(rows))
 

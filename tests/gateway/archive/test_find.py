@@ -18,6 +18,7 @@ from gateway.dicom.matching import matcher
 from gateway.dicom.sop_classes import PATIENT_ROOT, PATIENT_STUDY_ONLY, STUDY_ROOT, Model
 from storage.state.catalogue import Batch, Catalogue
 from storage.state.model import Delete, Entry, Location, Put
+from tests.conftest import FUZZ
 from tests.simulation.machine import MemoryKv
 
 
@@ -375,7 +376,7 @@ def _wild(wanted: str, has: str) -> bool:
     return bool(has) and re.fullmatch(pattern, has) is not None
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400 * FUZZ, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(archives(), queries())
 def test_answers_are_those_of_the_reference(archive: list[dict[str, str]], asked: tuple[str, dict[str, str]]) -> None:
     level, values = asked
@@ -390,7 +391,7 @@ def test_answers_are_those_of_the_reference(archive: list[dict[str, str]], asked
                 assert str(answer[key].value or "") == one.get(key, "").rstrip("=")
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100 * FUZZ, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(archives())
 def test_computed_keys_count(archive: list[dict[str, str]]) -> None:
     catalogue = catalogue_of(archive)

@@ -22,6 +22,7 @@ from gateway.dicom.associate import (
     encode_request,
 )
 from gateway.dimse.negotiate import Negotiated, Rejection, negotiate
+from tests.conftest import FUZZ
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 EXPLICIT = "1.2.840.10008.1.2.1"
@@ -124,7 +125,7 @@ def test_very_many_transfer_syntaxes_are_not_looked_at() -> None:
 
 
 @given(st.binary(max_size=600))
-@settings(max_examples=400)
+@settings(max_examples=400 * FUZZ)
 def test_rubbish(body: bytes) -> None:
     pdu = struct.pack(">BxL", 1, len(body)) + body
     for decode in (decode_request, decode_accept):
@@ -143,7 +144,7 @@ def test_rubbish(body: bytes) -> None:
         )
     )
 )
-@settings(max_examples=400)
+@settings(max_examples=400 * FUZZ)
 def test_rubbish_in_items(items: list[tuple[int, bytes]]) -> None:
     inner = b"".join(item(kind, value) for kind, value in items)
     try:

@@ -168,7 +168,7 @@ class ClusterSettings(Section):
 
 
 class HttpSettings(Section):
-    bind: str = Field("", description="Address to listen on; empty: all, IPv4 and IPv6")
+    bind: str = Field("", description="Address to listen on; empty: [cluster] address, else 127.0.0.1; *: all")
     port: int = Field(0, ge=0, le=65535, description="TCP port of health and metrics; 0: none")
 
 

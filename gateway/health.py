@@ -7,7 +7,9 @@
 /metrics          Prometheus
 """
 
+import asyncio
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 import structlog
@@ -21,6 +23,8 @@ from storage.store import Store
 log = structlog.get_logger()
 
 STATUS_S: Final = 1.0  # however often somebody asks
+CONNECTIONS_MAX: Final = 64  # the longest open one makes room
+KEEP_S: Final = 15.0  # an idle connection
 GAUGES: Final = {
     "tandem_primary": "1 on the node that serves",
     "tandem_in_sync": "Nodes that hold everything that was acknowledged",
@@ -42,15 +46,21 @@ GAUGES: Final = {
 
 
 class Health:
-    def __init__(self, store: Store, settings: HttpSettings, meter: Meter) -> None:
-        self._store, self._settings = store, settings
+    def __init__(
+        self, store: Store, settings: HttpSettings, meter: Meter, queues: Callable[[], dict[str, int]], address: str
+    ) -> None:
+        """`queues()`: what waits, by what it waits for; `address`: where to listen if the settings don't say."""
+        self._store, self._settings, self._queues = store, settings, queues
+        self._address = settings.bind or address
         self._runner: web.AppRunner | None = None
+        self._server: asyncio.Server | None = None
         self._status: dict[str, Any] = {}
         self._looked_at = float("-inf")
         self._registry = meter.registry
         self._gauges = {name: Gauge(name, about, registry=self._registry) for name, about in GAUGES.items()}
         store.measure(commit=meter.commit.observe, sync=meter.sync.observe)
         self._free = Gauge("tandem_volume_free_bytes", "Free space", ["path"], registry=self._registry)
+        self._waiting = Gauge("tandem_waiting", "Jobs that wait", ["queue"], registry=self._registry)
         self._online = Gauge("tandem_volume_online", "1 while in service", ["path"], registry=self._registry)
 
     async def start(self) -> None:
@@ -62,14 +72,28 @@ class Health:
         app.router.add_get("/health/primary", self._primary)
         app.router.add_get("/health/standby", self._standby)
         app.router.add_get("/metrics", self._metrics)
-        self._runner = web.AppRunner(app, access_log=None)
+        self._runner = web.AppRunner(app, access_log=None, keepalive_timeout=KEEP_S)
         await self._runner.setup()
         try:
-            await web.TCPSite(self._runner, self._settings.bind or None, self._settings.port).start()
+            address = None if self._address == "*" else self._address  # None: IPv4 and IPv6
+            loop = asyncio.get_running_loop()
+            self._server = await loop.create_server(self._connected, address, self._settings.port, reuse_address=True)
         except OSError as error:  # images are more important than looking at them
-            log.error("http.not_listening", port=self._settings.port, error=error.strerror)
+            log.error("http.not_listening", address=self._address, port=self._settings.port, error=error.strerror)
+
+    def _connected(self) -> asyncio.BaseProtocol:
+        """Descriptors are for images first."""
+        assert self._runner is not None
+        assert self._runner.server is not None
+        transports = [one.transport for one in self._runner.server.connections]
+        there = [one for one in transports if one is not None and not one.is_closing()]
+        if len(there) >= CONNECTIONS_MAX:
+            there[0].abort()
+        return self._runner.server()
 
     async def stop(self) -> None:
+        if self._server:
+            self._server.close()
         if self._runner:
             await self._runner.cleanup()
 
@@ -119,6 +143,8 @@ class Health:
         }
         for name, value in values.items():
             self._gauges[f"tandem_{name}"].set(value)
+        for queue, waiting in self._queues().items():
+            self._waiting.labels(queue).set(waiting)
         for volume in status["nodes"][status["node"]]["volumes"]:
             self._online.labels(volume["path"]).set(volume["state"] in ("online", "slow", "full", "draining"))
             self._free.labels(volume["path"]).set(volume.get("free", 0))

@@ -114,6 +114,11 @@ class Store:
         """Entries of the log that aren't visible to readers yet."""
         return self._engine.core.accepted - self._engine.journal.applied
 
+    @property
+    def waiting(self) -> int:
+        """Jobs on disks for which no thread is free."""
+        return self._engine.disk.waiting
+
     def status(self) -> dict[str, Any]:
         return node_status(self._engine)
 

@@ -19,6 +19,11 @@ class Threads(Protocol):
 
     def run(self, function: Callable[..., T], *args: Any) -> "asyncio.Future[T]": ...
     def stop(self) -> None: ...
+    @property
+    def waiting(self) -> int:
+        """Jobs for which no thread is free."""
+        ...
+
     def leave(self) -> None:
         """End the threads some time; nobody waits for the one that a disk holds."""
         ...
@@ -59,6 +64,10 @@ class Workers:
         future: asyncio.Future[T] = loop.create_future()
         self._jobs.put((loop, future, function, args))
         return future
+
+    @property
+    def waiting(self) -> int:
+        return self._jobs.qsize()
 
     def stop(self) -> None:
         """Let the jobs that were handed over end, then the threads. One that a disk holds isn't waited for."""

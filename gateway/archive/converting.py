@@ -13,7 +13,7 @@ class CannotConvert(Exception):
 
 class Converter:
     def __init__(self) -> None:
-        self._pool = Pool(1)  # one object in memory for it
+        self.pool = Pool(1)  # one object in memory for it
 
     async def convert(self, source: Source, wanted: str) -> bytes:
         """The data set of a checked copy in transfer syntax `wanted`. Raises CannotConvert."""
@@ -21,7 +21,7 @@ class Converter:
         if put.length > CONVERTED_BYTES_MAX:
             raise CannotConvert(f"{put.length} bytes are too many to be converted")
         try:
-            converted: bytes = await self._pool.ask(
+            converted: bytes = await self.pool.ask(
                 "convert",
                 source.file,
                 put.offset,
@@ -37,4 +37,4 @@ class Converter:
         return converted
 
     async def stop(self) -> None:
-        await self._pool.stop()
+        await self.pool.stop()

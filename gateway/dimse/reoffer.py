@@ -15,6 +15,7 @@ from pydicom import dcmread
 
 from conf.settings import Destination as DestinationSettings
 from conf.settings import Settings
+from conf.telling import place_of, reason_of
 from gateway.archive.destinations import Destination
 from gateway.dimse.connection import AssociationEnded
 from gateway.dimse.requestor import Requestor, Unreachable, store_request
@@ -57,8 +58,12 @@ class Offering:
             try:
                 status = await self._send(one, to)
             except (Unreachable, AssociationEnded, TimeoutError, OSError) as error:
-                log.warning("offer.failed", why=str(error))
+                log.warning("offer.failed", why=reason_of(error))
                 return taken
+            except Exception as error:  # whatever its bytes lead to: the others are offered all the same
+                log.error("offer.unreadable", sop_instance=uid, error=place_of(error))
+                await store.amend(one, offered="not offered: it can't be read as what it was stored as")
+                continue
             if status == 0:
                 await store.purge(one)
                 taken += 1

@@ -47,8 +47,11 @@ SILENT_S: Final = 10.0  # an association that has been idle so long makes room f
 
 
 class DicomServer:
-    def __init__(self, store: Store, settings: DicomSettings, meter: Meter) -> None:
-        self._store, self._meter = store, meter
+    def __init__(
+        self, store: Store, settings: DicomSettings, meter: Meter, trusted: frozenset[str] = frozenset()
+    ) -> None:
+        """`trusted`: addresses of the other node, which needn't log in: it holds the archive itself."""
+        self._store, self._meter, self._trusted = store, meter, trusted
         self._live = Live(settings)
         self._users = Users(settings.users)
         self._executor = ThreadPoolExecutor(QUERY_THREADS, "query")
@@ -112,6 +115,15 @@ class DicomServer:
         for association in list(self._connections):
             association.abort("this node serves no longer")
 
+    def queues(self) -> dict[str, int]:
+        """What waits, and for what: jobs for disks, data sets to be read by a worker, objects to be converted."""
+        context = self._context
+        return {
+            "disks": self._store.waiting,
+            "readers": context.readers.waiting,
+            "converter": context.converter.pool.waiting,
+        }
+
     # -- switchover --------------------------------------------------------------------------------------------
 
     def _busy(self) -> int:
@@ -169,7 +181,8 @@ class DicomServer:
     async def _answer(self, association: Association, request: AssociateRequest) -> Negotiated | Rejection:
         if rejection := self._no_entry(association, request):
             return rejection
-        if self._users.wanted and (rejection := await self._log_in(request) or self._no_entry(association, request)):
+        asked = self._users.wanted and association.address not in self._trusted
+        if asked and (rejection := await self._log_in(request) or self._no_entry(association, request)):
             return rejection
         return negotiate(request, self.settings)
 

@@ -114,6 +114,11 @@ class Pool:
         finally:
             self._free.put_nowait(worker)
 
+    @property
+    def waiting(self) -> int:
+        """Jobs for which no worker is free."""
+        return self._waiting
+
     async def stop(self) -> None:
         for worker in self._all:
             await worker.stop()

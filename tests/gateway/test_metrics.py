@@ -1,9 +1,11 @@
 """What a gateway counts, as Prometheus reads it."""
 
 import re
+import socket
 import urllib.request
 from collections.abc import Callable
 
+from gateway.health import CONNECTIONS_MAX
 from tests.builders import item
 from tests.conftest import Gateway, free_port, wait_for
 
@@ -28,3 +30,28 @@ def test_stores_and_how_long_they_take_are_counted(new_gateway: Callable[..., Ga
     assert figures["tandem_commit_seconds_sum"] > 0
     assert figures["tandem_uncommitted"] == 0
     assert any(re.match("tandem_build_info", name) for name in figures)
+    assert {figures[f'tandem_waiting{{queue="{name}"}}'] for name in ("disks", "readers", "converter")} == {0}
+
+
+def test_connections_that_are_silent_make_room(new_gateway: Callable[..., Gateway]) -> None:
+    """Descriptors are for images; whoever looks at a node is let in all the same. Listens on loopback by default."""
+    port = free_port()
+    new_gateway(TANDEM__HTTP__PORT=str(port))
+    silent = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(CONNECTIONS_MAX + 20)]
+    try:
+        wait_for(lambda: sum(is_closed(one) for one in silent) >= 20, "the oldest to be ended")
+        assert read(port)["tandem_instances"] == 0
+        assert not is_closed(silent[-1])
+    finally:
+        for one in silent:
+            one.close()
+
+
+def is_closed(one: socket.socket) -> bool:
+    one.setblocking(False)
+    try:
+        return one.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True

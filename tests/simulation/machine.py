@@ -435,6 +435,10 @@ class VirtualThreads:
     def stop(self) -> None:
         pass
 
+    @property
+    def waiting(self) -> int:
+        return 0
+
     def leave(self) -> None:
         pass
 

@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RQ
-from pynetdicom.pdu_primitives import A_ASSOCIATE, ImplementationClassUIDNotification, MaximumLengthNotification
+from pynetdicom.pdu_primitives import (
+    A_ASSOCIATE,
+    ImplementationClassUIDNotification,
+    MaximumLengthNotification,
+    UserIdentityNegotiation,
+)
 from pynetdicom.presentation import build_context
 
 MAX_PDU_BYTES: Final = 131072
@@ -26,7 +31,7 @@ class NotLetIn(AssociationFailed):
 
 
 REASONS: Final = {
-    1: "nobody may without logging in",
+    1: "nobody may without logging in (TANDEM_USER and TANDEM_PASSWORD), or these aren't right",
     3: "our AE title isn't let in",
     7: "the AE title called isn't theirs",
 }
@@ -62,8 +67,11 @@ class DicomClient:
         connect_s: float | None = None,
         *,
         calling: str = "BENCH",
+        user: tuple[str, str] | None = None,
     ) -> None:
-        """`timeout_s` for each answer, `connect_s` for the connection if that is to be shorter."""
+        """`timeout_s` for each answer, `connect_s` for the connection if that is to be shorter; `user`: name and
+        password to log in with."""
+        self._user = user
         self._socket = socket.create_connection((host, port), timeout=connect_s or timeout_s)
         self._socket.settimeout(timeout_s)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -99,6 +107,11 @@ class DicomClient:
         implementation = ImplementationClassUIDNotification()
         implementation.implementation_class_uid = "1.2.3.4"
         request.user_information = [length, implementation]
+        if self._user:
+            identity = UserIdentityNegotiation()
+            identity.user_identity_type = 2
+            identity.primary_field, identity.secondary_field = (part.encode() for part in self._user)
+            request.user_information.append(identity)
         pdu = A_ASSOCIATE_RQ()
         pdu.from_primitive(request)
         self.send_raw(pdu.encode())

@@ -71,6 +71,7 @@ class Target:
     host: str
     port: int
     aet: str
+    user: tuple[str, str] | None = None  # name and password to log in with
 
 
 def files_below(paths: Iterable[Path]) -> Iterator[Path]:
@@ -166,7 +167,9 @@ def _store(item: Object, target: Target, client: DicomClient | None) -> tuple[Di
                 if client:
                     client.close()
                 known = [*known[-99:], context]
-                client = DicomClient(target.host, target.port, target.aet, known, TIMEOUT_S, calling=CALLING)
+                client = DicomClient(
+                    target.host, target.port, target.aet, known, TIMEOUT_S, calling=CALLING, user=target.user
+                )
             if context not in client.contexts:
                 return client, "the SOP class or transfer syntax isn't taken"
             status = client.store(item)

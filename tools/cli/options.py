@@ -74,6 +74,12 @@ def owner_differs(settings: Settings, path: Path) -> bool:
     return state.exists() and path.lstat().st_uid != state.stat().st_uid
 
 
+def login() -> tuple[str, str] | None:
+    """Name and password for [dicom] users from TANDEM_USER and TANDEM_PASSWORD, None without."""
+    name = os.environ.get("TANDEM_USER", "")
+    return (name, os.environ.get("TANDEM_PASSWORD", "")) if name else None
+
+
 def dicom_host(settings: Settings) -> str:
     """Where DICOM is served: the virtual address, or this machine for a node by itself."""
     return str(settings.cluster.vips[0].ip.ip) if settings.cluster and settings.cluster.vips else "127.0.0.1"

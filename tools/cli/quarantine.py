@@ -9,7 +9,7 @@ from conf.settings import Settings
 from tools.cli.dicom_client import AssociationFailed, DicomClient
 from tools.cli.dicom_files import NotAnInstance, read_object
 from tools.cli.importing import CALLING
-from tools.cli.options import dicom_host
+from tools.cli.options import dicom_host, login
 
 TIMEOUT_S = 60.0
 DUPLICATE = 0x0111
@@ -29,7 +29,9 @@ def restore(file: Path, settings: Settings) -> None:
     context = [(item.sop_class, item.transfer_syntax)]
     try:
         dicom = settings.dicom
-        with DicomClient(host, dicom.port, dicom.aet, context, TIMEOUT_S, calling=_sender(file)) as client:
+        with DicomClient(
+            host, dicom.port, dicom.aet, context, TIMEOUT_S, calling=_sender(file), user=login()
+        ) as client:
             status = client.store(item)
     except (OSError, AssociationFailed) as error:
         raise RestoreFailed(f"{host} doesn't take it: {error}") from error

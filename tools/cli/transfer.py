@@ -14,7 +14,7 @@ from tools.cli import progress
 from tools.cli.exits import EXIT_AWAY, EXIT_CONFIG, EXIT_FAILED, EXIT_FOUND
 from tools.cli.importing import Fate, Journal, Target, Unreachable, bring_in, files_below
 from tools.cli.operate import fetch, ordered
-from tools.cli.options import Failure, config_option, dicom_host, json_option, settings_of
+from tools.cli.options import Failure, config_option, dicom_host, json_option, login, settings_of
 from tools.cli.say import say
 
 SHOWN = 20
@@ -38,7 +38,10 @@ APART = "NOT_IN_DICOMDIR"
 def import_(
     config: Path | None, paths: tuple[Path, ...], to: str | None, aet: str, workers: int, journal: Path, as_json: bool
 ) -> None:
-    """Store DICOM files and folders of them, byte for byte. Exit 4 if some were refused."""
+    """Store DICOM files and folders of them, byte for byte. Exit 4 if some were refused.
+
+    Where users are asked for, TANDEM_USER and TANDEM_PASSWORD say as whom.
+    """
     target = _target(config, to, aet)
     warnings.simplefilter("ignore")  # pydicom's, about values; what can't be stored is told file by file
     found = list(files_below(paths))
@@ -64,9 +67,9 @@ def _target(config: Path | None, to: str | None, aet: str) -> Target:
         host, _, port = to.rpartition(":")
         if not host or not port.isdecimal():
             raise Failure(f"--to {to}: HOST:PORT is expected", EXIT_CONFIG)
-        return Target(host, int(port), aet)
+        return Target(host, int(port), aet, login())
     settings = settings_of(config)
-    return Target(dicom_host(settings), settings.dicom.port, settings.dicom.aet)
+    return Target(dicom_host(settings), settings.dicom.port, settings.dicom.aet, login())
 
 
 def _report(result: dict[str, Any], refused: list[Fate]) -> str:

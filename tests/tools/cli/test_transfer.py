@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from pydicom import dcmread
 from pydicom.fileset import FileSet
 
-from gateway.archive.users import is_password
+from gateway.archive.users import hash_password, is_password
 from tests.conftest import ROOT, Gateway
 from tools.cli.dicom_files import read_object
 from tools.lab.samples import copies, distinct_files, sop_instance
@@ -41,6 +42,18 @@ def imported(gateway: Gateway, journal: Path, *paths: Path, code: int = 0) -> di
     output = tandem("import", "--config", config(gateway), "--json", "--journal", journal, *paths, code=code)
     found: dict[str, Any] = json.loads(output)
     return found
+
+
+def test_import_where_users_are_asked_for(
+    new_gateway: Callable[..., Gateway], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = new_gateway(TANDEM__DICOM__USERS=f'{{ archivist = "{hash_password(b"secret", b"salt")}" }}')
+    copies(tmp_path / "cd", 2)
+    for user, code in (("", 3), ("nobody", 3), ("archivist", 0)):
+        monkeypatch.setenv("TANDEM_USER", user)
+        monkeypatch.setenv("TANDEM_PASSWORD", "secret")
+        tandem("import", "--config", config(gateway), "--journal", tmp_path / "notes", tmp_path / "cd", code=code)
+    assert gateway.status()["instances"] == 2
 
 
 def test_import_by_a_node_that_is_not_let_in_ends_at_once(new_gateway: Callable[..., Gateway], tmp_path: Path) -> None:

@@ -168,7 +168,9 @@ class ClusterSettings(Section):
 
 
 class HttpSettings(Section):
-    bind: str = Field("", description="Address to listen on; empty: [cluster] address, else 127.0.0.1; *: all")
+    bind: str = Field(
+        "", description="Address to listen on; empty: [cluster] address and links, else 127.0.0.1; *: all"
+    )
     port: int = Field(0, ge=0, le=65535, description="TCP port of health and metrics; 0: none")
 
 

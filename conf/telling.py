@@ -59,4 +59,6 @@ def reason_of(error: BaseException) -> str:
     """An error in words that name no path: the kernel's for an OSError, else its own."""
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
     return str(error) or type(error).__name__

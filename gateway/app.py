@@ -58,7 +58,8 @@ async def _main(settings: Settings, read_again: Callable[[], Settings]) -> int:
     await engine.start()
     await control.start()
     await server.start()
-    health = Health(store, settings.http, meter, server.queues, cluster.address if cluster else "127.0.0.1")
+    addresses = [link.address for link in cluster.routes] if cluster else ["127.0.0.1"]
+    health = Health(store, settings.http, meter, server.queues, addresses)
     await health.start()
     server.spawn(Offering(store, settings).run())
     engine.fatal.add_done_callback(lambda _: stop.set())

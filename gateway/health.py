@@ -8,8 +8,9 @@
 """
 
 import asyncio
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import structlog
@@ -24,6 +25,7 @@ log = structlog.get_logger()
 
 STATUS_S: Final = 1.0  # however often somebody asks
 CONNECTIONS_MAX: Final = 64  # the longest open one makes room
+IP_FREEBIND, IPV6_FREEBIND = 15, 78  # linux/in.h, linux/in6.h
 KEEP_S: Final = 15.0  # an idle connection
 GAUGES: Final = {
     "tandem_primary": "1 on the node that serves",
@@ -47,13 +49,18 @@ GAUGES: Final = {
 
 class Health:
     def __init__(
-        self, store: Store, settings: HttpSettings, meter: Meter, queues: Callable[[], dict[str, int]], address: str
+        self,
+        store: Store,
+        settings: HttpSettings,
+        meter: Meter,
+        queues: Callable[[], dict[str, int]],
+        addresses: Sequence[str],
     ) -> None:
-        """`queues()`: what waits, by what it waits for; `address`: where to listen if the settings don't say."""
+        """`queues()`: what waits, by what it waits for; `addresses`: where to listen if the settings don't say."""
         self._store, self._settings, self._queues = store, settings, queues
-        self._address = settings.bind or address
+        self._addresses = [settings.bind] if settings.bind else addresses
         self._runner: web.AppRunner | None = None
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
         self._status: dict[str, Any] = {}
         self._looked_at = float("-inf")
         self._registry = meter.registry
@@ -74,12 +81,17 @@ class Health:
         app.router.add_get("/metrics", self._metrics)
         self._runner = web.AppRunner(app, access_log=None, keepalive_timeout=KEEP_S)
         await self._runner.setup()
-        try:
-            address = None if self._address == "*" else self._address  # None: IPv4 and IPv6
-            loop = asyncio.get_running_loop()
-            self._server = await loop.create_server(self._connected, address, self._settings.port, reuse_address=True)
-        except OSError as error:  # images are more important than looking at them
-            log.error("http.not_listening", address=self._address, port=self._settings.port, error=error.strerror)
+        loop, port = asyncio.get_running_loop(), self._settings.port
+        for address in self._addresses:
+            try:
+                if address == "*":  # IPv4 and IPv6
+                    server = await loop.create_server(self._connected, None, port, reuse_address=True)
+                else:
+                    server = await loop.create_server(self._connected, sock=_bound(address, port))
+            except OSError as error:  # images are more important than looking at them
+                log.error("http.not_listening", address=address, port=port, error=error.strerror)
+                continue
+            self._servers.append(server)
 
     def _connected(self) -> asyncio.BaseProtocol:
         """Descriptors are for images first."""
@@ -92,8 +104,8 @@ class Health:
         return self._runner.server()
 
     async def stop(self) -> None:
-        if self._server:
-            self._server.close()
+        for server in self._servers:
+            server.close()
         if self._runner:
             await self._runner.cleanup()
 
@@ -149,6 +161,20 @@ class Health:
             self._online.labels(volume["path"]).set(volume["state"] in ("online", "slow", "full", "draining"))
             self._free.labels(volume["path"]).set(volume.get("free", 0))
         return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def _bound(address: str, port: int) -> socket.socket:
+    """Also to an address that isn't here yet, its cable being out. Raises OSError."""
+    six = ":" in address
+    sock = socket.socket(socket.AF_INET6 if six else socket.AF_INET)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(*((socket.IPPROTO_IPV6, IPV6_FREEBIND, 1) if six else (socket.IPPROTO_IP, IP_FREEBIND, 1)))
+        sock.bind((address, port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def _answer(good: bool, mode: str, **more: int) -> web.Response:

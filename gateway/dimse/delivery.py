@@ -7,6 +7,7 @@ from typing import Final, Protocol
 
 import structlog
 
+from conf.telling import reason_of
 from gateway.archive.converting import CannotConvert
 from gateway.dicom.dimse import Request, is_failure
 from gateway.dicom.sop_classes import UNCOMPRESSED
@@ -115,10 +116,8 @@ class Sending:
                 return
             async with self._context.memory.taken(min(put.length, IN_MEMORY_BYTES)):
                 await self._read_and_send(instance, *agreed)
-        except (Unavailable, CannotConvert) as error:
-            self._failed(put.sop_instance, str(error))
-        except OSError as error:  # its own text names the file, and with it the patient
-            self._failed(put.sop_instance, error.strerror or type(error).__name__)
+        except (Unavailable, CannotConvert, OSError) as error:
+            self._failed(put.sop_instance, reason_of(error))
         finally:
             self._ahead.release()
         self._progress()
@@ -143,8 +142,7 @@ class Sending:
             answer = await delivery.sender.invoke(context_id, command, data, delivery.timeout_s)
         except (AssociationEnded, TimeoutError, OSError) as error:
             self._ended = True  # a data set that broke off, or an answer that may come late: start anew
-            why = str(error) if isinstance(error, AssociationEnded) else _reason(error)
-            self._failed(sop_instance, why)
+            self._failed(sop_instance, reason_of(error))
             return
         if is_failure(answer.status):
             log.warning("retrieve.refused", status=f"0x{answer.status:04X}")
@@ -153,8 +151,3 @@ class Sending:
     def _failed(self, sop_instance: str, why: str) -> None:
         log.warning("retrieve.failed", sop_instance=sop_instance, why=why)
         self._tally.fail(sop_instance)
-
-
-def _reason(error: OSError) -> str:
-    """An OSError's own text names the file, and with it the patient."""
-    return "no answer in time" if isinstance(error, TimeoutError) else error.strerror or type(error).__name__

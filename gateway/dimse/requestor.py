@@ -10,6 +10,7 @@ from typing import Final
 
 import structlog
 
+from conf.telling import reason_of
 from gateway.archive.destinations import Destination
 from gateway.dicom.associate import ACCEPTANCE, CONTEXTS_MAX, AssociateRequest, Proposed, about_us, encode_request
 from gateway.dicom.dimse import CommandReceived, encode_response
@@ -71,8 +72,7 @@ class Requestor(Connection):
         except (OSError, TimeoutError) as error:
             if connection:
                 connection.abort()
-            why = "no answer" if isinstance(error, TimeoutError) else error.strerror or str(error)
-            raise Unreachable(f"{to.aet} at {host}:{port}: {why}") from error
+            raise Unreachable(f"{to.aet} at {host}:{port}: {reason_of(error)}") from error
         except AssociationEnded as error:
             raise Unreachable(f"{to.aet}: {error}") from error
         return connection

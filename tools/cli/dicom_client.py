@@ -3,10 +3,12 @@
 It sends bytes as they are given, so tests can send what a proper toolkit refuses to.
 """
 
+import errno
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RQ
@@ -19,6 +21,7 @@ from pynetdicom.pdu_primitives import (
 from pynetdicom.presentation import build_context
 
 MAX_PDU_BYTES: Final = 131072
+PDUS_AT_ONCE: Final = 8
 _ELEMENT: Final = struct.Struct("<HHL")
 
 
@@ -52,6 +55,39 @@ class Object:
         if len(old) != len(new):
             raise ValueError("the new UID must have the length of the old one")
         return Object(self.sop_class, sop_instance, self.transfer_syntax, self.data.replace(old, new))
+
+    @property
+    def length(self) -> int:
+        """Of the data set, in bytes."""
+        return len(self.data)
+
+    def blocks(self, size: int) -> Iterator[bytes]:
+        """The data set in pieces of `size` bytes."""
+        return (self.data[at : at + size] for at in range(0, len(self.data), size))
+
+
+@dataclass(frozen=True)
+class FileObject:
+    """One instance in a file, which is read when it is sent: however long it is, little of it is in memory."""
+
+    sop_class: str
+    sop_instance: str
+    transfer_syntax: str
+    path: Path
+    start: int  # where the data set begins
+    length: int  # of the data set, in bytes
+
+    def blocks(self, size: int) -> Iterator[bytes]:
+        """The data set in pieces of `size` bytes. Raises OSError, also if the file has become shorter."""
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            left = self.length
+            while left:
+                block = file.read(min(size, left))
+                if not block:
+                    raise OSError(errno.EIO, "the file became shorter while it was read")
+                left -= len(block)
+                yield block
 
 
 class DicomClient:
@@ -155,12 +191,18 @@ class DicomClient:
         kind, length = struct.unpack(">BxL", head)
         return kind, self._read(length)
 
-    def pdvs(self, context_id: int, payload: bytes, *, command: bool) -> bytes:
-        room = min(self._peer_max, MAX_PDU_BYTES) - 6
+    @property
+    def _room(self) -> int:
+        """Bytes of a message that fit into a PDU."""
+        return min(self._peer_max, MAX_PDU_BYTES) - 6
+
+    def pdvs(self, context_id: int, payload: bytes, *, command: bool, last: bool = True) -> bytes:
+        """A message, or with `last` False what comes before its last part."""
+        room = self._room
         out = bytearray()
         for start in range(0, len(payload), room):
             part = payload[start : start + room]
-            control = (1 if command else 0) | (2 if start + room >= len(payload) else 0)
+            control = (1 if command else 0) | (2 if last and start + room >= len(payload) else 0)
             out += struct.pack(">BxLLBB", 4, len(part) + 6, len(part) + 2, context_id, control)
             out += part
         return bytes(out)
@@ -178,12 +220,16 @@ class DicomClient:
             at += 8 + length
         raise AssociationFailed("a response without status")
 
-    def store(self, item: Object) -> int:
-        """C-STORE; returns the status."""
+    def store(self, item: Object | FileObject) -> int:
+        """C-STORE; returns the status. Raises OSError also for a file that can't be read to its end."""
         context_id = self.contexts[item.sop_class, item.transfer_syntax]
         self._message_id = self._message_id % 0xFFFF + 1
         command = store_command(self._message_id, item.sop_class, item.sop_instance)
-        self.send_raw(self.pdvs(context_id, command, command=True) + self.pdvs(context_id, item.data, command=False))
+        out, left = self.pdvs(context_id, command, command=True), item.length
+        for block in item.blocks(PDUS_AT_ONCE * self._room):
+            left -= len(block)
+            self.send_raw(out + self.pdvs(context_id, block, command=False, last=not left))
+            out = b""
         return self.status()
 
     def release(self) -> None:

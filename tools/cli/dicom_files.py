@@ -1,13 +1,15 @@
 """DICOM files as they are found on disks and CDs: which instance, and the bytes of its data set, unchanged."""
 
+import os
 from pathlib import Path
 from typing import Final
 
 from pydicom import dcmread
 from pydicom.uid import UID
 
-from tools.cli.dicom_client import Object
+from tools.cli.dicom_client import FileObject, Object
 
+HEAD_BYTES: Final = 1 << 20  # group 0002 ends within it
 MEDIA_DIRECTORY: Final = "1.2.840.10008.1.3.10"
 _LONG_VRS: Final = (b"OB", b"OW", b"SQ", b"UN", b"UT")
 
@@ -17,9 +19,17 @@ class NotAnInstance(Exception):
 
 
 def read_object(path: Path) -> Object:
-    """An instance with the bytes of its data set. SOP class and UID are those of the data set; a transfer syntax that
-    the file doesn't name is found from the data. Raises NotAnInstance or OSError."""
-    raw = path.read_bytes()
+    """An instance with the bytes of its data set, see `open_object`. Raises NotAnInstance or OSError."""
+    found = open_object(path)
+    return Object(found.sop_class, found.sop_instance, found.transfer_syntax, path.read_bytes()[found.start :])
+
+
+def open_object(path: Path) -> FileObject:
+    """An instance, to be sent from its file. SOP class and UID are those of the data set; a transfer syntax that the
+    file doesn't name is found from the data. Raises NotAnInstance or OSError."""
+    with path.open("rb") as file:
+        raw = file.read(HEAD_BYTES)
+        size = os.fstat(file.fileno()).st_size
     try:
         head = dcmread(path, force=True, stop_before_pixels=True, specific_tags=["SOPClassUID", "SOPInstanceUID"])
         sop_class, sop_instance = str(head.get("SOPClassUID", "")), str(head.get("SOPInstanceUID", ""))
@@ -34,7 +44,10 @@ def read_object(path: Path) -> Object:
     syntax = str(head.file_meta.get("TransferSyntaxUID", "") or guessed)
     if not (UID(sop_class).is_valid and UID(syntax).is_valid):
         raise NotAnInstance("SOP Class UID or Transfer Syntax UID isn't a UID")
-    return Object(sop_class, sop_instance, syntax, raw[start_of_data_set(raw) :])
+    start = start_of_data_set(raw)
+    if start >= size:
+        raise NotAnInstance("no data set, or it begins beyond the first megabyte")
+    return FileObject(sop_class, sop_instance, syntax, path, start, size - start)
 
 
 def start_of_data_set(raw: bytes) -> int:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tools.cli.dicom_client import AssociationFailed, DicomClient, NotLetIn, Object
-from tools.cli.dicom_files import NotAnInstance, read_object
+from tools.cli.dicom_client import AssociationFailed, DicomClient, FileObject, NotLetIn
+from tools.cli.dicom_files import NotAnInstance, open_object
 
 CALLING: Final = "TANDEM_TOOLS"
 TIMEOUT_S: Final = 60.0
@@ -142,7 +142,7 @@ def _store_batch(paths: list[Path], target: Target, journal: Journal, done: Call
                 done(None)
                 continue
             try:
-                item = read_object(path)
+                item = open_object(path)
             except NotAnInstance as error:
                 done(Fate(key, "", str(error)))
                 continue
@@ -156,7 +156,7 @@ def _store_batch(paths: list[Path], target: Target, journal: Journal, done: Call
             client.close()
 
 
-def _store(item: Object, target: Target, client: DicomClient | None) -> tuple[DicomClient, str]:
+def _store(item: FileObject, target: Target, client: DicomClient | None) -> tuple[DicomClient, str]:
     """(the association, why it was refused). Tries again while there is no primary."""
     context = (item.sop_class, item.transfer_syntax)
     deadline = time.monotonic() + PATIENCE_S

@@ -7,7 +7,7 @@ from pydicom.filereader import read_file_meta_info
 
 from conf.settings import Settings
 from tools.cli.dicom_client import AssociationFailed, DicomClient
-from tools.cli.dicom_files import NotAnInstance, read_object
+from tools.cli.dicom_files import NotAnInstance, open_object
 from tools.cli.importing import CALLING
 from tools.cli.options import dicom_host, login
 
@@ -22,7 +22,7 @@ class RestoreFailed(Exception):
 def restore(file: Path, settings: Settings) -> None:
     """Raises RestoreFailed."""
     try:
-        item = read_object(file)
+        item = open_object(file)
     except (NotAnInstance, OSError) as error:
         raise RestoreFailed(str(error)) from error
     host = dicom_host(settings)

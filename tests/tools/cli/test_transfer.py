@@ -1,5 +1,6 @@
 """`tandem import` and `tandem export`: folders in, file-sets out, nothing changed on the way."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydicom import dcmread
+from pydicom import dcmread, dcmwrite
 from pydicom.fileset import FileSet
 
 from gateway.archive.users import hash_password, is_password
+from tests.builders import dataset
 from tests.conftest import ROOT, Gateway
-from tools.cli.dicom_files import read_object
+from tools.cli.dicom_files import open_object, read_object
 from tools.lab.samples import copies, distinct_files, sop_instance
 
 
@@ -143,3 +145,20 @@ def test_hash_password() -> None:
     kept = tandem("hash-password", given="secret\n").strip()
     assert is_password(b"secret", kept)
     assert not is_password(b"other", kept)
+
+
+def test_a_file_is_sent_in_pieces(new_gateway: Callable[..., Gateway], tmp_path: Path) -> None:
+    """However long it is; one that becomes shorter on the way is never sent as if it were whole."""
+    gateway = new_gateway()
+    file = tmp_path / "long.dcm"
+    dcmwrite(file, dataset(PixelData=bytes(5 << 20)), enforce_file_format=False, implicit_vr=False, little_endian=True)
+    found, whole = open_object(file), read_object(file)
+    sizes = [len(block) for block in found.blocks(1 << 20)]
+    assert max(sizes) == 1 << 20
+    assert b"".join(found.blocks(1 << 20)) == whole.data
+    with gateway.client(whole) as client, pytest.raises(OSError, match="shorter"):
+        client.store(dataclasses.replace(found, length=found.length + 1))
+    assert gateway.status()["instances"] == 0
+    with gateway.client(whole) as client:
+        assert client.store(found) == 0
+    assert gateway.status()["instances"] == 1

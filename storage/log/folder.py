@@ -1,0 +1,116 @@
+"""The folder in which a log keeps its segments: what the log asks of a disk, and the disk itself.
+
+All methods block and raise OSError. Writes are durable after `Segment.sync`, names after `Folder.sync`.
+"""
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+from typing import Final, Protocol
+
+ZEROS: Final = bytes(1 << 20)
+
+
+class File(Protocol):
+    """One file of fixed size."""
+
+    size: int
+
+    def read(self, at: int, length: int) -> bytes:
+        """Fewer bytes only at the end of the file."""
+        ...
+
+    def write(self, at: int, data: bytes | bytearray) -> None: ...
+    def sync(self) -> None:
+        """Make what was written durable. After an error nothing may be taken for durable, after another try neither."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Folder(Protocol):
+    """A flat folder of files."""
+
+    def names(self) -> list[str]: ...
+    def create(self, name: str, size: int) -> File:
+        """A new file of zeros that are on the disk, so that writing to it later allocates nothing; its bytes are
+        durable, its name after `sync`."""
+        ...
+
+    def open(self, name: str) -> File: ...
+    def rename(self, name: str, to: str) -> None: ...
+    def remove(self, name: str) -> None: ...
+    def sync(self) -> None: ...
+
+
+class LocalFile:
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._gate = threading.Lock()  # a number that was closed may be another file's by then
+        self.size = os.fstat(fd).st_size
+
+    def read(self, at: int, length: int) -> bytes:
+        with self._gate:
+            found = os.pread(self._fd, length, at)
+            while len(found) < length and (more := os.pread(self._fd, length - len(found), at + len(found))):
+                found += more
+            return found
+
+    def write(self, at: int, data: bytes | bytearray) -> None:
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._fd, view, at)
+            view, at = view[written:], at + written
+
+    def sync(self) -> None:
+        os.fdatasync(self._fd)
+
+    def close(self) -> None:
+        with self._gate:
+            fd, self._fd = self._fd, -1
+            if fd >= 0:
+                os.close(fd)
+
+
+class LocalFolder:
+    def __init__(self, path: Path) -> None:
+        """Raises OSError."""
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def names(self) -> list[str]:
+        return sorted(os.listdir(self._fd))
+
+    def create(self, name: str, size: int) -> LocalFile:
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640, dir_fd=self._fd)
+        try:
+            for at in range(0, size, len(ZEROS)):
+                part = memoryview(ZEROS)[: size - at]
+                while part:
+                    part = part[os.write(fd, part) :]
+            os.fsync(fd)
+            return LocalFile(fd)
+        except BaseException:
+            os.close(fd)
+            with contextlib.suppress(OSError):
+                self.remove(name)  # it would only take room that there isn't
+            raise
+
+    def open(self, name: str) -> LocalFile:
+        return LocalFile(os.open(name, os.O_RDWR | os.O_CLOEXEC, dir_fd=self._fd))
+
+    def rename(self, name: str, to: str) -> None:
+        os.rename(name, to, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+
+    def remove(self, name: str) -> None:
+        os.unlink(name, dir_fd=self._fd)
+
+    def sync(self) -> None:
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)

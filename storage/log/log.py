@@ -1,0 +1,345 @@
+"""The log of one node: entries by number, in segment files, durable with one sync however many are appended at once.
+
+A segment is a file of fixed size whose blocks are there before it is used, so a sync writes data and nothing else. When
+it is full, or when the log is cut off behind an entry, the next one begins: its head says from which number on it
+counts. What isn't needed any more goes segment by segment, and the files are used again.
+
+One thread appends, cuts off and trims. Others may read, and make spare files (`prepare`).
+"""
+
+import errno
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
+
+import structlog
+
+from storage.log.folder import Folder
+from storage.log.records import MARK, PAYLOAD_BYTES_MAX, Record, pack, size_of
+from storage.log.segment import EPOCHS_MAX, HEAD_BYTES, Damaged, Segment, SegmentHead, pack_head, unpack_segment_head
+
+log = structlog.get_logger()
+
+SEGMENT_BYTES: Final = 64 << 20
+SPARES: Final = 2
+SEGMENT, SPARE = ".log", "spare-"
+MARK_BYTES: Final = size_of(16)
+
+
+class Broken(Exception):
+    """A write or a sync has failed: what is on the disk isn't known, and nothing is appended until the log was opened
+    anew."""
+
+
+class Log:
+    """`last` is (epoch, seq) of the last entry, `first` the oldest seq that is kept; `lineage` is "" for none yet."""
+
+    def __init__(self, folder: Folder, segment_bytes: int = SEGMENT_BYTES, spares: int = SPARES) -> None:
+        """Opens what is there: a torn tail is cut off. Raises OSError, Damaged."""
+        self._folder, self._segment_bytes, self._spares_wanted = folder, segment_bytes, spares
+        self._gate = threading.Lock()  # of the lists, not of the disk
+        self._segments: list[Segment] = []
+        self._spares: list[str] = []
+        self._number = 0  # the greatest that a segment has
+        self._broken = False
+        self._marked = False  # what a power cut left behind the tail can't follow what is appended
+        self._find()
+
+    # -- opening -----------------------------------------------------------------------------------------------
+
+    def _find(self) -> None:
+        found: dict[int, Segment] = {}
+        for name in self._folder.names():
+            number = _number(name)
+            if number is None and not name.startswith(SPARE):
+                continue
+            file = self._folder.open(name)
+            head = unpack_segment_head(file.read(0, HEAD_BYTES))
+            if number is not None and head is not None and head.number == number:
+                found[number] = Segment(name, file, head)
+            else:
+                file.close()
+                self._keep_or_remove(name, file.size)
+        kept: list[Segment] = []
+        at = max(found, default=0)
+        while at in found:
+            segment = found.pop(at)
+            kept.append(segment)
+            at = 0 if segment.head.begins else at - 1
+        for segment in found.values():  # trimmed, or of a log that was begun anew; the rename was undone
+            segment.file.close()
+            self._keep_or_remove(segment.name, segment.file.size)
+        self._segments = kept[::-1]
+        if self._segments:
+            self._number = self._segments[-1].head.number
+            self._segments[-1].scan()
+
+    def _keep_or_remove(self, name: str, size: int) -> None:
+        """A file of no use now; one of another size was being made when the power went, or by other settings."""
+        if size == self._segment_bytes and len(self._spares) < self._spares_wanted:
+            spare = _spare_name()
+            self._folder.rename(name, spare)
+            self._spares.append(spare)
+        else:
+            self._folder.remove(name)
+
+    def close(self) -> None:
+        for segment in self._segments:
+            segment.file.close()
+        self._segments = []
+
+    # -- what is there -----------------------------------------------------------------------------------------
+
+    @property
+    def lineage(self) -> str:
+        return self._segments[-1].head.lineage if self._segments else ""
+
+    @property
+    def last(self) -> tuple[int, int]:
+        """(0, 0) for an empty log."""
+        epochs = self._segments[-1].epochs if self._segments else []
+        return epochs[-1] if epochs else (0, 0)
+
+    @property
+    def first(self) -> int:
+        """The oldest entry that is kept; one more than the last if there is none."""
+        return self._segments[0].head.first if self._segments else 1
+
+    @property
+    def epochs(self) -> tuple[tuple[int, int], ...]:
+        """(epoch, its last seq), in order; the oldest may have been forgotten."""
+        return tuple(self._segments[-1].epochs) if self._segments else ()
+
+    def read(self, seq: int) -> Record:
+        """Raises KeyError for one that isn't kept, OSError, Damaged."""
+        with self._gate:
+            segments = list(self._segments)
+            if not (segments and segments[0].head.first <= seq <= self.last[1]):
+                raise KeyError(seq)
+        segment = next(one for one in reversed(segments) if one.head.first <= seq)
+        try:
+            if not segment.scanned:
+                self._scan(segment)
+            if seq >= segment.next_seq:
+                raise Damaged(f"{segment.name} ends at entry {segment.next_seq - 1}, and {seq} was written to it")
+            return segment.read(seq)
+        except OSError:
+            if seq < self.first:
+                raise KeyError(seq) from None  # trimmed at this moment
+            raise
+
+    def records(self, start: int, end: int | None = None) -> Iterator[Record]:
+        """From `start` to `end`, both included. Raises as `read`."""
+        for seq in range(start, (self.last[1] if end is None else end) + 1):
+            yield self.read(seq)
+
+    def _scan(self, segment: Segment) -> None:
+        """Two threads that come at once do it twice, each on its own."""
+        found = Segment(segment.name, segment.file, segment.head)
+        found.scan()
+        segment.offsets, segment.end, segment.chain, segment.epochs = (
+            found.offsets,
+            found.end,
+            found.chain,
+            found.epochs,
+        )
+        segment.scanned = True
+
+    # -- writing -----------------------------------------------------------------------------------------------
+
+    def begin(self, lineage: str, epochs: Sequence[tuple[int, int]] = ()) -> None:
+        """Begin a log, or begin it anew behind what `epochs` tells of; nothing that was kept counts any more. Raises
+        OSError."""
+        self._whole()
+        first = (epochs[-1][1] if epochs else 0) + 1
+        with self._gate:
+            before, self._segments = self._segments, []
+        try:
+            self._roll(lineage, first, tuple(epochs), begins=True)
+        except BaseException:
+            with self._gate:
+                self._segments = before
+            raise
+        self._release(before)
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Make entries durable; none of them counts if this raises: ValueError for what isn't the next one, OSError
+        (ENOSPC: the log goes on when there is room), Broken."""
+        self._whole()
+        records = list(records)
+        self._check(records)
+        self._make_room(records)
+        try:
+            self._write(records)
+        except OSError:
+            self._broken = True
+            raise
+
+    def _check(self, records: Sequence[Record]) -> None:
+        epoch, seq = self.last
+        if not self._segments:
+            raise ValueError("the log isn't begun")
+        for record in records:
+            if record.seq != seq + 1 or record.epoch < epoch or len(record.payload) > PAYLOAD_BYTES_MAX:
+                raise ValueError(f"({record.epoch}, {record.seq}) doesn't follow ({epoch}, {seq}), or is too long")
+            epoch, seq = record.epoch, record.seq
+
+    def _make_room(self, records: Sequence[Record]) -> None:
+        """As many spare files as these entries need: a full disk is noticed before anything is written."""
+        wanted, left = 0, self._segments[-1].file.size - self._segments[-1].end
+        left -= 0 if self._marked else MARK_BYTES
+        for record in records:
+            size = size_of(len(record.payload))
+            if size > left:
+                wanted, left = wanted + 1, self._segment_bytes - HEAD_BYTES
+            if size > left:
+                raise ValueError("an entry is longer than a segment")
+            left -= size
+        while len(self._spares) < wanted:
+            self._make_spare()
+
+    def _write(self, records: Sequence[Record]) -> None:
+        segment = self._segments[-1]
+        self._mark(segment)
+        out, noted, chain, at = bytearray(), list[tuple[Record, bytes]](), segment.chain, segment.end
+        for record in records:
+            packed, after = pack(record, chain)
+            if at + len(packed) > segment.file.size:
+                self._flush(segment, out, noted)
+                segment = self._roll(segment.head.lineage, record.seq, tuple(segment.epochs))
+                out, noted, at = bytearray(), [], segment.end
+                packed, after = pack(record, segment.chain)
+            out += packed
+            noted.append((record, after))
+            chain, at = after, at + len(packed)
+        self._flush(segment, out, noted)
+
+    def _mark(self, segment: Segment) -> None:
+        """Once after the log was opened: what was being written when the power went stays behind, even if what comes
+        now begins with the same entries."""
+        if self._marked:
+            return
+        epoch, seq = self.last
+        packed, chain = pack(Record(epoch, seq, os.urandom(16)), segment.chain, MARK)
+        if segment.end + len(packed) <= segment.file.size:
+            segment.file.write(segment.end, packed)
+            segment.note_mark(16, chain)
+        self._marked = True  # without room for it the next segment begins, with a chain of its own
+
+    def _flush(self, segment: Segment, out: bytearray, noted: Sequence[tuple[Record, bytes]]) -> None:
+        if not noted:
+            return
+        segment.file.write(segment.end, out)
+        segment.file.sync()
+        with self._gate:
+            for record, chain in noted:
+                segment.note(record, chain)
+
+    def _roll(self, lineage: str, first: int, epochs: tuple[tuple[int, int], ...], *, begins: bool = False) -> Segment:
+        """The next segment; what was written to the one before is durable. Raises OSError."""
+        if not self._spares:
+            self._make_spare()
+        with self._gate:
+            spare = self._spares.pop()
+            number = self._number + 1
+        name = f"{number:016x}{SEGMENT}"
+        try:
+            self._folder.rename(spare, name)
+            self._folder.sync()  # before anything in it counts
+            file = self._folder.open(name)
+            head = SegmentHead(lineage, number, first, begins, os.urandom(16), epochs[-EPOCHS_MAX:])
+            file.write(0, pack_head(head))
+            file.sync()
+        except OSError:
+            self._broken = True
+            raise
+        segment = Segment(name, file, head)
+        segment.scanned = self._marked = True
+        with self._gate:
+            self._number = number
+            self._segments.append(segment)
+        return segment
+
+    def cut(self, after: int) -> None:
+        """Forget all entries behind `after`, durably. Raises ValueError for one before the log's beginning, OSError,
+        Broken."""
+        self._whole()
+        if after >= self.last[1]:
+            return
+        if after < self.first - 1:
+            raise ValueError(f"the log begins at {self.first}")
+        epochs = tuple((epoch, min(last, after)) for epoch, last in self._epochs_upto(after))
+        self._roll(self.lineage, after + 1, epochs)
+
+    def _epochs_upto(self, after: int) -> Iterator[tuple[int, int]]:
+        start = 0
+        for epoch, last in self.epochs:
+            if start < after:
+                yield epoch, last
+            start = last
+
+    def _whole(self) -> None:
+        if self._broken:
+            raise Broken("a write to the log failed")
+
+    # -- room --------------------------------------------------------------------------------------------------
+
+    def trim(self, upto: int) -> int:
+        """Forget whole segments in which nothing behind `upto` counts; returns how many. Raises OSError."""
+        self._whole()
+        with self._gate:
+            count = 0
+            while count + 1 < len(self._segments) and self._segments[count + 1].head.first - 1 <= upto:
+                count += 1
+            gone, self._segments = self._segments[:count], self._segments[count:]
+        self._release(gone)
+        return len(gone)
+
+    def _release(self, gone: Sequence[Segment]) -> None:
+        """Their files are used again, or go. One whose rename is undone by a power cut is found to be of no use then:
+        what is kept begins behind it."""
+        for segment in gone:
+            segment.file.close()
+            with self._gate:
+                spare = _spare_name() if len(self._spares) < self._spares_wanted else ""
+            if spare:
+                self._folder.rename(segment.name, spare)
+                with self._gate:
+                    self._spares.append(spare)
+            else:
+                self._folder.remove(segment.name)
+
+    def prepare(self) -> None:
+        """Make spare files for what comes, off the path of those who wait. Raises OSError."""
+        while len(self._spares) < self._spares_wanted:
+            self._make_spare()
+
+    def _make_spare(self) -> None:
+        name = _spare_name()
+        self._folder.create(name, self._segment_bytes).close()
+        with self._gate:
+            self._spares.append(name)
+
+    @property
+    def bytes_kept(self) -> int:
+        """On the disk, spare files included."""
+        with self._gate:
+            return (len(self._segments) + len(self._spares)) * self._segment_bytes
+
+
+def _spare_name() -> str:
+    return SPARE + os.urandom(8).hex()
+
+
+def _number(name: str) -> int | None:
+    if not name.endswith(SEGMENT):
+        return None
+    try:
+        return int(name.removesuffix(SEGMENT), 16)
+    except ValueError:
+        return None
+
+
+def is_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)

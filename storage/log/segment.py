@@ -1,0 +1,122 @@
+"""A segment: one file of the log, of fixed size, with a head and records behind it."""
+
+from array import array
+from typing import Final
+
+import msgspec
+import xxhash
+
+from storage.log.folder import File
+from storage.log.records import HEAD, MARK, Record, follows, size_of, unpack, unpack_head
+
+HEAD_BYTES: Final = 4096
+MAGIC: Final = b"TLS1"
+SUM_BYTES: Final = 8
+SCAN_BYTES: Final = 1 << 20
+EPOCHS_MAX: Final = 100  # that a head names; a log of more takeovers is matched from where they begin
+
+
+class Damaged(Exception):
+    """A segment isn't what was written, and not at the tail of the log, where a power cut may have torn it."""
+
+
+class SegmentHead(msgspec.Struct, frozen=True, array_like=True):
+    """`first` is the seq that follows what the segments before hold: less than their last one + 1 where the log was cut
+    off. `chain` is made by chance. `epochs`: (epoch, its last seq) of the log before `first`."""
+
+    lineage: str
+    number: int
+    first: int
+    begins: bool  # nothing of the segments before counts
+    chain: bytes
+    epochs: tuple[tuple[int, int], ...]
+
+
+def pack_head(head: SegmentHead) -> bytes:
+    raw = msgspec.msgpack.encode(head)
+    body = len(raw).to_bytes(4, "little") + raw
+    packed = MAGIC + xxhash.xxh3_64_digest(body) + body
+    if len(packed) > HEAD_BYTES:
+        raise ValueError("the head of a segment is too long")
+    return packed.ljust(HEAD_BYTES, b"\0")
+
+
+def unpack_segment_head(raw: bytes) -> SegmentHead | None:
+    """None for a file that is no segment yet, or none any more."""
+    at = len(MAGIC) + SUM_BYTES
+    if len(raw) < HEAD_BYTES or raw[: len(MAGIC)] != MAGIC:
+        return None
+    body = raw[at : at + 4 + int.from_bytes(raw[at : at + 4], "little")]
+    if xxhash.xxh3_64_digest(body) != raw[len(MAGIC) : at]:
+        return None
+    try:
+        return msgspec.msgpack.decode(body[4:], type=SegmentHead)
+    except msgspec.DecodeError:
+        return None
+
+
+class Segment:
+    def __init__(self, name: str, file: File, head: SegmentHead) -> None:
+        self.name, self.file, self.head = name, file, head
+        self.offsets = array("I")  # of the records, the first one being `head.first`
+        self.end = HEAD_BYTES  # behind the last record
+        self.chain = head.chain
+        self.epochs: list[tuple[int, int]] = list(head.epochs)  # with those of its own records
+        self.scanned = False
+
+    @property
+    def next_seq(self) -> int:
+        """That a record appended here would have. Known once it is scanned."""
+        return self.head.first + len(self.offsets)
+
+    def has_room(self, length: int) -> bool:
+        return self.end + size_of(length) <= self.file.size
+
+    def note(self, record: Record, chain: bytes) -> None:
+        """A record is at the end now."""
+        self.offsets.append(self.end)
+        self.end += size_of(len(record.payload))
+        self.chain = chain
+        if self.epochs and self.epochs[-1][0] == record.epoch:
+            self.epochs[-1] = (record.epoch, record.seq)
+        else:
+            self.epochs.append((record.epoch, record.seq))
+
+    def note_mark(self, length: int, chain: bytes) -> None:
+        """A mark is at the end now."""
+        self.end += size_of(length)
+        self.chain = chain
+
+    def scan(self) -> None:
+        """Find the records, up to the first that isn't whole or doesn't follow. Raises OSError."""
+        if self.scanned:
+            return
+        buffer, start = b"", self.end
+        while True:
+            at = self.end - start
+            if len(buffer) - at < HEAD.size:
+                buffer, start, at = self.file.read(self.end, SCAN_BYTES), self.end, 0
+            head = unpack_head(buffer[at : at + HEAD.size])
+            if head is None:
+                break
+            if len(buffer) - at < size_of(head.length):
+                buffer, start, at = self.file.read(self.end, max(SCAN_BYTES, size_of(head.length))), self.end, 0
+            record = unpack(head, buffer[at + HEAD.size : at + HEAD.size + head.length])
+            if record is None or not follows(head, record, self.chain):
+                break
+            if head.kind == MARK:
+                self.note_mark(head.length, head.chain)
+            elif head.seq == self.next_seq:
+                self.note(record, head.chain)
+            else:
+                break
+        self.scanned = True
+
+    def read(self, seq: int) -> Record:
+        """Raises OSError, Damaged."""
+        at = self.offsets[seq - self.head.first]
+        head = unpack_head(self.file.read(at, HEAD.size))
+        record = unpack(head, self.file.read(at + HEAD.size, head.length)) if head else None
+        if record is None or record.seq != seq:
+            raise Damaged(f"entry {seq} in {self.name} isn't what was written")
+        return record

@@ -32,7 +32,7 @@ FOUND_CORE = {
 }
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("world", list(SEEDS))
 def test_invariants_hold(world: str) -> None:
     failures = [f"seed {seed}: {why}" for seed, why, _ in many(range(SEEDS[world]), 2, world) if why]

@@ -192,6 +192,10 @@ def check_invariants(view: View, actions: list[Action]) -> None:
                 raise ValueError("H1: acquire by a node that isn't in sync")
             if gateway.granted_until > view.now:
                 raise ValueError("H1: acquire against a promise")
+        if isinstance(action, Bump) and (view.gateway is None or view.state is None):
+            raise ValueError("H1: a new epoch without a gateway")
+        if isinstance(action, Bump) and view.gateway and view.state and view.gateway.promised > view.state.epoch:
+            raise ValueError("H1: a new epoch by a state that knows less than this node has promised")
         if isinstance(action, Tell) and action.role == "lead" and action.serve_until > _authority(view):
             raise ValueError("H2: serving past the lease and the grant")
         if isinstance(action, Serve) and action.here and (action.until > _authority(view) or action.until <= view.now):
@@ -260,8 +264,9 @@ def _as_leader(view: View, gateway: Report, state: State) -> list[Action]:
         return actions
     if state.member(view.node) == me and gateway.promised < state.epoch:
         return _lead_on(view, gateway, names, state.epoch)
-    if not _whole_enough(view, gateway, state) or state.member(view.node) is None:
-        return [Serve(False), Tell("follow"), Release("this copy isn't complete")]
+    blocks = next((one for one in conditions(view, gateway, state) if one.hard and not one.holds), None)
+    if blocks is not None:  # etcd was set back perhaps, to when this node had the lease
+        return [Serve(False), Tell("follow"), Release(f"{blocks.name}: {blocks.says}")]
     return [Tell("follow"), Bump(_with_me(me, state))]
 
 

@@ -193,7 +193,26 @@ def test_store_of_another_cluster_takes_no_part() -> None:
 
 
 def test_incomplete_leader_gives_the_lease_back() -> None:
-    assert Release("this copy isn't complete") in decide(view(report(whole=False), leader=MINE))
+    assert Release("complete copy: not yet") in decide(view(report(whole=False), leader=MINE))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"promised": 8},
+        {"linked": True, "peer": PEER, "peer_promised": 8},
+        {"store_id": "another"},
+        {"lineage": "another"},
+        {"incarnation": 1},
+    ],
+)
+def test_a_lease_that_came_back_with_a_backup_of_etcd_is_given_back(changes: dict[str, object]) -> None:
+    """The state is older than what the nodes have promised each other, or of another store: no epoch is made of it."""
+    old = state(ME, PEER)
+    old = replace(old, lineage="log")
+    found = decide(view(report(**{"lineage": "log", **changes}), state=old, leader=MINE))
+    assert any(isinstance(action, Release) for action in found)
+    assert not any(isinstance(action, Bump) for action in found)
 
 
 def test_invariants_are_checked() -> None:

@@ -28,6 +28,15 @@ def data(lab: Lab, member: str) -> Path:
     return lab.node_dir(member) / "etcd"
 
 
+def force(lab: Lab, node: str) -> str | None:
+    """The node that took it: the other one, where that one's log is longer."""
+    code, said = tandem(lab, node, "failover", "--force", "--yes")
+    if code and "run this there" in said:
+        node = other_than(node)
+        code, said = tandem(lab, node, "failover", "--force", "--yes")
+    return node if code == 0 else None
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("what", "forced"), [("lost", "primary"), ("restored", "standby")])
 def test_etcd_that_knows_less_than_the_nodes(lab: Lab, tmp_path: Path, what: str, forced: str) -> None:
@@ -59,7 +68,7 @@ def test_etcd_that_knows_less_than_the_nodes(lab: Lab, tmp_path: Path, what: str
         code, result = asked(lab, node, "why")
         assert code == 4
         assert any(not row["ok"] for row in result["conditions"])
-        wait_for(lambda: tandem(lab, node, "failover", "--force", "--yes")[0] == 0, "the force to be applied")
+        node = wait_for(lambda: force(lab, node), "the force to be applied")
         wait_for(lambda: lab.primary() == node, "it to serve", 120)
         heal(lab)
         writer.wait_for_more(20)

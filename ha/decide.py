@@ -21,6 +21,7 @@ from storage.control import NEVER, Member, Report, Tell
 
 READS_PATIENCE_S = 1.0  # the primary leaves the addresses for reading to the standby, where there is one
 READS_HOLD_S = 2.0
+A_DISK = "a disk"  # the name of a condition
 DRAIN_S = 5.0  # whoever hands over waits this long for requests that are under way
 
 
@@ -264,7 +265,8 @@ def _as_leader(view: View, gateway: Report, state: State) -> list[Action]:
         return actions
     if state.member(view.node) == me and gateway.promised < state.epoch:
         return _lead_on(view, gateway, names, state.epoch)
-    blocks = next((one for one in conditions(view, gateway, state) if one.hard and not one.holds), None)
+    found = conditions(view, gateway, state)
+    blocks = next((one for one in found if one.hard and not one.holds and one.name != A_DISK), None)
     if blocks is not None:  # etcd was set back perhaps, to when this node had the lease
         return [Serve(False), Tell("follow"), Release(f"{blocks.name}: {blocks.says}")]
     return [Tell("follow"), Bump(_with_me(me, state))]
@@ -344,7 +346,7 @@ def conditions(view: View, gateway: Report, state: State) -> list[Condition]:
             ahead if gateway.linked and gateway.peer_promised > state.epoch else "known",
         ),
         Condition("complete copy", _whole_enough(view, gateway, state), whole),
-        Condition("a disk", fit, "in service" if gateway.fit else "none in service"),
+        Condition(A_DISK, fit, "in service" if gateway.fit else "none in service"),
         Condition("no trouble", not view.trouble, view.trouble or "none", hard=False),
         Condition("no maintenance", not view.maintained, "none" if not view.maintained else "under way", hard=False),
         Condition(

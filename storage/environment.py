@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import structlog
 
@@ -20,6 +21,8 @@ from storage.state.catalogue import Batch, Catalogue
 from storage.state.kv import CatalogueDamaged
 from storage.state.soundness import is_sound, is_unclean, opened
 from storage.workers import Workers, WorkersFactory
+
+NEW_FOLDER: Final = "catalogue.new"  # beside the catalogue, while it is made anew
 
 log = structlog.get_logger()
 
@@ -72,6 +75,8 @@ def open_or_set_aside(settings: Settings) -> Catalogue:
     and OSError.
     """
     path, size = settings.storage.state / "catalogue", settings.storage.map_size_bytes
+    if not path.exists() and path.with_name(NEW_FOLDER).exists():
+        raise CatalogueDamaged(f"{path}: `tandem rebuild-index` was interrupted; run it again")
     try:
         if is_unclean(path) and not is_sound(path):
             raise CatalogueDamaged(f"{path}: pages of it can't be read")

@@ -348,6 +348,7 @@ class Journal:
         self._land(work, turn)
         batch = work.batch
         self._sync_names(work, turn)
+        self._turns.at(turn, "")
         self._tree.place_all(batch, self.applied)
         if "checkpoint" in batch.meta:
             self._tree.sync(turn)

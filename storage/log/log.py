@@ -15,8 +15,8 @@ from typing import Final
 
 import structlog
 
-from storage.log.folder import Folder
-from storage.log.records import MARK, PAYLOAD_BYTES_MAX, Record, pack, size_of
+from storage.log.folder import File, Folder
+from storage.log.records import HEAD, MARK, PAYLOAD_BYTES_MAX, Record, pack, size_of, unpack_head
 from storage.log.segment import EPOCHS_MAX, HEAD_BYTES, Damaged, Segment, SegmentHead, pack_head, unpack_segment_head
 
 log = structlog.get_logger()
@@ -24,6 +24,7 @@ log = structlog.get_logger()
 SEGMENT_BYTES: Final = 64 << 20
 SPARES: Final = 2
 SEGMENT, SPARE = ".log", "spare-"
+SECTOR_BYTES: Final = 512  # written by a disk as a whole or not at all
 MARK_BYTES: Final = size_of(16)
 
 
@@ -50,6 +51,7 @@ class Log:
 
     def _find(self) -> None:
         found: dict[int, Segment] = {}
+        unreadable, sizes = dict[int, str](), dict[str, int]()
         for name in self._folder.names():
             number = _number(name)
             if number is None and not name.startswith(SPARE):
@@ -60,9 +62,18 @@ class Log:
                 found[number] = Segment(name, file, head)
             else:
                 file.close()
-                self._keep_or_remove(name, file.size)
+                sizes[name] = file.size
+                if number is None:
+                    self._keep_or_remove(name, file.size)
+                else:
+                    unreadable[number] = name
+        newest = max(found, default=0)
+        for number, name in unreadable.items():
+            if not self._is_blank(name) and (number < newest or self._holds_entries(name)):
+                raise Damaged(f"{name}: its head can't be read")
+            self._keep_or_remove(name, sizes[name])
         kept: list[Segment] = []
-        at = max(found, default=0)
+        at = newest
         while at in found:
             segment = found.pop(at)
             kept.append(segment)
@@ -72,12 +83,36 @@ class Log:
             self._keep_or_remove(segment.name, segment.file.size)
         self._segments = kept[::-1]
         if self._segments:
-            self._number = self._segments[-1].head.number
-            self._segments[-1].scan()
+            last = self._segments[-1]
+            self._number = last.head.number
+            last.scan()
+            # What a kill or an error left unsynced was read from memory: it counts once it is on the disk.
+            last.file.write(0, last.file.read(0, last.end))
+            last.file.sync()
+            self._folder.sync()
+
+    def _is_blank(self, name: str) -> bool:
+        """Never used, or wiped when it was trimmed."""
+        file = self._folder.open(name)
+        try:
+            return not any(file.read(0, SECTOR_BYTES))
+        finally:
+            file.close()
+
+    def _holds_entries(self, name: str) -> bool:
+        """A file whose head can't be read isn't only one whose head the power has torn: an entry follows it."""
+        file = self._folder.open(name)
+        try:
+            return unpack_head(file.read(HEAD_BYTES, HEAD.size)) is not None
+        finally:
+            file.close()
 
     def _keep_or_remove(self, name: str, size: int) -> None:
         """A file of no use now; one of another size was being made when the power went, or by other settings."""
         if size == self._segment_bytes and len(self._spares) < self._spares_wanted:
+            file = self._folder.open(name)
+            _wipe(file)
+            file.close()
             spare = _spare_name()
             self._folder.rename(name, spare)
             self._spares.append(spare)
@@ -93,23 +128,26 @@ class Log:
 
     @property
     def lineage(self) -> str:
-        return self._segments[-1].head.lineage if self._segments else ""
+        segments = self._segments
+        return segments[-1].head.lineage if segments else ""
 
     @property
     def last(self) -> tuple[int, int]:
         """(0, 0) for an empty log."""
-        epochs = self._segments[-1].epochs if self._segments else []
+        epochs = self.epochs
         return epochs[-1] if epochs else (0, 0)
 
     @property
     def first(self) -> int:
         """The oldest entry that is kept; one more than the last if there is none."""
-        return self._segments[0].head.first if self._segments else 1
+        segments = self._segments
+        return segments[0].head.first if segments else 1
 
     @property
     def epochs(self) -> tuple[tuple[int, int], ...]:
         """(epoch, its last seq), in order; the oldest may have been forgotten."""
-        return tuple(self._segments[-1].epochs) if self._segments else ()
+        segments = self._segments
+        return tuple(segments[-1].epochs) if segments else ()
 
     def read(self, seq: int) -> Record:
         """Raises KeyError for one that isn't kept, OSError, Damaged."""
@@ -124,7 +162,7 @@ class Log:
             if seq >= segment.next_seq:
                 raise Damaged(f"{segment.name} ends at entry {segment.next_seq - 1}, and {seq} was written to it")
             return segment.read(seq)
-        except OSError:
+        except (OSError, Damaged):
             if seq < self.first:
                 raise KeyError(seq) from None  # trimmed at this moment
             raise
@@ -153,19 +191,14 @@ class Log:
         OSError."""
         self._whole()
         first = (epochs[-1][1] if epochs else 0) + 1
-        with self._gate:
-            before, self._segments = self._segments, []
-        try:
-            self._roll(lineage, first, tuple(epochs), begins=True)
-        except BaseException:
-            with self._gate:
-                self._segments = before
-            raise
+        before = self._segments
+        self._roll(lineage, first, tuple(epochs), begins=True)
         self._release(before)
 
     def append(self, records: Iterable[Record]) -> None:
-        """Make entries durable; none of them counts if this raises: ValueError for what isn't the next one, OSError
-        (ENOSPC: the log goes on when there is room), Broken."""
+        """Make entries durable. Raises ValueError for what isn't the next one and OSError (ENOSPC) without room:
+        none of them counts then, and the log goes on. Any other OSError: which of them count is known once the log was
+        opened anew; until then it raises Broken."""
         self._whole()
         records = list(records)
         self._check(records)
@@ -258,7 +291,7 @@ class Log:
         segment.scanned = self._marked = True
         with self._gate:
             self._number = number
-            self._segments.append(segment)
+            self._segments = [segment] if begins else [*self._segments, segment]
         return segment
 
     def cut(self, after: int) -> None:
@@ -300,6 +333,7 @@ class Log:
         """Their files are used again, or go. One whose rename is undone by a power cut is found to be of no use then:
         what is kept begins behind it."""
         for segment in gone:
+            _wipe(segment.file)
             segment.file.close()
             with self._gate:
                 spare = _spare_name() if len(self._spares) < self._spares_wanted else ""
@@ -326,6 +360,14 @@ class Log:
         """On the disk, spare files included."""
         with self._gate:
             return (len(self._segments) + len(self._spares)) * self._segment_bytes
+
+
+def _wipe(file: File) -> None:
+    """What isn't needed any more is neither a segment any more, nor one whose head was damaged. Raises OSError."""
+    file.write(0, bytes(SECTOR_BYTES))
+    file.sync()
+    file.write(SECTOR_BYTES, bytes(HEAD_BYTES - SECTOR_BYTES + HEAD.size))
+    file.sync()
 
 
 def _spare_name() -> str:

@@ -48,6 +48,11 @@ class Copies:
         found = self._catalogue.entries(seq, 1)
         return found[0] if found and found[0].seq == seq else None
 
+    def length(self, seq: int) -> int:
+        """Of the file that an entry brings, in bytes; 0 for none."""
+        entry = self.entry(seq)
+        return entry.operation.length if entry and isinstance(entry.operation, Put) else 0
+
     def location(self, seq: int) -> Location | None:
         pending = self._pendings.get(seq)
         return self._catalogue.location(seq) or (pending.location if pending else None)

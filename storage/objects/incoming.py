@@ -34,7 +34,7 @@ class Placement(Protocol):
 
     on_their_way: "weakref.WeakSet[Incoming]"
 
-    def choose(self, prefer: str = "") -> Volume: ...
+    def choose(self, prefer: str = "", avoid: str = "") -> Volume: ...
     def serves(self, volume_id: str) -> bool: ...
     def failed(self, volume_id: str, error: OSError) -> None: ...
     def took(self, volume_id: str, seconds: float) -> None: ...
@@ -289,7 +289,7 @@ class Incoming:
         self._begin(attempt)
         queue, digested = self._queue, self._digested
         if self._spooled is None and not self._placement.serves(self.volume.id):
-            self.volume = self._placement.choose()
+            self._aim(self._placement.choose(), attempt)
         while True:
             volume = self.volume
             try:
@@ -302,17 +302,26 @@ class Incoming:
                 if attempt != self._attempt:
                     raise
                 digested = True
-                self._move_on(error)
+                self._move_on(error, attempt)
 
-    def _move_on(self, error: OSError) -> None:
+    def _move_on(self, error: OSError, attempt: int) -> None:
         """To another volume than the one that just failed; raises the error if there is none."""
-        failed, broken = self.volume, self._spooled
-        volume = self._placement.choose()
-        if volume is failed:
-            raise error
-        self.volume, self._spooled = volume, None
+        broken = self._spooled
+        try:
+            volume = self._placement.choose(avoid=self.volume.id)
+        except NoRoom:
+            if self._placement.serves(self.volume.id):
+                raise error from None
+            raise
+        self._aim(volume, attempt)
         if broken:
             _discard(broken)
+
+    def _aim(self, volume: Volume, attempt: int) -> None:
+        """Raises OSError for an attempt that isn't the present one: what it aims at is for nothing."""
+        with self._guard:
+            self._check(attempt)
+            self.volume, self._spooled = volume, None
 
     def _start_last(self) -> None:
         """Write what is left and sync."""
@@ -370,9 +379,11 @@ class Incoming:
             return
         self._given_up = True
         self._placement.on_their_way.discard(self)  # what stays of it on a disk that hangs is swept up
+        left = self._let_go()
         if self.on_taken:
-            self.on_taken(sum(len(chunk) for chunk in self._queue))
-        self._queue.clear()
+            self.on_taken(left)
+        if self.on_drained:
+            self.on_drained()
         try:
             async with asyncio.timeout(DISCARD_S):
                 while self._job is not None:

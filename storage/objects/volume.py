@@ -34,6 +34,7 @@ SYNC_FILE_RANGE_WAIT_BEFORE, SYNC_FILE_RANGE_WRITE, SYNC_FILE_RANGE_WAIT_AFTER =
 READ_BYTES: Final = 1 << 20
 RENAMES_MAX: Final = 8
 DIGEST_ATTRIBUTE: Final = "user.tandem.xxh3-128"  # of the data set as it was received
+PROBE: Final = ".probe"
 RENAME_NOREPLACE: Final = 1
 RENAME_EXCHANGE: Final = 2
 AT_FDCWD: Final = -100
@@ -277,7 +278,7 @@ class LocalVolume:
     def check(self) -> None:
         if read_marker(self.path)["id"] != self.id:
             raise VolumeOffline(f"{self.path}: another volume is there now")
-        probe = self.path / ".probe"
+        probe = self.path / "spool" / PROBE  # where objects are put first
         with probe.open("wb") as file:
             file.write(b"probe")
             file.flush()
@@ -370,7 +371,7 @@ class LocalVolume:
         (self.path / name).unlink(missing_ok=True)
 
     def spooled(self) -> list[str]:
-        return [entry.name for entry in os.scandir(self.path / "spool")]
+        return [entry.name for entry in os.scandir(self.path / "spool") if entry.name != PROBE]
 
     def archived(self) -> Iterator[str]:
         root = self.path / "archive"

@@ -147,11 +147,12 @@ class Volumes:
             raise LookupError(f"volume {volume_id} is offline")
         return slot.volume
 
-    def choose(self, prefer: str = "") -> Volume:
-        """The preferred volume if it has room, else the one with the most; a slow one last. Raises NoRoom."""
+    def choose(self, prefer: str = "", avoid: str = "") -> Volume:
+        """The preferred volume if it has room, else the one with the most, but for `avoid`; a slow one last. Raises
+        NoRoom."""
         best: tuple[bool, int, Volume] | None = None
         for slot in self.slots:
-            if slot.volume is None or not slot.usable or slot.volume.draining:
+            if slot.volume is None or not slot.usable or slot.volume.draining or slot.volume.id == avoid:
                 continue
             free = slot.free_bytes - self._reserve_bytes
             slow = self._clock() < slot.slow_until

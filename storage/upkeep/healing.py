@@ -15,6 +15,7 @@ from conf.telling import reason_of
 from storage import crash
 from storage.journal import Journal
 from storage.objects.copies import Copies
+from storage.objects.reading import SLOWEST_BYTES_S
 from storage.objects.volume import NoRoom, holds
 from storage.objects.volumes import Volumes
 from storage.replication.follower import Follower
@@ -140,9 +141,7 @@ class Healing:
             if good is None and self._copies.location(seq) != before:  # moved, into the tree perhaps, since we looked
                 before = self._copies.location(seq)
                 good = await self._read(seq, before)
-        except OSError as error:
-            if before and error.errno != errno.ETIMEDOUT:
-                self._volumes.failed(before.volume, error)
+        except OSError:
             return False
         if good:
             return True
@@ -172,14 +171,20 @@ class Healing:
             await self._record({seq: location})
 
     async def _read(self, seq: int, location: Location | None) -> bool | None:
-        """`Copies.good`, for as long as it takes: a long object of a slow disk isn't one of a disk that hangs. Raises
-        OSError, also when its disk goes out of service meanwhile."""
+        """`Copies.good`; a long object of a slow disk isn't one of a disk that hangs. Raises OSError, also when it
+        goes out of service meanwhile, and says so of it."""
         job = self._workers.run(self._copies.good, seq)
+        until = self._clock() + self._hang_s + self._copies.length(seq) / SLOWEST_BYTES_S
         while True:
             try:
                 return await within(job, self._hang_s)
             except OSError as error:
-                if error.errno != errno.ETIMEDOUT or job.done() or not location or not self._is_online(location):
+                if job.done() and location:
+                    self._volumes.failed(location.volume, error)
+                if job.done() or location is None or not self._is_online(location):
+                    raise
+                if self._clock() > until:
+                    self._volumes.hangs(location.volume)
                     raise
 
     def _is_online(self, location: Location) -> bool:

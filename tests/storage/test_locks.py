@@ -1,5 +1,6 @@
 """Data are safe from a second process, from a cloned disk, and from tools that run at the wrong time."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from storage.objects.volume import create_marker
 from storage.state.catalogue import Batch, Catalogue
 from storage.state.formats import FORMAT
 from tests.builders import item, uid_of
-from tests.conftest import ROOT, Gateway
+from tests.conftest import ROOT, Gateway, wait_for
 from tools.cli import rebuild
 from tools.cli.client import order
 from tools.cli.rebuild_command import rebuild_index
@@ -244,6 +245,28 @@ def test_a_disk_that_was_added_while_running_is_in_the_new_index(
     gateway.start()
     assert gateway.status()["instances"] == 5
     assert order(socket, "scrub", {}) == {"checked": 5, "bad": 0, "strangers": 0}
+
+
+def test_two_versions_in_the_spool_are_told_apart(new_gateway: Callable[..., Gateway]) -> None:
+    """Neither takes the place of the other, and the one that counts stays where it is found."""
+    gateway = new_gateway()
+    first = item(PatientName="One")
+    again = dataclasses.replace(first, data=first.data.replace(b"One", b"Two"))
+    with gateway.client(first) as client:
+        assert [client.store(first), client.store(again)] == [0, 0]
+    assert gateway.status()["instances"] == 1
+    wait_for(lambda: len(files_of(gateway)) == 1 and len(gateway.quarantined()) == 1, "the first to be put aside")
+    gateway.stop(signal.SIGKILL)
+    kept, old = files_of(gateway)[0], next((gateway.volume / "quarantine").glob("*.dcm"))
+    kept.rename(gateway.volume / "spool" / "x-2")
+    old.rename(gateway.volume / "spool" / "x-1")
+    shutil.rmtree(gateway.folder / "state" / "catalogue")
+    assert rebuilt(gateway)["instances"] == 1
+    gateway.start()
+    assert gateway.status()["instances"] == 1
+    assert order(gateway.folder / "standalone.sock", "scrub", {})["bad"] == 0
+    assert gateway.status()["catch_up"]["missing"] == 0
+    assert len(files_of(gateway)) == 1
 
 
 def test_a_rebuild_by_root_leaves_all_to_the_gateways_user(new_gateway: Callable[..., Gateway]) -> None:

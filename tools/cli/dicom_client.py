@@ -3,7 +3,6 @@
 It sends bytes as they are given, so tests can send what a proper toolkit refuses to.
 """
 
-import errno
 import socket
 import struct
 from collections.abc import Iterator, Sequence
@@ -66,6 +65,10 @@ class Object:
         return (self.data[at : at + size] for at in range(0, len(self.data), size))
 
 
+class Unreadable(Exception):
+    """A file can't be read to its end."""
+
+
 @dataclass(frozen=True)
 class FileObject:
     """One instance in a file, which is read when it is sent: however long it is, little of it is in memory."""
@@ -78,16 +81,19 @@ class FileObject:
     length: int  # of the data set, in bytes
 
     def blocks(self, size: int) -> Iterator[bytes]:
-        """The data set in pieces of `size` bytes. Raises OSError, also if the file has become shorter."""
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            left = self.length
-            while left:
-                block = file.read(min(size, left))
-                if not block:
-                    raise OSError(errno.EIO, "the file became shorter while it was read")
-                left -= len(block)
-                yield block
+        """The data set in pieces of `size` bytes. Raises Unreadable."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.start)
+                left = self.length
+                while left:
+                    block = file.read(min(size, left))
+                    if not block:
+                        raise Unreadable("the file became shorter while it was read")
+                    left -= len(block)
+                    yield block
+        except OSError as error:  # not to be taken for one of the connection
+            raise Unreadable(error.strerror or "can't be read") from error
 
 
 class DicomClient:
@@ -221,7 +227,7 @@ class DicomClient:
         raise AssociationFailed("a response without status")
 
     def store(self, item: Object | FileObject) -> int:
-        """C-STORE; returns the status. Raises OSError also for a file that can't be read to its end."""
+        """C-STORE; returns the status. Raises Unreadable; the association is of no use then."""
         context_id = self.contexts[item.sop_class, item.transfer_syntax]
         self._message_id = self._message_id % 0xFFFF + 1
         command = store_command(self._message_id, item.sop_class, item.sop_instance)

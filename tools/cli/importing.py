@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tools.cli.dicom_client import AssociationFailed, DicomClient, FileObject, NotLetIn
+from tools.cli.dicom_client import AssociationFailed, DicomClient, FileObject, NotLetIn, Unreadable
 from tools.cli.dicom_files import NotAnInstance, open_object
 
 CALLING: Final = "TANDEM_TOOLS"
@@ -156,7 +156,7 @@ def _store_batch(paths: list[Path], target: Target, journal: Journal, done: Call
             client.close()
 
 
-def _store(item: FileObject, target: Target, client: DicomClient | None) -> tuple[DicomClient, str]:
+def _store(item: FileObject, target: Target, client: DicomClient | None) -> tuple[DicomClient | None, str]:
     """(the association, why it was refused). Tries again while there is no primary."""
     context = (item.sop_class, item.transfer_syntax)
     deadline = time.monotonic() + PATIENCE_S
@@ -175,6 +175,10 @@ def _store(item: FileObject, target: Target, client: DicomClient | None) -> tupl
             status = client.store(item)
             if status != OUT_OF_RESOURCES or time.monotonic() > deadline:
                 return client, f"refused with status 0x{status:04X}" if status else ""
+        except Unreadable as error:
+            if client:
+                client.close()  # in the middle of a message
+            return None, str(error)
         except (OSError, AssociationFailed) as error:
             if client:
                 client.close()

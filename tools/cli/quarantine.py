@@ -6,7 +6,7 @@ from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_file_meta_info
 
 from conf.settings import Settings
-from tools.cli.dicom_client import AssociationFailed, DicomClient
+from tools.cli.dicom_client import AssociationFailed, DicomClient, Unreadable
 from tools.cli.dicom_files import NotAnInstance, open_object
 from tools.cli.importing import CALLING
 from tools.cli.options import dicom_host, login
@@ -33,6 +33,8 @@ def restore(file: Path, settings: Settings) -> None:
             host, dicom.port, dicom.aet, context, TIMEOUT_S, calling=_sender(file), user=login()
         ) as client:
             status = client.store(item)
+    except Unreadable as error:
+        raise RestoreFailed(str(error)) from error
     except (OSError, AssociationFailed) as error:
         raise RestoreFailed(f"{host} doesn't take it: {error}") from error
     if status == DUPLICATE:

@@ -29,6 +29,7 @@ from pydicom.filereader import read_file_meta_info
 
 from conf.settings import Settings
 from gateway.dicom.identify import Identifier, identify
+from storage.environment import NEW_FOLDER
 from storage.objects.volume import (
     DIGEST_ATTRIBUTE,
     FOLDERS,
@@ -150,6 +151,7 @@ def catalogue_path(settings: Settings) -> Path:
 def set_aside(settings: Settings) -> Path | None:
     """Move the catalogue out of the way, so that the node begins anew; returns where it is now. Raises OSError."""
     path = catalogue_path(settings)
+    _clear(path.with_name(NEW_FOLDER))
     if not path.exists():
         return None
     aside = _aside(path)
@@ -249,13 +251,23 @@ class Rebuilding:
         self._leaving = old.leaving()
         self._seq = 0
         self.spooled: list[Location] = []  # to be moved into the tree
+        self._aimed: set[tuple[str, str]] = set()  # volume, path: where these go
         self.result = Rebuilt(old_catalogue=old.known)
 
     def take(self, found: list[Found]) -> None:
         """One batch."""
         rows: list[tuple[Entry, Location | None]] = []
+        there: set[str] = set()
         for one in found:
+            uid = one.put.sop_instance if one.put else ""
+            if uid and uid in there:  # what came before of it must be in the catalogue
+                self._write(rows)
+                rows, there = [], set()
             self._take(one, rows)
+            there.add(uid)
+        self._write(rows)
+
+    def _write(self, rows: list[tuple[Entry, Location | None]]) -> None:
         if rows:
             self._catalogue.write(Batch(appends=rows, applies=rows))
 
@@ -286,6 +298,7 @@ class Rebuilding:
             entry = Entry(1, self._seq, put)
             copy = Location(location.volume, location.spool, self._path_of(entry, location.volume))
             self.spooled.append(copy)
+            self._aimed.add((copy.volume, copy.path))
         elif copy is not None:
             copy = Location(location.volume, f"rebuilt-{self._seq}", location.path)
         rows.append((Entry(1, self._seq, put), copy))
@@ -293,7 +306,9 @@ class Rebuilding:
     def _path_of(self, entry: Entry, volume_id: str) -> str:
         """Where it belongs in the tree; under a name of its own if something lies there that was told of before."""
         path = self._catalogue.path_of(entry, {})
-        taken = self._volumes[volume_id].locate(Location(volume_id, "", path)) is not None
+        taken = (volume_id, path) in self._aimed or self._volumes[volume_id].locate(
+            Location(volume_id, "", path)
+        ) is not None
         return self._catalogue.path_of(entry, {}, own_name=True) if taken else path
 
     def _is_newer(self, put: Put, location: Location, before: Put) -> bool:
@@ -339,7 +354,7 @@ def from_files(
     now. The gateway must not run. Whatever is raised, the old one is where it was; for files: OSError,
     CatalogueDamaged, BrokenProcessPool."""
     start = time.monotonic()
-    made = catalogue_path(settings).with_name("catalogue.new")
+    made = catalogue_path(settings).with_name(NEW_FOLDER)
     _clear(made)
     old = Old(catalogue_path(settings))
     try:

@@ -185,6 +185,34 @@ def test_damage_that_is_not_at_the_tail_is_told(tmp_path: Path) -> None:
     assert again.read(100) == entries(100, 1)[0]
 
 
+@pytest.mark.parametrize("which", [0, 1, -1])
+def test_a_damaged_head_is_told(tmp_path: Path, which: int) -> None:
+    """It isn't taken for a segment that was never begun, whose file may be used again."""
+    log = made(LocalFolder(tmp_path))
+    log.append(entries(1, 100))
+    file = sorted(tmp_path.glob("*.log"))[which]
+    raw = bytearray(file.read_bytes())
+    raw[20] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(Damaged):
+        opened(LocalFolder(tmp_path))
+    assert file.read_bytes() == raw
+
+
+def test_what_is_found_after_a_kill_is_synced_before_it_counts() -> None:
+    folder = MemoryFolder(random.Random(1))
+    log = made(folder)
+    log.append(entries(1, 1))
+    folder.steps_left = 1  # the write is done, the sync isn't
+    with pytest.raises(OSError, match="Input/output"):
+        log.append(entries(2, 1))
+    folder.steps_left = None
+    again = opened(folder)
+    last = again.last
+    folder.cut_power()
+    assert opened(folder).last == last
+
+
 def test_readers_beside_the_writer(tmp_path: Path) -> None:
     log = made(LocalFolder(tmp_path))
     found: list[str] = []

@@ -87,6 +87,23 @@ def test_no_volume_left(tmp_path: Path) -> None:
         asyncio.run(finished(volumes(tmp_path, failing=2), 256))
 
 
+def test_a_disk_that_lets_nobody_in_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its spool folder belongs to somebody else, say: it isn't taken for broken at once, and the other one is tried."""
+    made = volumes(tmp_path, failing=0)
+    create = LocalVolume.create
+
+    def refused(self: LocalVolume) -> Spooled:
+        if self.path == tmp_path / "disk0":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return create(self)
+
+    monkeypatch.setattr(LocalVolume, "create", refused)
+    coming, data, digest = asyncio.run(finished(made, 256))
+    assert digest == xxhash.xxh3_128_digest(data)
+    assert coming.volume.path == tmp_path / "disk1"
+    assert not made.slots[0].failed
+
+
 def test_digest_at_once_is_that_of_the_bytes(tmp_path: Path) -> None:
     async def digests() -> tuple[bytes | None, bytes, bytes]:
         workers = Workers(1, "test")

@@ -17,6 +17,8 @@ from pydicom.fileset import FileSet
 from gateway.archive.users import hash_password, is_password
 from tests.builders import dataset
 from tests.conftest import ROOT, Gateway
+from tools.cli import importing
+from tools.cli.dicom_client import FileObject, Unreadable
 from tools.cli.dicom_files import open_object, read_object
 from tools.lab.samples import copies, distinct_files, sop_instance
 
@@ -147,6 +149,25 @@ def test_hash_password() -> None:
     assert not is_password(b"other", kept)
 
 
+def test_one_bad_file_does_not_end_an_import(
+    new_gateway: Callable[..., Gateway], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a scratched CD has them: it can be opened, and not be read to its end."""
+    gateway = new_gateway()
+    paths = copies(tmp_path / "cd", 3)
+    opened, bad = importing.open_object, paths[1]
+
+    def shorter(path: Path) -> FileObject:
+        found = opened(path)
+        return dataclasses.replace(found, length=found.length + 1) if path == bad else found
+
+    monkeypatch.setattr(importing, "open_object", shorter)
+    target = importing.Target("127.0.0.1", gateway.port, "TANDEM")
+    counts, refused = importing.bring_in(paths, target, importing.Journal(tmp_path / "notes"), 1, lambda: None)
+    assert (counts["stored"], counts["refused"]) == (2, 1)
+    assert "shorter" in refused[0].why
+
+
 def test_a_file_is_sent_in_pieces(new_gateway: Callable[..., Gateway], tmp_path: Path) -> None:
     """However long it is; one that becomes shorter on the way is never sent as if it were whole."""
     gateway = new_gateway()
@@ -156,7 +177,7 @@ def test_a_file_is_sent_in_pieces(new_gateway: Callable[..., Gateway], tmp_path:
     sizes = [len(block) for block in found.blocks(1 << 20)]
     assert max(sizes) == 1 << 20
     assert b"".join(found.blocks(1 << 20)) == whole.data
-    with gateway.client(whole) as client, pytest.raises(OSError, match="shorter"):
+    with gateway.client(whole) as client, pytest.raises(Unreadable, match="shorter"):
         client.store(dataclasses.replace(found, length=found.length + 1))
     assert gateway.status()["instances"] == 0
     with gateway.client(whole) as client:

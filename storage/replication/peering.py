@@ -255,9 +255,16 @@ class Peering:
                     coming = self._incoming.get(stream)
                     if (coming.length if coming else -1) == before:
                         raise FetchFailed("nothing of it comes any more") from None
+        except BaseException:
+            future.add_done_callback(self._unwanted)  # nobody else would let go of it
+            raise
         finally:
             self._ended.pop(stream, None)
             self._claimed.discard(stream)
+
+    def _unwanted(self, ended: "asyncio.Future[Incoming]") -> None:
+        if not ended.cancelled() and not ended.exception():
+            self._spawn(ended.result().discard())
 
     async def fetch(self, seq: int) -> Incoming:
         """Ask the peer for its copy of an entry; raises FetchFailed."""

@@ -47,7 +47,7 @@ class End:
             loop.post(self.other.process, self._arrives - loop.now, self.other.receive, packet)
 
     def receive(self, data: bytes) -> None:
-        if self._closed:
+        if self._closed or self.protocol is None:
             return
         if self._paused:
             self._held.append(data)
@@ -85,7 +85,8 @@ class End:
         if self._closed:
             return
         self._closed = True
-        self.world.loop.post(self.process, 0.0001, self.protocol.connection_lost, None)
+        if self.protocol is not None:
+            self.world.loop.post(self.process, 0.0001, self.protocol.connection_lost, None)
         self.tell_other()
 
     def tell_other(self) -> None:

@@ -79,6 +79,7 @@ class Agent:
         self._starts: list[tuple[float, int]] = []  # when another incarnation of the gateway was first heard
         self._trouble, self._trouble_at = "", NEVER
         self._draining_since: float | None = None
+        self._floor_at = NEVER
         self._said_as_member: MemberValue | None = None
         self._started_at = clock()
         self._lease = 0
@@ -245,6 +246,7 @@ class Agent:
             up=self._site.up,
             gateway_dead=report is None and self._gateway.dead,
             released=records.released,
+            floor_at=self._floor_at,
         )
 
     def _note(self, report: Report | None, now: float) -> None:
@@ -373,9 +375,12 @@ class Agent:
         old, unchanged = view.state, Compare(state, "mod", view.state.revision)
         lineage = old.lineage or (view.gateway.lineage if view.gateway else "")
         if isinstance(action, Change):
-            value = StateValue(old.cluster_id, old.epoch, self.node, action.in_sync, action.nonce, lineage)
+            epoch, nonce, floor = old.epoch, action.nonce, max(old.floor, action.floor)
+            if action.floor:
+                self._floor_at = view.now
         else:
-            value = StateValue(old.cluster_id, old.epoch + 1, self.node, action.in_sync, self._new_id(), lineage)
+            epoch, nonce, floor = old.epoch + 1, self._new_id(), old.floor
+        value = StateValue(old.cluster_id, epoch, self.node, action.in_sync, nonce, lineage, floor)
         puts: list[PutKey | DeleteKey] = [PutKey(state, encode(value))]
         row = chronicle(action, old, view, time.time())
         if value.epoch != old.epoch:

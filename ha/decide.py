@@ -22,6 +22,7 @@ from storage.control import NEVER, Member, Report, Tell
 READS_PATIENCE_S = 1.0  # the primary leaves the addresses for reading to the standby, where there is one
 READS_HOLD_S = 2.0
 A_DISK = "a disk"  # the name of a condition
+FLOOR_S = 60.0  # etcd is told so often how far the log has come
 DRAIN_S = 5.0  # whoever hands over waits this long for requests that are under way
 
 
@@ -36,6 +37,7 @@ class State:
     nonce: str  # marks the write that set this, so that a lost reply can be told from a lost request
     revision: int  # mod_revision, compared by every change
     lineage: str = ""  # which log the members hold; "" where it was never said
+    floor: int = 0  # seq up to which each member has the log: one that ends before is an older image of it
 
     def member(self, node: str) -> Member | None:
         return next((member for member in self.in_sync if member.node == node), None)
@@ -89,6 +91,7 @@ class View:
     reader: Leader | None = None  # who has them
     reader_absent_since: float | None = None
     up: bool = True  # the primary's addresses are here
+    floor_at: float = NEVER  # when this agent last wrote how far the log has come
     gateway_dead: bool = False  # its process has ended, that is certain
     released: int = 0  # `released` in etcd: the gateway that led in this epoch is dead, by its own agent's word
 
@@ -114,10 +117,11 @@ class Bump:
 
 @dataclass(frozen=True)
 class Change:
-    """Write this in-sync set with this nonce."""
+    """Write this in-sync set with this nonce, or how far the log has come."""
 
     in_sync: tuple[Member, ...]
     nonce: str
+    floor: int = 0
 
 
 @dataclass(frozen=True)
@@ -262,6 +266,8 @@ def _as_leader(view: View, gateway: Report, state: State) -> list[Action]:
             members = _members(gateway.asked.members, me, gateway, state)
             if members:
                 actions.append(Change(members, gateway.asked.nonce))
+        elif gateway.commit > state.floor and view.now - view.floor_at > FLOOR_S:
+            actions.append(Change(state.in_sync, state.nonce, gateway.commit))
         return actions
     if state.member(view.node) == me and gateway.promised < state.epoch:
         return _lead_on(view, gateway, names, state.epoch)
@@ -338,6 +344,11 @@ def conditions(view: View, gateway: Report, state: State) -> list[Condition]:
             "not an older image",
             member is None or member.incarnation <= gateway.incarnation,
             f"start {gateway.incarnation}, in sync since start {member.incarnation if member else '-'}",
+        ),
+        Condition(
+            "not an older log",
+            gateway.last[1] >= state.floor,
+            f"it ends at {gateway.last[1]}, every node in sync had {state.floor}",
         ),
         Condition("epoch", gateway.promised <= state.epoch, "known" if gateway.promised <= state.epoch else old),
         Condition(

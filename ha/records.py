@@ -26,6 +26,7 @@ class StateValue(msgspec.Struct, frozen=True):
     in_sync: tuple[Member, ...]
     nonce: str
     lineage: str = ""
+    floor: int = 0
 
 
 class MemberValue(msgspec.Struct, frozen=True):
@@ -90,7 +91,7 @@ def _state(kv: KeyValue | None) -> State | None:
         return None
     value = msgspec.json.decode(kv.value, type=StateValue)
     known = (value.cluster_id, value.epoch, value.primary, value.in_sync, value.nonce)
-    return State(*known, kv.mod_revision, value.lineage)
+    return State(*known, kv.mod_revision, value.lineage, value.floor)
 
 
 def _holder(kv: KeyValue | None) -> Leader | None:

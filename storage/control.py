@@ -62,6 +62,7 @@ class Report(msgspec.Struct, frozen=True, tag="report"):
     peer_leads: bool = False
     foreign: bool = False  # the linked peer's log is another one
     features: int = 0  # what this gateway can carry out
+    commit: int = 0  # seq up to which every node in sync has the log
 
 
 class Tell(msgspec.Struct, frozen=True, tag="tell"):

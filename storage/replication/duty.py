@@ -184,6 +184,7 @@ class Duty:
             peer_leads=bool(hello and hello.leading),
             foreign=core.peer_foreign,
             features=FEATURES,
+            commit=core.commit,
         )
 
     def _first_answer(self) -> float:

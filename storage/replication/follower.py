@@ -142,7 +142,7 @@ class Follower:
         if not _fits(incoming, put):
             await incoming.discard()
             raise FetchFailed("what came isn't what the entry names")
-        self._volumes.on_their_way.discard(incoming)  # its entry names it from here; if that is given up, it is swept up
+        self._volumes.on_their_way.discard(incoming)  # its entry names it from here on
         return incoming.location
 
     def _lies_here(self, entry: Entry, put: Put) -> Location | None:

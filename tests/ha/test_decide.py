@@ -7,6 +7,7 @@ from msgspec.structs import replace as replaced
 
 from ha.decide import (
     DRAIN_S,
+    FLOOR_S,
     Acquire,
     Bump,
     Change,
@@ -415,3 +416,19 @@ def test_invariants_of_reading_are_checked() -> None:
             check_invariants(follows(), actions)
     with pytest.raises(ValueError, match="H5"):
         check_invariants(follows(reader=OURS), [ServeReads(True, NOW + 9)])
+
+
+def test_an_older_image_of_a_node_never_leads() -> None:
+    """Both were down, and one of them was set back to yesterday's image: it ends before what every node had."""
+    old = replace(state(ME, PEER), floor=11)
+    assert "Acquire" not in kinds(view(report(withhold=True), state=old))
+    assert "Bump" not in kinds(view(report(), state=old, leader=MINE))
+    assert "Acquire" in kinds(view(report(withhold=True), state=replace(old, floor=10)))
+
+
+def test_etcd_is_told_now_and_then_how_far_the_log_has_come() -> None:
+    leading = report(leading=5, serving=True, commit=10, incarnation=3)
+    told = Change((ME, PEER), "n", 10)
+    assert told in decide(view(leading, state=state(ME, PEER), leader=MINE))
+    assert told not in decide(view(leading, state=replace(state(ME, PEER), floor=10), leader=MINE))
+    assert told not in decide(view(leading, state=state(ME, PEER), leader=MINE, floor_at=NOW - FLOOR_S / 2))

@@ -126,8 +126,40 @@ class StoreEtcdLost(EtcdLost, StoreWorld):
         self.chaos_s, self.settle_s = 60.0, 300.0
 
 
-def run(kind: Any, seed: int) -> EtcdLost:
-    world: EtcdLost = kind(seed)
+class OlderImage(World):
+    """Both nodes lose power, one comes back first, with the disk that it had some time ago."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.disorder, self.chaos_s, self.settle_s = 0.0, 60.0, 120.0
+        self.begun, self.set_back = False, 0
+
+    def _fault(self) -> None:
+        if not self.begun:
+            self.begun = True
+            self.loop.post(None, 0.0, lambda: asyncio.ensure_future(self._story()))
+
+    async def _story(self) -> None:
+        node = self.nodes[self.rng.choice("ab")]
+        image = copy.deepcopy(node.disk)
+        await asyncio.sleep(10 + self.rng.random() * 20)
+        while not self._settled():
+            await asyncio.sleep(0.2)
+        state = next(kv for kv in self.etcd.get_prefix(PREFIX) if kv.key == f"{PREFIX}state")
+        if msgspec.json.decode(state.value)["floor"] <= max(image.log, default=0):
+            return
+        self.set_back += 1
+        for one in self.nodes.values():
+            one.power_off()
+        image.incarnation = node.disk.incarnation  # as many starts since
+        node.disk = image
+        node.power_on()
+        other = self.nodes[node.peer]
+        self.loop.post(None, 15.0 + self.rng.random() * 10, other.power_on)
+
+
+def run(kind: Any, seed: int) -> Any:
+    world = kind(seed)
     drive(world)
     return world
 
@@ -143,3 +175,9 @@ def test_the_store_survives_it() -> None:
     with small():
         worlds = [run(StoreEtcdLost, seed) for seed in range(SEEDS)]
     assert sum(world.force > 0 for world in worlds) >= SEEDS // 4
+
+
+@pytest.mark.timeout(1800)
+def test_an_older_image_never_leads() -> None:
+    worlds = [run(OlderImage, seed) for seed in range(SEEDS)]
+    assert sum(world.set_back for world in worlds) >= SEEDS // 2

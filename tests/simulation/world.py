@@ -12,6 +12,7 @@ from typing import Any
 
 import structlog
 
+from ha import decide
 from ha.agent import Agent
 from ha.etcd import DeleteKey, PutKey
 from storage.control import Report, Tell
@@ -23,6 +24,7 @@ from tests.simulation.virtual import Process, VirtualLoop
 TTL_S = 3.0
 CHAOS_S = 30.0
 SETTLE_S = 90.0
+FLOOR_S = 4.0
 
 structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -491,6 +493,7 @@ def drive(world: World) -> None:
     """Run a world to its end; raises Violation."""
     loop = world.loop
     asyncio.set_event_loop(loop)
+    floor_s, decide.FLOOR_S = decide.FLOOR_S, FLOOR_S
     try:
         main = loop.create_task(world.run())
         while not main.done():
@@ -502,6 +505,7 @@ def drive(world: World) -> None:
                 raise Violation(f"{type(failure).__name__}: {failure}") from failure
         main.result()
     finally:
+        decide.FLOOR_S = floor_s
         asyncio.set_event_loop(None)
         loop.close()
 

@@ -490,6 +490,8 @@ class StoreWorld(World):
             return False
         if leader.commit < leader.accepted:
             return False  # one of the two connections lost something; the leader will notice
+        if any(end.stuck for node in self.nodes.values() if node.gateway for end in node.gateway.wire.ends):
+            return False  # one direction of one connection is dead; the kernel will end it
         return self.careless or not any(store.catalogue.counts()["missing"] for store in stores)
 
     def _where(self) -> str:

@@ -28,6 +28,11 @@ class End:
         self._paused = False
         self._held: list[bytes] = []
 
+    @property
+    def stuck(self) -> bool:
+        """What is sent doesn't arrive, and nobody has noticed yet."""
+        return self._stuck and not self._closed
+
     def writelines(self, buffers: Iterable[bytes | bytearray | memoryview]) -> None:
         data = b"".join(bytes(buffer) for buffer in buffers)
         if not self._stuck and not self.world.paths[self.node, self.peer].up:

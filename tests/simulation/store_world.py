@@ -366,6 +366,8 @@ class StoreWorld(World):
             return False
         if self.careless:
             return True
+        if any(disk.broken for node in self.nodes.values() for disk in node.machine.disks.values()):
+            return False  # nobody may have noticed yet
         stores = [node.gateway.store for node in self.nodes.values() if isinstance(node.gateway, StoreGateway)]
         if len(stores) != 2 or not self._settled():
             return False

@@ -11,6 +11,7 @@ MUTANT_SEEDS = {"core": 2000, "store": 2000}
 FOUND = {
     640052: "told to lead while it followed on a live link, and giving that up, a node ignored its leader for ever",
     640105: "an upload waited for ever for a disk that had been left",
+    970339: "(of the world:) a disk of each node failed, the second before anybody had noticed the first",
     950627: "(of the world:) it was looked at its end before a connection that was dead in one direction was ended",
     900193: "what a follower had received for an entry that was given up was kept, where nothing frees it at once",
     820080: "what an absent sender had left to its entry was held to be on its way for ever, and never swept up",

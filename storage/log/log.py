@@ -7,7 +7,6 @@ counts. What isn't needed any more goes segment by segment, and the files are us
 One thread appends, cuts off and trims. Others may read, and make spare files (`prepare`).
 """
 
-import errno
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -51,27 +50,29 @@ class Log:
 
     def _find(self) -> None:
         found: dict[int, Segment] = {}
-        unreadable, sizes = dict[int, str](), dict[str, int]()
+        unreadable: dict[int, tuple[str, int, bytes]] = {}  # number -> name, size, and how the file begins
         for name in self._folder.names():
             number = _number(name)
             if number is None and not name.startswith(SPARE):
                 continue
             file = self._folder.open(name)
-            head = unpack_segment_head(file.read(0, HEAD_BYTES))
+            raw = file.read(0, HEAD_BYTES + HEAD.size)
+            head = unpack_segment_head(raw)
             if number is not None and head is not None and head.number == number:
                 found[number] = Segment(name, file, head)
             else:
                 file.close()
-                sizes[name] = file.size
                 if number is None:
                     self._keep_or_remove(name, file.size)
                 else:
-                    unreadable[number] = name
+                    unreadable[number] = (name, file.size, raw)
         newest = max(found, default=0)
-        for number, name in unreadable.items():
-            if not self._is_blank(name) and (number < newest or self._holds_entries(name)):
+        for number, (name, size, raw) in unreadable.items():
+            blank = not any(raw[:SECTOR_BYTES])  # never used, or wiped when it was trimmed
+            followed = unpack_head(raw[HEAD_BYTES:]) is not None  # by an entry: it isn't one that the power has torn
+            if not blank and (number < newest or followed):
                 raise Damaged(f"{name}: its head can't be read")
-            self._keep_or_remove(name, sizes[name])
+            self._keep_or_remove(name, size)
         kept: list[Segment] = []
         at = newest
         while at in found:
@@ -90,22 +91,6 @@ class Log:
             last.file.write(0, last.file.read(0, last.end))
             last.file.sync()
             self._folder.sync()
-
-    def _is_blank(self, name: str) -> bool:
-        """Never used, or wiped when it was trimmed."""
-        file = self._folder.open(name)
-        try:
-            return not any(file.read(0, SECTOR_BYTES))
-        finally:
-            file.close()
-
-    def _holds_entries(self, name: str) -> bool:
-        """A file whose head can't be read isn't only one whose head the power has torn: an entry follows it."""
-        file = self._folder.open(name)
-        try:
-            return unpack_head(file.read(HEAD_BYTES, HEAD.size)) is not None
-        finally:
-            file.close()
 
     def _keep_or_remove(self, name: str, size: int) -> None:
         """A file of no use now; one of another size was being made when the power went, or by other settings."""
@@ -381,7 +366,3 @@ def _number(name: str) -> int | None:
         return int(name.removesuffix(SEGMENT), 16)
     except ValueError:
         return None
-
-
-def is_full(error: OSError) -> bool:
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -59,7 +59,7 @@ class Tidying:
         present: set[str] = set()
         for volume in list(self._volumes):
             found = await self._on(volume.id, self._spooled, volume)
-            present |= self._present_of(volume.id) if found is None else found
+            present |= _of(volume.id, self._present) if found is None else found
         # Under load there is always something in the spool; only what stays there is worth looking for.
         stayed, self._present = present & self._present, present
         named = await self._workers.run(self._catalogue.named, stayed) if stayed else {}
@@ -73,7 +73,7 @@ class Tidying:
         forgotten = {key for key in stayed - named.keys() if key.partition("/")[2] not in in_use}
         gone = forgotten & self._left
         for volume_id in sorted({key.partition("/")[0] for key in gone}):
-            await self._on(volume_id, self._set_aside, {key for key in gone if key.startswith(f"{volume_id}/")})
+            await self._on(volume_id, self._set_aside, _of(volume_id, gone))
         self._left = forgotten - gone
 
     async def _on(self, volume_id: str, function: Callable[..., T], *args: Any) -> T | None:
@@ -88,9 +88,6 @@ class Tidying:
             self._held[volume_id] = job
             log.warning("tidying.held_up", volume=volume_id, error=error.strerror)
             return None
-
-    def _present_of(self, volume_id: str) -> set[str]:
-        return {key for key in self._present if key.startswith(f"{volume_id}/")}
 
     def _spooled(self, volume: Volume) -> set[str]:
         """volume/name of what lies in a spool folder. Blocks."""
@@ -146,3 +143,8 @@ class Tidying:
             except OSError as error:  # with the disk goes what was to be moved on it
                 self._volumes.failed(volume.id, error)
         return done
+
+
+def _of(volume_id: str, keys: set[str]) -> set[str]:
+    """Those of one volume."""
+    return {key for key in keys if key.startswith(f"{volume_id}/")}

@@ -306,9 +306,8 @@ class Rebuilding:
     def _path_of(self, entry: Entry, volume_id: str) -> str:
         """Where it belongs in the tree; under a name of its own if something lies there that was told of before."""
         path = self._catalogue.path_of(entry, {})
-        taken = (volume_id, path) in self._aimed or self._volumes[volume_id].locate(
-            Location(volume_id, "", path)
-        ) is not None
+        there = self._volumes[volume_id].locate(Location(volume_id, "", path)) is not None
+        taken = there or (volume_id, path) in self._aimed
         return self._catalogue.path_of(entry, {}, own_name=True) if taken else path
 
     def _is_newer(self, put: Put, location: Location, before: Put) -> bool:
@@ -432,11 +431,7 @@ def _publish(settings: Settings, volumes: list[LocalVolume], spooled: list[Locat
 
 def _sync(volume: LocalVolume) -> None:
     """All names of a volume, before the new log says that nothing of it need be looked at again. Raises OSError."""
-    fd = os.open(volume.path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    fsync_directory(volume.path)
     volume.sync_spool()
     for folder, _, _ in os.walk(volume.path / "archive"):
         volume.sync_directories([os.path.relpath(folder, volume.path)])

@@ -28,6 +28,7 @@ class Limits:
     peer_timeout_s: float = 1.5
     ack_timeout_s: float = 10.0
     ping_interval_s: float = 0.2
+    pause_s: float = 0.5  # between two ticks: more than that, and this node itself stood still
     grant_s: float = 2.0
     grant_margin_s: float = 0.2
     greet_again_s: float = 3.0

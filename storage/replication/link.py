@@ -20,6 +20,7 @@ import xxhash
 MAGIC: Final = b"TD"
 HEADER: Final = struct.Struct(">2sBxIQQ")
 PAYLOAD_BYTES_MAX: Final = 4 << 20
+ACKNOWLEDGED: Final = struct.Struct("=120xQ")  # tcpi_bytes_acked
 SCRATCH_BYTES: Final = 64 << 10
 HIGH_WATER_BYTES: Final = 4 << 20
 UNACKNOWLEDGED_S: Final = 30  # a connection whose bytes get no acknowledgement for so long is dead, whatever others do
@@ -34,6 +35,14 @@ def end_when_dead(sock: socket.socket | None) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, IDLE_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, IDLE_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_S * 1000)
+
+
+def acknowledged(sock: socket.socket | None) -> int:
+    """How many sent bytes the other end's kernel has acknowledged, by tcp_info of linux/tcp.h; 0 if there is none."""
+    if sock is None:
+        return 0
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, ACKNOWLEDGED.size)
+    return int(ACKNOWLEDGED.unpack(info)[0]) if len(info) == ACKNOWLEDGED.size else 0
 
 
 class Kind(IntEnum):
@@ -85,6 +94,12 @@ class Link(asyncio.BufferedProtocol):
         """The names in the certificate of the other end, none without TLS."""
         shown = self._transport.get_extra_info("peercert") if self._transport else None
         return frozenset(value for kind, value in (shown or {}).get("subjectAltName", ()) if kind == "DNS")
+
+    @property
+    def acknowledged(self) -> int:
+        """Sent bytes that have arrived at the other end and of which that is known here: both directions work."""
+        own = acknowledged(self._transport.get_extra_info("socket")) if not self.closing and self._transport else 0
+        return own + (self.control.acknowledged if self.control else 0)
 
     @property
     def backlogged(self) -> bool:

@@ -188,6 +188,8 @@ class Replica(ReplicaState):
         self._f.stage = Peer.UNLINKED
 
     def tick(self, now: float) -> None:
+        """To be called several times a second; that it wasn't is no fault of the peer."""
+        self._allow_for_pause(now)
         if self._linked:
             if now - self.heard_at > self.limits.peer_timeout_s:
                 self._out.append(DropLink("the peer is silent"))
@@ -200,6 +202,19 @@ class Replica(ReplicaState):
             self._tick_leader(now)
             if self._linked and self._f.stage is not Peer.JOINED and now - self._greeted_at > self.limits.greet_again_s:
                 self._greet(now)
+
+    def _allow_for_pause(self, now: float) -> None:
+        """A node that stood still itself, as a virtual machine does while it is moved, has heard nobody meanwhile."""
+        paused = now - self._ticked_at
+        self._ticked_at = now
+        if not self.limits.pause_s < paused < float("inf"):
+            return
+        self.heard_at += paused
+        self._f.progress_at += paused
+        if self._lost_at is not None:
+            self._lost_at += paused
+        if self._stalled_at is not None:
+            self._stalled_at += paused
 
     def _tick_leader(self, now: float) -> None:
         waiting = self._f.stage is Peer.JOINED and self._f.acked < self._f.next_seq - 1

@@ -45,7 +45,7 @@ class ReplicaState:
         self._linked = False
         self.heard_at = 0.0
         self.read_from = float("-inf")  # follower: when it sent what the leader's last Ping echoes (own clock)
-        self._pinged_at = float("-inf")
+        self._ticked_at = self._pinged_at = float("-inf")
         self._echo = float("-inf")  # leader: the `at_s` of the follower's last Pong, for it to see in the next Ping
         self._lost_at: float | None = float("-inf")  # when the peer was last known to be there; None while it is
         self._f = FollowerState()

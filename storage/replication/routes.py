@@ -3,7 +3,8 @@
 The node whose name sorts first dials. It probes each network five times a second, on a connection of its own so that
 no load and no slow disk makes a probe late. When the network in use stops answering while another one answers, the
 connection goes there, within the time that the replication waits for a silent peer: one lost cable changes nothing.
-Only counts of probes are compared, never times: a pause of the machine holds up all networks alike.
+A network full of images may lose a probe; while it takes bytes, it isn't silent. Only counts are compared, never times:
+a pause of the machine holds up all networks alike.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ log = structlog.get_logger()
 WIRE: Final = (2, 0)  # a peer with another first number isn't talked to; the second grows with what may be ignored
 DIAL_INTERVAL_S: Final = 0.2
 PROBE_INTERVAL_S: Final = 0.2
-MISSED_MAX: Final = 3  # probes without answer, while another network answers
+MISSED_MAX: Final = 3  # probes without answer and nothing else acknowledged, while another network answers
 MISSED_DEAD: Final = 15  # a probing connection is made anew
 STEADY: Final = 150  # answers in a row before the preferred network is used again
 SUSPECT_S: Final = 10.0  # a network that failed is behind the others for so long, while there is another
@@ -52,6 +53,7 @@ class Route:
         self.probe: Link | None = None
         self.sent = self.answered = self.steady = 0
         self.heard_at = self.bad_at = float("-inf")
+        self._acknowledged = self.quiet = 0
         self._said = ""
 
     def failed(self, why: str) -> None:
@@ -68,6 +70,11 @@ class Route:
     @property
     def missed(self) -> int:
         return self.sent - self.answered
+
+    def carried(self, acknowledged: int) -> None:
+        """So many bytes that were sent over its connection have been acknowledged."""
+        self.quiet = self.quiet + 1 if acknowledged == self._acknowledged else 0
+        self._acknowledged = acknowledged
 
     def tick(self) -> None:
         """Send the next probe."""
@@ -217,8 +224,9 @@ class Routes:
             if used is None or self._used is None:
                 continue
             link = self._used[1]
+            used.carried(link.acknowledged)
             others = [route for route in self._routes if route is not used and route.probe and route.missed <= 1]
-            if used.missed >= MISSED_MAX and others:
+            if used.missed >= MISSED_MAX and used.quiet >= MISSED_MAX and others:
                 used.failed("silent")
                 link.close("its network is silent")
             elif used is not self._routes[0] and self._routes[0].steady >= STEADY and not self._routes[0].suspect:

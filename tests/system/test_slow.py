@@ -2,6 +2,7 @@
 
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -11,13 +12,15 @@ from tests.conftest import wait_for
 from tests.system.conftest import SYNC_S, healed, other_than, primary_of, volume_states
 from tests.system.writer import Writer
 from tools.cli.dicom_client import DicomClient
-from tools.lab.network import VIP, inside
+from tools.lab.network import NODES, VIP, inside
 from tools.lab.pair import AET, DICOM_PORT, Lab
 
-MBIT = 32
+MBIT = 6
 LONG_BYTES = (
-    60_000_000  # 15 s of that line: longer than a silent peer is waited for, and than one without acknowledgement
+    12_000_000  # 16 s of that line: longer than a silent peer is waited for, and than one without acknowledgement
 )
+ROUNDS = 5
+PAUSE_S = 1.0  # of this machine: nothing is known of a round that had one, and of what it did to the pair
 
 
 @pytest.fixture
@@ -31,29 +34,58 @@ def slow_line(lab: Lab) -> Iterator[Lab]:
             lab.slow(node, 0)
 
 
+class Watch:
+    """What the pair was while something was done, and for how long this machine itself stood still."""
+
+    def __init__(self, lab: Lab, node: str) -> None:
+        self.modes: set[str | None] = set()
+        self.pause_s = 0.0
+        self._lab, self._node = lab, node
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def _watch(self) -> None:
+        looked = last = time.monotonic()
+        while not self._done.wait(0.05):
+            last, before = time.monotonic(), last
+            self.pause_s = max(self.pause_s, last - before)
+            if last - looked > 0.5:
+                looked = last
+                self.modes.add((self._lab.node_status(self._node) or {}).get("mode"))
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+def links_lost(lab: Lab) -> int:
+    return sum((lab.node_dir(node) / "log" / "gateway.log").read_text().count('"link.down"') for node in NODES)
+
+
 @pytest.mark.timeout(900)
 def test_long_objects_over_a_slow_line_leave_the_pair_a_pair(slow_line: Lab) -> None:
+    """Nor is the line left for the other one, though it loses a probe now and then."""
     lab = slow_line
     primary = primary_of(lab)
     epoch = (lab.node_status(primary) or {})["epoch"]
-    made = [item(PixelData=bytes(LONG_BYTES)) for _ in range(2)]
-    contexts = [(made[0].sop_class, made[0].transfer_syntax)]
-    modes = set()
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.5):
-            modes.add((lab.node_status(primary) or {}).get("mode"))
-
-    watching = threading.Thread(target=watch)
-    watching.start()
-    try:
-        with inside("client"), DicomClient(VIP, DICOM_PORT, AET, contexts, 300) as client:
-            assert [client.store(one) for one in made] == [0, 0]
-    finally:
-        done.set()
-        watching.join()
-    assert modes == {"PAIR"}
+    for _ in range(ROUNDS):
+        long = item(PixelData=bytes(LONG_BYTES))
+        before = links_lost(lab)
+        with (
+            Watch(lab, primary) as watch,
+            inside("client"),
+            DicomClient(VIP, DICOM_PORT, AET, [(long.sop_class, long.transfer_syntax)], 300) as client,
+        ):
+            assert client.store(long) == 0
+        if watch.pause_s < PAUSE_S:
+            break
+    else:
+        pytest.fail(f"this machine stood still in each of {ROUNDS} rounds")
+    assert (watch.modes, links_lost(lab) - before) == ({"PAIR"}, 0)
     status = lab.node_status(primary) or {}
     assert (status["epoch"], sorted(status["in_sync"])) == (epoch, ["a", "b"])
 

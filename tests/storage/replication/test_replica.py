@@ -53,6 +53,14 @@ class Node:
         self.run(now)
         return seq
 
+    def tick_until(self, now: float, since: float) -> None:
+        """Five times a second, as a node does that never stands still."""
+        at = since
+        while at < now:
+            self.core.tick(at)
+            at += 0.2
+        self.core.tick(now)
+
 
 def pair() -> tuple[Node, Node]:
     a, b = Node("a", "b"), Node("b", "a")
@@ -89,9 +97,9 @@ def test_lost_peer_holds_commits_until_etcd_agreed() -> None:
     b.core.unlinked(1.0)
     a.core.unlinked(1.0)
     seq = a.propose(1.0)
-    a.core.tick(2.0)
+    a.tick_until(2.0, 1.0)
     assert a.core.ask is None
-    a.core.tick(3.0)
+    a.tick_until(3.0, 2.0)
     a.run(3.0)
     assert a.core.ask is not None
     assert a.published < seq
@@ -100,11 +108,27 @@ def test_lost_peer_holds_commits_until_etcd_agreed() -> None:
     assert a.published == seq
 
 
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_node_that_stood_still_gives_its_peer_the_whole_time(linked: bool) -> None:
+    a, _ = joined()
+    a.other = None
+    a.propose(1.0)
+    if not linked:
+        a.core.unlinked(1.0)
+    a.core.tick(1.0)
+    for now in (31.0, 31.2, 32.0):
+        a.core.tick(now)
+        a.run(now)
+        assert a.core.ask is None
+    a.tick_until(34.0, 32.0)
+    assert a.core.ask is not None
+
+
 def test_answer_to_an_older_question_changes_nothing() -> None:
     a, b = joined()
     for node in (a, b):
         node.core.unlinked(1.0)
-    a.core.tick(3.0)
+    a.tick_until(3.0, 1.0)
     assert a.core.ask is not None
     a.core.answered(a.core.ask.token - 1)
     assert a.core.required == BOTH

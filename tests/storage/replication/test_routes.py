@@ -91,6 +91,21 @@ async def test_a_silent_network_is_left_for_one_that_answers(pair: tuple[Node, N
     assert [row["up"] for row in dials.routes.status()] == [False, True]
 
 
+async def test_a_network_that_takes_bytes_is_not_left_for_a_lost_probe(
+    pair: tuple[Node, Node, list[Cable]],
+) -> None:
+    """A network full of images drops what it has no room for, and a probe is sent again only after a second or so."""
+    dials, answers, cables = pair
+    swallow(dials, cables[0].name)
+    sent = 0
+    while not dials.routes._routes[0].missed > 10:
+        dials.up[-1].send(Kind.MESSAGE, 0, b"a part of an image")
+        sent += 1
+        await asyncio.sleep(0.05)
+    await until(lambda: len(answers.heard) == sent)
+    assert (dials.used, dials.downs) == ([cables[0].name], [])
+
+
 async def test_two_silent_networks_are_not_swapped(pair: tuple[Node, Node, list[Cable]]) -> None:
     dials, _, cables = pair
     for cable in cables:

@@ -463,6 +463,8 @@ class World:
         if len(cores) != 2 or len(leaders) != 1:
             return False
         leader = leaders[0]
+        if leader.commit < leader.accepted:
+            return False  # something was lost on the way; the leader notices within `ack_timeout_s`
         return leader.confirmed == leader.required == {"a", "b"} and leader.ask is None and leader.live
 
     def _where(self) -> str:

@@ -60,6 +60,7 @@ class Healing:
         self._follower, self._peering, self._copies, self._workers = follower, peering, copies, workers
         self._clock, self._not_kept, self._hang_s = clock, not_kept, hang_s
         self._away_until = dict.fromkeys(away, clock() + reprotect_after_s)
+        self._noted_whole = bool(catalogue.meta("whole", True))
         self._lost: set[str] = set()  # failed while running, still to be written off
         self._suspects: set[int] = set()
         self._retry_at: dict[int, float] = {}
@@ -88,12 +89,19 @@ class Healing:
         self._wake.set()
 
     async def check_whole(self) -> None:
-        """A copy is whole again when it has followed a leader up to all that was committed when it joined."""
+        """A copy is whole again when it has followed a leader up to all that was committed when it joined. That of a
+        leader, whose log is the log, is so once it lacks no bytes."""
         core = self._core
-        if not core.whole and core.whole_at is not None and core.durable >= core.whole_at:
+        if self._noted_whole and core.whole:
+            return
+        followed = core.whole_at is not None and core.durable >= core.whole_at
+        if followed or (core.leading and not self._lost and not self._away_until and not await self._lacks_some()):
             await self._journal.record(whole=True)
-            core.whole = True
+            core.whole = self._noted_whole = True
             log.info("copy.whole")
+
+    async def _lacks_some(self) -> bool:
+        return bool(await self._workers.run(self._catalogue.missing, 0, 1))
 
     @property
     def unreadable(self) -> int:
@@ -117,6 +125,7 @@ class Healing:
             for seq in sorted(suspects):
                 await self.examine(seq)
             await self._write_off_lost()
+            await self.check_whole()
             healed = await self._heal_some()
             if healed:
                 continue
@@ -195,11 +204,11 @@ class Healing:
         return True
 
     async def _write_off_lost(self) -> None:
-        if self._core.peer is None:
-            return  # alone there is nowhere to heal from; the disk may come back
         now = self._clock()
         online = {volume.id for volume in self._volumes}
         self._away_until = {one: until for one, until in self._away_until.items() if one not in online}
+        if self._core.peer is None:
+            return  # alone there is nowhere to heal from; the disk may come back
         due = self._lost | {volume_id for volume_id, until in self._away_until.items() if until <= now}
         if due:
             await self._recorded()

@@ -9,6 +9,7 @@ MUTANT_SEEDS = {"core": 2000, "store": 2000}
 
 # Each of these once showed a fault of the store; the comment says which.
 FOUND = {
+    1003732: "a leader that had begun without one of its disks was never whole again, and swept up no strange files",
     640052: "told to lead while it followed on a live link, and giving that up, a node ignored its leader for ever",
     640105: "an upload waited for ever for a disk that had been left",
     970339: "(of the world:) a disk of each node failed, the second before anybody had noticed the first",

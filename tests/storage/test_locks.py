@@ -279,7 +279,7 @@ def test_a_rebuild_by_root_leaves_all_to_the_gateways_user(new_gateway: Callable
         file.rename(gateway.volume / "spool" / f"x-{file.stem[-8:]}")
     shutil.rmtree(gateway.volume / "archive")
     for path in [gateway.folder / "state", *(gateway.folder / "state").rglob("*"), *gateway.volume.rglob("*")]:
-        os.chown(path, 1234, 1234)
+        os.chown(path, 1234, 1234, follow_symlinks=False)
     assert rebuilt(gateway)["instances"] == 5
     made = [*(gateway.folder / "state").rglob("*"), *gateway.volume.rglob("*")]
     assert len(files_of(gateway)) == 5

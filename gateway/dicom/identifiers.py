@@ -1,12 +1,15 @@
 """Identifiers of queries and retrieves: read, written, and checked against their information model (PS3.4 C.4, C.6)."""
 
+from collections.abc import Iterator
 from io import BytesIO
 from typing import Final
 
-from pydicom.dataelem import DataElement
+from pydicom.datadict import dictionary_has_tag, dictionary_VR, keyword_for_tag
+from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 from pydicom.uid import UID
+from pydicom.valuerep import STR_VR
 from pynetdicom.dsutils import decode as decode_dataset
 from pynetdicom.dsutils import encode as encode_dataset
 
@@ -54,13 +57,36 @@ def decode_identifier(data: bytes, transfer_syntax: str) -> Dataset:
     syntax = UID(transfer_syntax)
     try:
         identifier: Dataset = decode_dataset(BytesIO(data), syntax.is_implicit_VR, syntax.is_little_endian)
-        for count, element in enumerate(identifier.iterall()):
+        for count, element in enumerate(_elements(identifier)):
             _check(element, count)
         return identifier
     except BadQuery:
         raise
     except Exception as error:  # pydicom raises whatever a malformed identifier leads it to
         raise BadQuery(f"the identifier can't be read: {type(error).__name__}") from error
+
+
+def _elements(identifier: Dataset) -> Iterator[DataElement]:
+    """All of them, at any depth. Raises BadQuery for one that is refused for the number of its values alone: making a
+    hundred thousand names of it would hold up everybody."""
+    waiting = [identifier]
+    while waiting:
+        dataset = waiting.pop()
+        for tag in list(dataset.keys()):
+            raw = dataset.get_item(tag)
+            if isinstance(raw, RawDataElement) and isinstance(raw.value, bytes):
+                _check_raw(raw, raw.value)
+            element = dataset[tag]
+            yield element
+            if element.VR == "SQ":
+                waiting += element.value
+
+
+def _check_raw(raw: RawDataElement, value: bytes) -> None:
+    vr = raw.VR or (dictionary_VR(raw.tag) if dictionary_has_tag(raw.tag) else "UN")
+    # A character of several bytes may contain the one that divides values: hence twice as many.
+    if vr in STR_VR and value.count(b"\\") > 2 * VALUES_MAX:
+        raise BadQuery(f"{keyword_for_tag(raw.tag) or raw.tag}: more than {VALUES_MAX} values")
 
 
 def _check(element: DataElement, count: int) -> None:

@@ -349,7 +349,7 @@ class Engine(Parts):
     def _durable(self, seq: int) -> None:
         self.core.persisted(seq)
         self.flush()
-        if not self.core.whole:
+        if not (self.core.whole or self.core.leading):  # a leader's turn comes with each round of healing
             self._spawn(self.healing.check_whole())
 
     def _applied(self, seq: int) -> None:

@@ -1,9 +1,8 @@
 """What is slow or hangs holds up nobody: a line slower than what modalities send, a disk that doesn't answer."""
 
 import subprocess
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -11,6 +10,7 @@ from tests.builders import item
 from tests.conftest import wait_for
 from tests.system.conftest import SYNC_S, healed, other_than, primary_of, volume_states
 from tests.system.writer import Writer
+from tools.benchmarks.outage import Probe
 from tools.cli.dicom_client import DicomClient
 from tools.lab.network import NODES, VIP, inside
 from tools.lab.pair import AET, DICOM_PORT, Lab
@@ -34,34 +34,6 @@ def slow_line(lab: Lab) -> Iterator[Lab]:
             lab.slow(node, 0)
 
 
-class Watch:
-    """What the pair was while something was done, and for how long this machine itself stood still."""
-
-    def __init__(self, lab: Lab, node: str) -> None:
-        self.modes: set[str | None] = set()
-        self.pause_s = 0.0
-        self._lab, self._node = lab, node
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-
-    def _watch(self) -> None:
-        looked = last = time.monotonic()
-        while not self._done.wait(0.05):
-            last, before = time.monotonic(), last
-            self.pause_s = max(self.pause_s, last - before)
-            if last - looked > 0.5:
-                looked = last
-                self.modes.add((self._lab.node_status(self._node) or {}).get("mode"))
-
-    def __enter__(self) -> "Watch":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-
 def links_lost(lab: Lab) -> int:
     return sum((lab.node_dir(node) / "log" / "gateway.log").read_text().count('"link.down"') for node in NODES)
 
@@ -74,18 +46,25 @@ def test_long_objects_over_a_slow_line_leave_the_pair_a_pair(slow_line: Lab) -> 
     epoch = (lab.node_status(primary) or {})["epoch"]
     for _ in range(ROUNDS):
         long = item(PixelData=bytes(LONG_BYTES))
-        before = links_lost(lab)
+        modes: set[str | None] = set()
+        before, start = links_lost(lab), time.monotonic()
+
+        def look(answered: Callable[[], None], _stopped: Callable[[], bool], modes: set[str | None] = modes) -> None:
+            modes.add((lab.node_status(primary) or {}).get("mode"))
+            answered()
+
         with (
-            Watch(lab, primary) as watch,
+            Probe(look, pause_s=0.1) as probe,
             inside("client"),
             DicomClient(VIP, DICOM_PORT, AET, [(long.sop_class, long.transfer_syntax)], 300) as client,
         ):
             assert client.store(long) == 0
-        if watch.pause_s < PAUSE_S:
+            pause_s = probe.longest_gap_s(start)
+        if pause_s < PAUSE_S:
             break
     else:
         pytest.fail(f"this machine stood still in each of {ROUNDS} rounds")
-    assert (watch.modes, links_lost(lab) - before) == ({"PAIR"}, 0)
+    assert (modes, links_lost(lab) - before) == ({"PAIR"}, 0)
     status = lab.node_status(primary) or {}
     assert (status["epoch"], sorted(status["in_sync"])) == (epoch, ["a", "b"])
 

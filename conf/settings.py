@@ -87,7 +87,9 @@ class DicomSettings(Section):
 
 
 class StorageSettings(Section):
-    state: FolderPath = Field(Path("/var/lib/tandem"), description="Catalogue and log (LMDB)")
+    state: FolderPath = Field(Path("/var/lib/tandem"), description="Catalogue (LMDB)")
+    log: FolderPath | None = Field(None, description="Log, on a disk of its own perhaps; default: log below state")
+    log_bytes: int = Field(1 << 30, ge=32 << 20, description="Room that the log takes on its disk")
     volumes: tuple[FolderPath, ...] = Field((), strict=False, description="Directories, one on each disk")
     reserve_bytes: int = Field(256 << 20, ge=0, description="Space kept free on each volume")
     map_size_bytes: int = Field(64 << 30, ge=1 << 20, description="Largest size of the LMDB file (sparse)")
@@ -103,6 +105,10 @@ class StorageSettings(Section):
     )
     scrub_days: float = Field(30.0, ge=0, description="Check every copy against its digest in so many days; 0: never")
     verify_tail: bool = Field(True, description="Check entries since the last checkpoint against their bytes at start")
+
+    @property
+    def log_folder(self) -> Path:
+        return self.log or self.state / "log"
 
 
 class VirtualAddress(Section):

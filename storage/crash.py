@@ -10,6 +10,8 @@ from typing import Final
 POINTS: Final = (
     "incoming.before_fsync",
     "incoming.after_fsync",
+    "log.before_append",
+    "log.after_append",
     "journal.before_commit",
     "journal.after_commit",
     "journal.after_publish",

@@ -52,7 +52,7 @@ LAPSED_S: Final = 2.0
 
 class Engine(Parts):
     def __init__(self, settings: Settings, surroundings: Surroundings | None = None) -> None:
-        """Raises InUse, CatalogueDamaged, FormatUnknown, OSError."""
+        """Raises InUse, CatalogueDamaged, LogDamaged, FormatUnknown, OSError."""
         around = surroundings or real(settings)
         self._lock = around.lock()  # before anything is opened: nobody else may have it
         self.settings, self.clock = settings, around.clock
@@ -75,7 +75,8 @@ class Engine(Parts):
         self.peer_missing = int(self.catalogue.meta("peer_missing", 0))  # copies that it said it lacks, when last heard
         self.volumes = self._open_volumes(around)
         view = around.view([volume.path / "archive" for volume in self.volumes])
-        recovered = recover(self.catalogue, self.volumes, verify=settings.storage.verify_tail)
+        self.log = around.open_log(self.catalogue)
+        recovered = recover(self.catalogue, self.log, self.volumes, verify=settings.storage.verify_tail)
         self.disk = around.workers(DISK_THREADS, "disk")
         self.looking = around.workers(LOOK_THREADS, "look")
         self.core = self._new_core(recovered.whole)
@@ -112,6 +113,7 @@ class Engine(Parts):
         if not self.fatal.done():
             await self.journal.checkpoint()
         self.journal.close()
+        self.log.close()
         self.disk.stop()
         self.looking.leave()
         self.catalogue.close()
@@ -244,7 +246,9 @@ class Engine(Parts):
     def _spools_in_use(self) -> set[str]:
         named = [location for _, location in list(self.follower.entries.values())] + self._pendings.locations()
         coming = {incoming.spool for incoming in list(self.volumes.on_their_way) if incoming.written}
-        return {location.spool for location in named if location} | coming | self.healing.in_flight
+        return (
+            {location.spool for location in named if location} | coming | self.healing.in_flight | self.journal.spools()
+        )
 
     # -- reading -----------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 import os
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,10 @@ import structlog
 from conf.settings import ClusterSettings, Settings
 from conf.tls import MutualTls
 from storage.control import boottime
+from storage.log.folder import Folder, LocalFolder
+from storage.log.log import Log
+from storage.log.salvage import lineage_of, set_aside
+from storage.log.segment import LogDamaged
 from storage.objects.locks import Lock, lock_state
 from storage.objects.view import Showing, View
 from storage.objects.volume import LocalVolume
@@ -19,9 +24,14 @@ from storage.objects.volumes import OpenVolume
 from storage.replication.network import Network, Tcp
 from storage.state.catalogue import Batch, Catalogue
 from storage.state.kv import CatalogueDamaged
+from storage.state.logged import logged
 from storage.state.soundness import is_sound, is_unclean, opened
 from storage.workers import Workers, WorkersFactory
 
+SEGMENTS: Final = 16  # of the log, at most while nothing holds up its trimming
+SPARES: Final = 4
+LOG_BYTES_MIN: Final = 32 << 20
+LOG_SHARE: Final = 8  # of its disk: one part in so many
 NEW_FOLDER: Final = "catalogue.new"  # beside the catalogue, while it is made anew
 
 log = structlog.get_logger()
@@ -32,11 +42,12 @@ class Surroundings:
     networks: tuple[Network, ...]  # between the nodes, the preferred one first
     view: Callable[[list[Path]], Showing]  # given the readable trees of the volumes
     open_catalogue: Callable[[], Catalogue]
+    open_log: Callable[[Catalogue], Log]
     clock: Callable[[], float] = boottime
     workers: WorkersFactory = Workers
     open_volume: OpenVolume = LocalVolume
     lock: Callable[[], Lock | None] = lambda: None  # on the state folder; raises InUse
-    free_state_bytes: Callable[[], int] = lambda: 1 << 40  # where the catalogue is
+    free_state_bytes: Callable[[], int] = lambda: 1 << 40  # where catalogue and log are; the smaller one
 
 
 def real(settings: Settings) -> Surroundings:
@@ -52,9 +63,76 @@ def real(settings: Settings) -> Surroundings:
         networks=_networks(cluster) if cluster else (),
         view=view,
         open_catalogue=lambda: open_or_set_aside(settings),
+        open_log=lambda catalogue: open_log(
+            LocalFolder(settings.storage.log_folder), catalogue, log_room(settings), alone=cluster is None
+        ),
         lock=lambda: lock_state(state),
-        free_state_bytes=lambda: free_bytes(state),
+        free_state_bytes=lambda: min(free_bytes(state), free_bytes(settings.storage.log_folder)),
     )
+
+
+def log_room(settings: Settings) -> int:
+    """Room for the log: what the settings say, and less on a small disk. Raises OSError."""
+    folder = settings.storage.log_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    status = os.statvfs(folder)
+    return max(LOG_BYTES_MIN, min(settings.storage.log_bytes, status.f_blocks * status.f_frsize // LOG_SHARE))
+
+
+def open_log(folder: Folder, catalogue: Catalogue, log_bytes: int, *, alone: bool = False) -> Log:
+    """This node's log, which ends where the catalogue does or behind it. One that isn't what was written, or isn't
+    there any more, is never guessed at: in a pair it is set aside, and this node begins a log anew as a stranger to the
+    in-sync set, that has to follow the other node up to date. Raises LogDamaged alone, OSError.
+    """
+    try:
+        return _open_log(folder, catalogue, log_bytes)
+    except LogDamaged as error:
+        if alone:
+            raise LogDamaged(
+                f"the log: {error}; `tandem rebuild-index` makes catalogue and log anew, from the files and from what "
+                "can be read of this log"
+            ) from error
+        log.critical("log.damaged", error=str(error))
+    catalogue.write(Batch(meta={"whole": False, "store_id": "", "log": ""}))
+    return _open_log(folder, catalogue, log_bytes)
+
+
+def _open_log(folder: Folder, catalogue: Catalogue, log_bytes: int) -> Log:
+    """Raises LogDamaged, OSError."""
+    name = str(catalogue.meta("log", ""))
+    if not name:
+        return _begin_log(folder, catalogue, log_bytes)
+    last = catalogue.epochs.last[1]
+    kept = Log(folder, log_bytes // SEGMENTS, SPARES)
+    try:
+        if kept.lineage != name:
+            raise LogDamaged(
+                "its segments aren't where they were; is `[storage] log` another folder now, or its disk away?"
+            )
+        if kept.first > last + 1:
+            raise LogDamaged(f"it begins with entry {kept.first}, and the catalogue ends with {last}")
+        for record in kept.records(last + 1):  # what will be replayed can be read
+            logged(record)
+    except BaseException:
+        kept.close()
+        raise
+    return kept
+
+
+def _begin_log(folder: Folder, catalogue: Catalogue, log_bytes: int) -> Log:
+    """Raises OSError."""
+    is_taken = lineage_of(folder) == catalogue.meta("log_taken", "")  # all that it says is in the catalogue
+    if not is_taken and (prefix := set_aside(folder)):
+        log.warning("log.set_aside", prefix=prefix)
+    try:
+        kept = Log(folder, log_bytes // SEGMENTS, SPARES)
+    except LogDamaged:  # a head that can't be read
+        set_aside(folder)
+        kept = Log(folder, log_bytes // SEGMENTS, SPARES)
+    name = str(uuid.uuid4())
+    kept.begin(name, catalogue.epochs.pairs)
+    catalogue.write(Batch(meta={"log": name}))
+    return kept
 
 
 def free_bytes(folder: Path) -> int:

@@ -129,7 +129,7 @@ class Ingest:
     async def _put(self, upload: Upload, make: Callable[[bytes, int], Put]) -> bool:
         incoming = upload.incoming
         upload.complete()
-        digest = incoming.digest_at_once() if self._asks_early() else None
+        digest = incoming.digest_at_once() if self._asks_early() or incoming.inline() else None
         if digest is None:
             digest = await incoming.finish()
         put = make(digest, incoming.length)
@@ -198,8 +198,8 @@ class Ingest:
     async def _propose(self, put: Put, upload: Upload) -> None:
         pending, waiting = self._pend(put, upload.stream)
         incoming = upload.incoming
-        if incoming.in_memory and self._journal.idle:
-            self._journal.append_landing(pending.entry, incoming, partial(setattr, pending, "location"))
+        if self._journal.append_inline(pending.entry, incoming, partial(setattr, pending, "location")):
+            pass  # log and volume have it from here
         elif incoming.begin_finish().done():
             self._landed(pending, incoming)
         else:
@@ -234,6 +234,8 @@ class Ingest:
         if self._pendings.get(pending.entry.seq) is not pending:
             return  # given up meanwhile; the sweep sets the bytes aside
         error = incoming.begin_finish().exception()
+        if error is None and self._volumes.has_failed(incoming.volume.id):
+            error = OSError(errno.EIO, "its disk failed just now")
         if isinstance(error, OSError | NoRoom):
             self._not_kept(pending.entry.seq, error)
         elif error:

@@ -1,25 +1,33 @@
-"""Group commit: many entries share one sync of the spool folders and one transaction.
+"""From the log to the state: what was logged goes into the catalogue and, once it is committed, into the readable tree.
 
-Entries become durable in the order of their seq. Publication (the rename into the readable tree and the catalogue
-rows) comes in batches of its own rhythm: when a reader waits, after a moment, or when many have gathered.
+An entry counts as durable with its record in the log. Catalogue and tree follow in batches, off the path of those who
+wait for that: when a reader waits, after a moment, or when many have gathered. Bytes that the log took are written to
+a volume then, and stay in the log until a checkpoint has made that volume durable.
 """
 
 import asyncio
+import contextlib
 import errno
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, Final
 
 import structlog
 
+from conf.telling import reason_of
 from storage import crash
+from storage.appending import Appending, Ready
+from storage.log.log import Log
+from storage.log.segment import LogDamaged
 from storage.objects.incoming import Incoming
 from storage.objects.view import Showing
 from storage.objects.volume import NoRoom
 from storage.objects.volumes import Volumes
 from storage.publishing import Publishing
 from storage.state.catalogue import Batch, Catalogue, same_copy
+from storage.state.logged import logged
 from storage.state.model import Entry, Location, Put
 from storage.turns import Turns
 from storage.workers import Threads, WorkersFactory
@@ -27,25 +35,11 @@ from storage.workers import Threads, WorkersFactory
 log = structlog.get_logger()
 
 BATCH_ENTRIES_MAX: Final = 256
-APPLY_DELAY_S: Final = 0.02
-APPLIES_WAITING_MAX: Final = 64
+STATE_DELAY_S: Final = 0.02
+WAITING_MAX: Final = 64
 CHECKPOINT_INTERVAL_S: Final = 5.0
+SYNC_THREADS: Final = 4
 BUSY_S: Final = 0.25
-
-Land = Callable[[int], Location]
-
-
-@dataclass
-class Ready:
-    """An entry to be written. `land(attempt)`, if it is given, makes its bytes durable first, in the journal's
-    thread."""
-
-    entry: Entry
-    location: Location | None
-    land: Land | None = None
-    aim: Callable[[], str] | None = None  # the volume on which `land` would put it now
-    restart: Callable[[], int] | None = None  # the next attempt, on another volume; raises OSError, NoRoom
-    attempt: int = 0  # of landing it: what an earlier one does, in a thread that was left behind, is for nothing
 
 
 @dataclass
@@ -55,38 +49,38 @@ class Work:
     ready: list[Ready]
     batch: Batch
     waiters: list["asyncio.Future[None]"]
-    stuck: tuple[int, Exception] | None = None
     committed: bool = False
 
 
 class Journal:
-    """One writer thread. `on_durable(seq)` and `on_applied(seq)` are called on the event loop, in order."""
+    """`on_durable(seq)` and `on_applied(seq)` are called on the event loop, in order."""
 
     def __init__(
         self,
         catalogue: Catalogue,
+        kept: Log,
         volumes: Volumes,
         view: Showing,
         workers: WorkersFactory,
         *,
         on_durable: Callable[[int], None],
         on_applied: Callable[[int], None],
-        on_stuck: Callable[[int, Exception], None],
         on_failed: Callable[[BaseException], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`on_stuck(seq, error)`: no disk took the bytes of this entry; it and those after it are forgotten."""
-        self._catalogue, self._volumes = catalogue, volumes
+        """`kept`: the log, which ends where the catalogue does."""
+        self._catalogue, self._log, self._volumes = catalogue, kept, volumes
         self._turns = Turns(volumes, clock)
         self._tree = Publishing(catalogue, volumes, view, self._turns)
         self._on_durable, self._on_applied = on_durable, on_applied
-        self._on_stuck, self._on_failed = on_stuck, on_failed
+        self._on_failed = on_failed
         self._workers = workers
         self._thread: Threads = workers(1, "journal")
+        self._syncing: Threads = workers(SYNC_THREADS, "sync")
+        self._reading: Threads = workers(1, "log-read")  # not behind a volume that hangs
+        self._appending = Appending(kept, workers, on_logged=self._logged, on_failed=self._fail, clock=clock)
         self._work: Work | None = None  # under way
-        self._appends: list[Ready] = []
-        self._early: dict[int, Ready] = {}  # bytes are durable, an entry before it isn't
-        self._next_seq = catalogue.epochs.last[1] + 1
+        self._durable: list[Ready] = []  # in the log, not in the catalogue yet
         self._applies: list[tuple[Entry, Location | None]] = []
         self._next = Batch()  # what else the next transaction is to do
         self._waiters: list[asyncio.Future[None]] = []
@@ -95,16 +89,17 @@ class Journal:
         self._broken: BaseException | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._publishing: set[asyncio.Future[None]] = set()  # one by one, beside the batches
-        self._checkpointed_at = 0.0
+        self._checkpointed = int(catalogue.meta("checkpoint", 0))
+        self._checkpointed_at = asyncio.get_running_loop().time()
+        self._checkpointing: asyncio.Task[None] | None = None
         self._appended_at = float("-inf")
-        self._checkpointed = 0
         self.applied = int(catalogue.meta("applied", 0))
         self.heard: dict[str, float] = {}  # AE title -> wall clock of its newest image, since this process started
 
     @property
     def idle(self) -> bool:
-        """Nothing is being written or waits to be; then the next entry may bring its bytes along."""
-        return not self._running and not self._appends
+        """Nothing is being written to the log or waits to be."""
+        return self._appending.idle
 
     @property
     def busy(self) -> bool:
@@ -112,51 +107,75 @@ class Journal:
         return asyncio.get_running_loop().time() - self._appended_at < BUSY_S
 
     def close(self) -> None:
+        self._appending.stop()
         self._thread.stop()
+        self._reading.leave()
+        self._syncing.leave()
 
     @property
     def behind(self) -> bool:
-        """Something committed isn't in the catalogue yet."""
-        return bool(self._applies) or self._running
+        """Something logged or committed isn't in the catalogue yet."""
+        return bool(self._applies or self._durable) or self._running
 
     # -- what is asked of it -----------------------------------------------------------------------------------
 
     def append(self, entry: Entry, location: Location | None) -> None:
-        """Write an entry whose bytes are durable, once all those before it are written."""
+        """Log an entry whose bytes are durable, once all those before it are logged."""
         self._append(Ready(entry, location))
 
-    def append_landing(self, entry: Entry, incoming: Incoming, landed: Callable[[Location], None]) -> None:
-        """Land the bytes and write the entry in one go: the shortest way while the journal has nothing else to do.
-        `landed(location)` is called in the journal's thread."""
-
-        def land(attempt: int) -> Location:
-            incoming.land_here(attempt)
-            landed(incoming.location)
-            return incoming.location
-
-        self._append(Ready(entry, None, land, lambda: incoming.volume.id, incoming.restart, incoming.attempt))
+    def append_inline(self, entry: Entry, incoming: Incoming, landed: Callable[[Location], None]) -> bool:
+        """Log an entry together with its bytes, if they aren't too long: the shortest way. `landed(location)` is called
+        in the journal's thread when they lie on a volume as well."""
+        chunks = incoming.inline()
+        if chunks is None:
+            return False
+        self._volumes.on_their_way.discard(incoming)  # the journal has it from here
+        self._append(Ready(entry, None, chunks, incoming, landed, incoming.attempt))
+        return True
 
     def _append(self, ready: Ready) -> None:
-        self._early[ready.entry.seq] = ready
         self._appended_at = asyncio.get_running_loop().time()
-        while self._next_seq in self._early:
-            self._appends.append(self._early.pop(self._next_seq))
-            self._next_seq += 1
+        self._appending.append(ready)
+
+    def _logged(self, readies: list[Ready]) -> None:
+        for ready in readies:
+            self._catalogue.tail[ready.entry.seq] = (ready.entry, ready.location)
+        self._durable += readies
+        self._set_timer()
+        self._on_durable(readies[-1].entry.seq)
         self._kick()
 
     @property
     def handed(self) -> int:
         """The last entry that is durable or being written."""
-        return self._next_seq - 1
+        return self._appending.handed
 
     def forget_early(self) -> None:
         """Forget what waits for earlier entries; what was handed over is still being written."""
-        self._early.clear()
+        self._appending.forget_early()
 
     def rewind(self, seq: int) -> None:
         """The log ends at `seq` now, and nothing is being written."""
-        self._early.clear()
-        self._next_seq = seq + 1
+        self._appending.rewind(seq)
+
+    def spools(self) -> set[str]:
+        """Spool files of entries that the catalogue doesn't name yet."""
+        readies = [*self._durable, *(self._work.ready if self._work else ())]
+        return {ready.incoming.spool for ready in readies if ready.incoming and ready.incoming.written}
+
+    async def logged_bytes(self, seq: int) -> bytes | None:
+        """The file of an entry, header and data set, if the log still has it."""
+
+        def look() -> bytes | None:
+            try:
+                return logged(self._log.read(seq)).data
+            except (KeyError, ValueError):
+                return None
+            except LogDamaged as error:
+                log.error("log.damaged", seq=seq, error=str(error))
+                return None
+
+        return await self._reading.run(look)
 
     def apply(self, entry: Entry, location: Location | None) -> None:
         """Publish a committed entry some time soon."""
@@ -186,10 +205,13 @@ class Journal:
             await asyncio.sleep(rest)
 
     async def record(self, truncate_after: int | None = None, **meta: Any) -> None:
-        """Write facts (and drop the log's tail) durably."""
-        self._next.meta.update(meta)
+        """Write facts (and drop the log's tail, while nothing is being logged) durably."""
         if truncate_after is not None:
+            # The log first: if the power goes in between, the catalogue's tail is the log's again (`recovery`).
+            await self._flushed()
+            await self._appending.cut(truncate_after)
             self._next.truncate_after = truncate_after
+        self._next.meta.update(meta)
         await self._flushed()
 
     async def publish_again(self, location: Location) -> None:
@@ -223,15 +245,18 @@ class Journal:
         await future
 
     async def checkpoint(self) -> None:
-        """Make the tree durable up to what is applied, so that recovery is short."""
-        self._checkpointed_at = float("-inf")
+        """Make the volumes durable up to what is applied, so that recovery is short."""
         await self.record()
+        self._checkpointed_at = float("-inf")
+        self._checkpoint_soon()
+        if self._checkpointing:
+            await self._checkpointing
 
     # -- the loop's side ---------------------------------------------------------------------------------------
 
     def _set_timer(self) -> None:
-        if self._applies and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(APPLY_DELAY_S, self._apply_now)
+        if (self._applies or self._durable) and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(STATE_DELAY_S, self._apply_now)
 
     def _apply_now(self) -> None:
         self._timer = None
@@ -239,28 +264,22 @@ class Journal:
         self._kick()
 
     def _kick(self) -> None:
-        apply = self._due or bool(self._waiters) or len(self._applies) >= APPLIES_WAITING_MAX
-        wanted = self._appends or self._waiters or (apply and self._applies)
-        if self._running or self._broken or not wanted:
+        many = len(self._applies) >= WAITING_MAX or len(self._durable) >= WAITING_MAX
+        apply = self._due or bool(self._waiters) or many
+        if self._running or self._broken or not (self._waiters or (apply and (self._applies or self._durable))):
             return
         self._running = True
         self._due = apply and len(self._applies) > BATCH_ENTRIES_MAX
         batch, self._next = self._next, Batch()
-        if apply:
-            batch.applies = self._applies[:BATCH_ENTRIES_MAX]
-            del self._applies[:BATCH_ENTRIES_MAX]
-        work = Work(self._appends[:BATCH_ENTRIES_MAX], batch, self._waiters)
-        del self._appends[:BATCH_ENTRIES_MAX]
-        self._waiters = []
-        loop = asyncio.get_running_loop()
-        if self._checkpointed < self.applied and loop.time() - self._checkpointed_at > CHECKPOINT_INTERVAL_S:
-            self._checkpointed_at = loop.time()
-            batch.meta["checkpoint"] = self._checkpointed = self.applied
-        self._hand_over(work, loop)
+        batch.applies = self._applies[:BATCH_ENTRIES_MAX]
+        del self._applies[:BATCH_ENTRIES_MAX]
+        work = Work(self._durable, batch, self._waiters)
+        self._durable, self._waiters = [], []
+        self._hand_over(work)
 
-    def _hand_over(self, work: Work, loop: asyncio.AbstractEventLoop) -> None:
+    def _hand_over(self, work: Work) -> None:
         turn, self._work = self._turns.now, work
-        job = self._thread.run(self._write, work, loop, turn)
+        job = self._thread.run(self._write, work, turn)
         job.add_done_callback(lambda done: self._written(done, work, turn))
 
     def _written(self, job: "asyncio.Future[None]", work: Work, turn: int) -> None:
@@ -272,33 +291,96 @@ class Journal:
         if job.cancelled():
             return
         if error := job.exception():
-            self._broken = error  # what came before may be lost: nothing later may become durable in its place
-            for waiter in [*work.waiters, *self._waiters]:
+            for waiter in work.waiters:
                 if not waiter.done():
                     waiter.set_exception(error)
-            self._on_failed(error)
+            self._fail(error)
             return
         self._completed(work)
+
+    def _fail(self, error: BaseException) -> None:
+        """What comes later may not become durable in the place of what is lost."""
+        self._broken = error
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_exception(error)
+        self._on_failed(error)
 
     def _completed(self, work: Work) -> None:
         for waiter in work.waiters:
             if not waiter.done():
                 waiter.set_result(None)
+        for ready in work.ready:
+            self._catalogue.tail.pop(ready.entry.seq, None)
         if work.batch.applies:
             self.applied = max(self.applied, work.batch.applied)
             self._on_applied(self.applied)
-        if work.stuck:
-            self._appends.clear()
-            self.rewind(work.stuck[0] - 1)
-            self._on_stuck(*work.stuck)
+        self._checkpoint_soon()
         self._kick()
         self._set_timer()
+
+    # -- checkpoints -------------------------------------------------------------------------------------------
+
+    def _checkpoint_soon(self) -> None:
+        now = asyncio.get_running_loop().time()
+        due = self._checkpointed < self.applied and now - self._checkpointed_at > CHECKPOINT_INTERVAL_S
+        if due and not self._broken and (self._checkpointing is None or self._checkpointing.done()):
+            self._checkpointed_at = now
+            self._checkpointing = asyncio.ensure_future(self._checkpoint())
+            self._checkpointing.add_done_callback(self._checkpoint_done)
+
+    async def _checkpoint(self) -> None:
+        """Volumes first, then the record of it, then the log may forget."""
+        applied = self.applied
+        placed = await self._syncing.run(self._placed_since, applied)
+        volumes = sorted({location.volume for _, location in placed})
+        done = await asyncio.gather(*(self._syncing.run(self._sync, volume_id) for volume_id in volumes))
+        synced = {volume_id for volume_id, good in zip(volumes, done, strict=True) if good}
+        only_here = {
+            seq: ("its disk failed before it was synced", location)
+            for seq, location in placed
+            if location.volume not in synced and await self.logged_bytes(seq) is not None
+        }
+        upto = min([applied, *(seq - 1 for seq in (*only_here, *await self._only_logged()))])
+        if lost := {seq: row for seq, row in only_here.items() if self._volumes.has_failed(row[1].volume)}:
+            await self.lose(lost)  # healing has them from the log
+        if upto > self._checkpointed:
+            await self.record(checkpoint=upto)
+            self._checkpointed = upto
+            await self._appending.trim(upto)
+
+    def _placed_since(self, applied: int) -> list[tuple[int, Location]]:
+        """Copies that the last checkpoint doesn't cover."""
+        rows = self._catalogue.locations(self._checkpointed + 1)
+        return list(takewhile(lambda row: row[0] <= applied, rows))
+
+    async def _only_logged(self) -> list[int]:
+        """The first entry whose bytes are nowhere on this node but in the log."""
+        for seq in await self._syncing.run(self._catalogue.missing, self._checkpointed + 1, BATCH_ENTRIES_MAX):
+            if await self.logged_bytes(seq) is not None:
+                return [seq]
+        return []
+
+    def _sync(self, volume_id: str) -> bool:
+        try:
+            self._volumes.get(volume_id).sync_all()
+        except LookupError:
+            return False
+        except OSError as error:
+            log.error("volume.not_synced", volume=volume_id, error=reason_of(error))
+            self._volumes.failed(volume_id, error)
+            return False
+        return True
+
+    def _checkpoint_done(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and (error := task.exception()):
+            log.error("checkpoint.failed", why=f"{type(error).__name__}: {error}")
 
     # -- disks that hang ---------------------------------------------------------------------------------------
 
     def hangs(self, seconds: float) -> str | None:
-        """What has held the thread for so long: a volume, "" for the disk of the state folder; None for nothing."""
-        return self._turns.held(seconds)
+        """What has held a thread for so long: a volume, "" for the disks of log and catalogue; None for nothing."""
+        return "" if self._appending.held(seconds) else self._turns.held(seconds)
 
     def leave_thread(self, seconds: float) -> None:
         """The volume that has held the thread for so long is out of service: another thread does the work anew without
@@ -315,51 +397,29 @@ class Journal:
         self._publishing.clear()
         if work is None:
             return
-        loop = asyncio.get_running_loop()
         if work.committed:  # only names in the tree are still to be made; the sweep makes them
             self._running, self._work = False, None
             self._completed(work)
             return
-        batch = self._tree.sync_again(work.batch)
-        if "checkpoint" in work.batch.meta:
-            self._checkpointed, self._checkpointed_at = 0, float("-inf")
-        again = Work(work.ready, batch, work.waiters)
-        for number, ready in enumerate(work.ready):
-            try:
-                self._ready_again(ready)
-            except (OSError, NoRoom) as error:
-                again.ready, again.stuck = work.ready[:number], (ready.entry.seq, error)
-                break
-        self._hand_over(again, loop)
-
-    def _ready_again(self, ready: Ready) -> None:
-        """Raises OSError or NoRoom if its bytes can't be had any more."""
-        if ready.restart:
-            ready.attempt = ready.restart()
-        elif ready.location:
-            try:
-                self._volumes.get(ready.location.volume)
-            except LookupError as error:
-                raise OSError(errno.ETIMEDOUT, "its disk doesn't answer") from error
+        batch = replace(work.batch, appends=[], moved=dict(work.batch.moved), meta=dict(work.batch.meta))
+        for ready in work.ready:
+            if ready.incoming:
+                with contextlib.suppress(NoRoom):  # then the log goes on having it
+                    ready.attempt = ready.incoming.restart()
+        self._hand_over(Work(work.ready, batch, work.waiters))
 
     # -- the thread's side -------------------------------------------------------------------------------------
 
-    def _write(self, work: Work, loop: asyncio.AbstractEventLoop, turn: int) -> None:
+    def _write(self, work: Work, turn: int) -> None:
         self._land(work, turn)
         batch = work.batch
-        self._sync_names(work, turn)
         self._turns.at(turn, "")
         self._tree.place_all(batch, self.applied)
-        if "checkpoint" in batch.meta:
-            self._tree.sync(turn)
         crash.point("journal.before_commit")
         with self._turns.committing(turn):
             self._catalogue.write(batch)
             work.committed = True
-            self._tree.synced()
         crash.point("journal.after_commit")
-        if batch.appends:
-            loop.call_soon_threadsafe(self._on_durable, batch.appends[-1][0].seq)
         self._tree.publish_all(batch, turn)
         self._turns.done(turn)
         crash.point("journal.after_publish")
@@ -369,42 +429,19 @@ class Journal:
         self._turns.done(turn)
 
     def _land(self, work: Work, turn: int) -> None:
+        """Write to a volume what the log took. Where none takes it now, healing has it from the log."""
         for ready in work.ready:
-            self._turns.at(turn, self._volume_of(ready))
-            try:
-                location = ready.land(ready.attempt) if ready.land else ready.location
-            except (OSError, NoRoom) as error:
-                self._turns.check(turn)  # `land` has told of it
-                work.stuck = (ready.entry.seq, error)
-                return
-            self._turns.check(turn)
+            location = ready.location
+            if location and self._volumes.has_failed(location.volume):
+                location = None  # since it was logged, and perhaps after its copies were written off
+            if ready.incoming:
+                self._turns.at(turn, ready.incoming.volume.id)
+                try:
+                    ready.incoming.land_here(ready.attempt, sync=False)
+                    location = ready.incoming.location
+                    ready.landed(location)
+                except (OSError, NoRoom) as error:
+                    self._turns.check(turn)  # `land_here` has told of it
+                    log.error("entry.not_landed", seq=ready.entry.seq, error=reason_of(error))
+                self._turns.check(turn)
             work.batch.appends.append((ready.entry, location))
-
-    def _volume_of(self, ready: Ready) -> str:
-        return ready.location.volume if ready.location else ready.aim() if ready.aim else "?"
-
-    def _sync_names(self, work: Work, turn: int) -> None:
-        batch = work.batch
-        named = [location for _, location in batch.appends if location] + list(batch.moved.values())
-        for volume_id in {location.volume for location in named}:
-            self._turns.at(turn, volume_id)
-            try:
-                self._volumes.get(volume_id).sync_spool()
-            except (OSError, LookupError) as error:
-                self._turns.check(turn, volume_id, error)
-                failure = OSError(errno.EIO, "the volume is out of service")
-                if isinstance(error, OSError):  # otherwise it only hangs or is away, and may come back
-                    failure = error
-                    self._volumes.failed(volume_id, failure)
-                self._without(work, volume_id, failure)
-        self._turns.check(turn)
-
-    def _without(self, work: Work, volume_id: str, error: OSError) -> None:
-        """A disk failed between bytes and names: nothing on it counts."""
-        batch = work.batch
-        batch.moved = {seq: location for seq, location in batch.moved.items() if location.volume != volume_id}
-        for number, (entry, location) in enumerate(batch.appends):
-            if location and location.volume == volume_id:
-                work.stuck = (entry.seq, error)
-                del batch.appends[number:]
-                return

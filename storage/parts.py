@@ -9,6 +9,7 @@ from conf.settings import Settings
 from storage.environment import Surroundings
 from storage.ingest import Ingest
 from storage.journal import Journal
+from storage.log.log import Log
 from storage.objects.copies import Copies
 from storage.objects.reading import Reading
 from storage.objects.view import Showing
@@ -41,6 +42,7 @@ class Parts:
     settings: Settings
     clock: Callable[[], float]
     catalogue: Catalogue
+    log: Log
     volumes: Volumes
     disk: Threads
     looking: Threads
@@ -65,12 +67,13 @@ class Parts:
         storage = self.settings.storage
         kept = (self.catalogue, self.volumes)
         self.journal = Journal(
-            *kept,
+            self.catalogue,
+            self.log,
+            self.volumes,
             view,
             around.workers,
             on_durable=self._durable,
             on_applied=self._applied,
-            on_stuck=self._not_kept,
             on_failed=self._die,
             clock=self.clock,
         )

@@ -4,8 +4,6 @@ Where an object will be is recorded before it is moved, so that a copy is always
 is done in the journal's thread.
 """
 
-from dataclasses import replace
-
 import structlog
 
 from storage.objects.view import Showing
@@ -20,8 +18,6 @@ log = structlog.get_logger()
 class Publishing:
     def __init__(self, catalogue: Catalogue, volumes: Volumes, view: Showing, turns: Turns) -> None:
         self._catalogue, self._volumes, self._view, self._turns = catalogue, volumes, view, turns
-        self._touched: dict[str, set[str]] = {}  # volume -> directories to be synced
-        self._syncing: dict[str, set[str]] = {}  # those that a batch under way syncs
 
     def place_all(self, batch: Batch, applied: int) -> None:
         """Say where each object will be in the tree; `applied`: the last entry that was published before."""
@@ -29,10 +25,11 @@ class Publishing:
             return
         fresh: dict[str, str] = {}
         taken = self._catalogue.leaving_paths()
-        deleted = False
+        deleted, landed = False, {entry.seq: location for entry, location in batch.appends}
         for number, (entry, location) in enumerate(batch.applies):
             deleted = deleted or isinstance(entry.operation, Delete)
-            location = self._catalogue.location(entry.seq) or location  # it may have been made again elsewhere
+            # It may have been made again elsewhere since it was accepted, or have been landed just now.
+            location = landed.get(entry.seq) or self._catalogue.location(entry.seq) or location
             batch.applies[number] = (entry, self._place(entry, location, fresh, taken, own_name=deleted))
         for seq, location in batch.moved.items():
             if seq <= max(applied, batch.applied):  # later ones may have been cut off meanwhile
@@ -72,44 +69,13 @@ class Publishing:
         self._turns.at(turn, location.volume)
         try:
             volume = self._volumes.get(location.volume)
-            touched = volume.publish(location.spool, location.path)
+            volume.publish(location.spool, location.path)
         except (OSError, LookupError) as error:
             self._turns.check(turn, location.volume, error)
             log.error("publish.failed", spool=location.spool, error=type(error).__name__)
             return
         self._turns.check(turn)
-        self._touched.setdefault(location.volume, set()).update(touched)
         try:
             self._view.show(folder, volume.path / "archive" / folder)
         except OSError as error:
             log.error("share.not_shown", error=error.strerror)
-
-    # -- checkpoints -------------------------------------------------------------------------------------------
-
-    def sync(self, turn: int) -> None:
-        """All renames of applied entries were done before; after this recovery needn't look at them again. Raises
-        LeftBehind."""
-        touched, self._touched = self._touched, {}
-        self._syncing = touched
-        for volume_id, directories in touched.items():
-            self._turns.at(turn, volume_id)
-            try:
-                self._volumes.get(volume_id).sync_directories(directories)
-            except (OSError, LookupError) as error:
-                self._turns.check(turn, volume_id, error)
-                # A dead disk: its copies are noted as lost and made again; until then nothing on it is relied on.
-                log.error("tree.not_synced", volume=volume_id, error=type(error).__name__)
-                if isinstance(error, OSError):
-                    self._volumes.failed(volume_id, error)
-
-    def synced(self) -> None:
-        """The checkpoint is committed."""
-        self._syncing = {}
-
-    def sync_again(self, batch: Batch) -> Batch:
-        """A copy of a batch whose checkpoint was left: the next one has all that was to be synced for it."""
-        meta = dict(batch.meta)
-        if meta.pop("checkpoint", None) is not None:
-            for volume_id, directories in self._syncing.items():
-                self._touched.setdefault(volume_id, set()).update(directories)
-        return replace(batch, appends=[], moved=dict(batch.moved), meta=meta)

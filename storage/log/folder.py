@@ -6,10 +6,12 @@ All methods block and raise OSError. Writes are durable after `Segment.sync`, na
 import contextlib
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
 ZEROS: Final = bytes(1 << 20)
+BUFFERS_MAX: Final = 1000  # of one call; the kernel takes 1,024
 
 
 class File(Protocol):
@@ -21,7 +23,10 @@ class File(Protocol):
         """Fewer bytes only at the end of the file."""
         ...
 
-    def write(self, at: int, data: bytes | bytearray) -> None: ...
+    def write(self, at: int, parts: Sequence[bytes | bytearray | memoryview]) -> None:
+        """One behind the other, from `at` on."""
+        ...
+
     def sync(self) -> None:
         """Make what was written durable. After an error nothing may be taken for durable, after another try neither."""
         ...
@@ -57,11 +62,18 @@ class LocalFile:
                 found += more
             return found
 
-    def write(self, at: int, data: bytes | bytearray) -> None:
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(self._fd, view, at)
-            view, at = view[written:], at + written
+    def write(self, at: int, parts: Sequence[bytes | bytearray | memoryview]) -> None:
+        for first in range(0, len(parts), BUFFERS_MAX):
+            at += self._write(at, parts[first : first + BUFFERS_MAX])
+
+    def _write(self, at: int, parts: Sequence[bytes | bytearray | memoryview]) -> int:
+        length = sum(map(len, parts))
+        written = os.pwritev(self._fd, parts, at)
+        if written < length:  # rare: a signal, or a limit of the kernel's
+            view = memoryview(b"".join(parts))
+            while written < length:
+                written += os.pwrite(self._fd, view[written:], at + written)
+        return length
 
     def sync(self) -> None:
         os.fdatasync(self._fd)

@@ -15,8 +15,8 @@ from typing import Final
 import structlog
 
 from storage.log.folder import File, Folder
-from storage.log.records import HEAD, MARK, PAYLOAD_BYTES_MAX, Record, pack, size_of, unpack_head
-from storage.log.segment import EPOCHS_MAX, HEAD_BYTES, Damaged, Segment, SegmentHead, pack_head, unpack_segment_head
+from storage.log.records import HEAD, MARK, PAYLOAD_BYTES_MAX, Bytes, Record, pack, size_of, unpack_head
+from storage.log.segment import EPOCHS_MAX, HEAD_BYTES, LogDamaged, Segment, SegmentHead, pack_head, unpack_segment_head
 
 log = structlog.get_logger()
 
@@ -24,7 +24,8 @@ SEGMENT_BYTES: Final = 64 << 20
 SPARES: Final = 2
 SEGMENT, SPARE = ".log", "spare-"
 SECTOR_BYTES: Final = 512  # written by a disk as a whole or not at all
-MARK_BYTES: Final = size_of(16)
+MARK_PAYLOAD_BYTES: Final = 16
+MARK_BYTES: Final = size_of(MARK_PAYLOAD_BYTES)
 
 
 class Broken(Exception):
@@ -36,7 +37,7 @@ class Log:
     """`last` is (epoch, seq) of the last entry, `first` the oldest seq that is kept; `lineage` is "" for none yet."""
 
     def __init__(self, folder: Folder, segment_bytes: int = SEGMENT_BYTES, spares: int = SPARES) -> None:
-        """Opens what is there: a torn tail is cut off. Raises OSError, Damaged."""
+        """Opens what is there: a torn tail is cut off. Raises OSError, LogDamaged."""
         self._folder, self._segment_bytes, self._spares_wanted = folder, segment_bytes, spares
         self._gate = threading.Lock()  # of the lists, not of the disk
         self._segments: list[Segment] = []
@@ -71,7 +72,7 @@ class Log:
             blank = not any(raw[:SECTOR_BYTES])  # never used, or wiped when it was trimmed
             followed = unpack_head(raw[HEAD_BYTES:]) is not None  # by an entry: it isn't one that the power has torn
             if not blank and (number < newest or followed):
-                raise Damaged(f"{name}: its head can't be read")
+                raise LogDamaged(f"{name}: its head can't be read")
             self._keep_or_remove(name, size)
         kept: list[Segment] = []
         at = newest
@@ -87,8 +88,9 @@ class Log:
             last = self._segments[-1]
             self._number = last.head.number
             last.scan()
+            last.check_tail()
             # What a kill or an error left unsynced was read from memory: it counts once it is on the disk.
-            last.file.write(0, last.file.read(0, last.end))
+            last.file.write(0, [last.file.read(0, last.end)])
             last.file.sync()
             self._folder.sync()
 
@@ -135,7 +137,7 @@ class Log:
         return tuple(segments[-1].epochs) if segments else ()
 
     def read(self, seq: int) -> Record:
-        """Raises KeyError for one that isn't kept, OSError, Damaged."""
+        """Raises KeyError for one that isn't kept, OSError, LogDamaged."""
         with self._gate:
             segments = list(self._segments)
             if not (segments and segments[0].head.first <= seq <= self.last[1]):
@@ -145,9 +147,9 @@ class Log:
             if not segment.scanned:
                 self._scan(segment)
             if seq >= segment.next_seq:
-                raise Damaged(f"{segment.name} ends at entry {segment.next_seq - 1}, and {seq} was written to it")
+                raise LogDamaged(f"{segment.name} ends at entry {segment.next_seq - 1}, and {seq} was written to it")
             return segment.read(seq)
-        except (OSError, Damaged):
+        except (OSError, LogDamaged):
             if seq < self.first:
                 raise KeyError(seq) from None  # trimmed at this moment
             raise
@@ -199,7 +201,7 @@ class Log:
         if not self._segments:
             raise ValueError("the log isn't begun")
         for record in records:
-            if record.seq != seq + 1 or record.epoch < epoch or len(record.payload) > PAYLOAD_BYTES_MAX:
+            if record.seq != seq + 1 or record.epoch < epoch or record.length > PAYLOAD_BYTES_MAX:
                 raise ValueError(f"({record.epoch}, {record.seq}) doesn't follow ({epoch}, {seq}), or is too long")
             epoch, seq = record.epoch, record.seq
 
@@ -208,7 +210,7 @@ class Log:
         wanted, left = 0, self._segments[-1].file.size - self._segments[-1].end
         left -= 0 if self._marked else MARK_BYTES
         for record in records:
-            size = size_of(len(record.payload))
+            size = size_of(record.length)
             if size > left:
                 wanted, left = wanted + 1, self._segment_bytes - HEAD_BYTES
             if size > left:
@@ -218,19 +220,18 @@ class Log:
             self._make_spare()
 
     def _write(self, records: Sequence[Record]) -> None:
-        segment = self._segments[-1]
+        segment, synced = self._segments[-1], self.last[1]
         self._mark(segment)
-        out, noted, chain, at = bytearray(), list[tuple[Record, bytes]](), segment.chain, segment.end
+        out, noted, chain, at = list[Bytes](), list[tuple[Record, bytes]](), segment.chain, segment.end
         for record in records:
-            packed, after = pack(record, chain)
-            if at + len(packed) > segment.file.size:
+            if at + size_of(record.length) > segment.file.size:
                 self._flush(segment, out, noted)
                 segment = self._roll(segment.head.lineage, record.seq, tuple(segment.epochs))
-                out, noted, at = bytearray(), [], segment.end
-                packed, after = pack(record, segment.chain)
+                out, noted, chain, at = [], [], segment.chain, segment.end
+            packed, chain = pack(record, chain, segment.head.chain, synced=synced)
             out += packed
-            noted.append((record, after))
-            chain, at = after, at + len(packed)
+            noted.append((record, chain))
+            at += size_of(record.length)
         self._flush(segment, out, noted)
 
     def _mark(self, segment: Segment) -> None:
@@ -239,13 +240,14 @@ class Log:
         if self._marked:
             return
         epoch, seq = self.last
-        packed, chain = pack(Record(epoch, seq, os.urandom(16)), segment.chain, MARK)
-        if segment.end + len(packed) <= segment.file.size:
+        mark = Record(epoch, seq, os.urandom(MARK_PAYLOAD_BYTES))
+        packed, chain = pack(mark, segment.chain, segment.head.chain, kind=MARK)
+        if segment.end + MARK_BYTES <= segment.file.size:
             segment.file.write(segment.end, packed)
-            segment.note_mark(16, chain)
+            segment.note_mark(mark.length, chain)
         self._marked = True  # without room for it the next segment begins, with a chain of its own
 
-    def _flush(self, segment: Segment, out: bytearray, noted: Sequence[tuple[Record, bytes]]) -> None:
+    def _flush(self, segment: Segment, out: Sequence[Bytes], noted: Sequence[tuple[Record, bytes]]) -> None:
         if not noted:
             return
         segment.file.write(segment.end, out)
@@ -267,7 +269,7 @@ class Log:
             self._folder.sync()  # before anything in it counts
             file = self._folder.open(name)
             head = SegmentHead(lineage, number, first, begins, os.urandom(16), epochs[-EPOCHS_MAX:])
-            file.write(0, pack_head(head))
+            file.write(0, [pack_head(head)])
             file.sync()
         except OSError:
             self._broken = True
@@ -329,6 +331,11 @@ class Log:
             else:
                 self._folder.remove(segment.name)
 
+    @property
+    def wants_spares(self) -> bool:
+        """`prepare` would make some."""
+        return len(self._spares) < self._spares_wanted
+
     def prepare(self) -> None:
         """Make spare files for what comes, off the path of those who wait. Raises OSError."""
         while len(self._spares) < self._spares_wanted:
@@ -349,9 +356,9 @@ class Log:
 
 def _wipe(file: File) -> None:
     """What isn't needed any more is neither a segment any more, nor one whose head was damaged. Raises OSError."""
-    file.write(0, bytes(SECTOR_BYTES))
+    file.write(0, [bytes(SECTOR_BYTES)])
     file.sync()
-    file.write(SECTOR_BYTES, bytes(HEAD_BYTES - SECTOR_BYTES + HEAD.size))
+    file.write(SECTOR_BYTES, [bytes(HEAD_BYTES - SECTOR_BYTES + HEAD.size)])
     file.sync()
 
 

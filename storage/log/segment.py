@@ -1,13 +1,26 @@
 """A segment: one file of the log, of fixed size, with a head and records behind it."""
 
 from array import array
+from collections.abc import Iterator
 from typing import Final
 
 import msgspec
 import xxhash
 
 from storage.log.folder import File
-from storage.log.records import HEAD, MARK, Record, follows, size_of, unpack, unpack_head
+from storage.log.records import (
+    ALIGNMENT,
+    ENTRY,
+    HEAD,
+    MARK,
+    Head,
+    Record,
+    follows,
+    is_of,
+    size_of,
+    unpack,
+    unpack_head,
+)
 
 HEAD_BYTES: Final = 4096
 MAGIC: Final = b"TLS1"
@@ -16,7 +29,7 @@ SCAN_BYTES: Final = 1 << 20
 EPOCHS_MAX: Final = 100  # that a head names; a log of more takeovers is matched from where they begin
 
 
-class Damaged(Exception):
+class LogDamaged(Exception):
     """A segment isn't what was written, and not at the tail of the log, where a power cut may have torn it."""
 
 
@@ -75,7 +88,7 @@ class Segment:
     def note(self, record: Record, chain: bytes) -> None:
         """A record is at the end now."""
         self.offsets.append(self.end)
-        self.end += size_of(len(record.payload))
+        self.end += size_of(record.length)
         self.chain = chain
         if self.epochs and self.epochs[-1][0] == record.epoch:
             self.epochs[-1] = (record.epoch, record.seq)
@@ -91,18 +104,8 @@ class Segment:
         """Find the records, up to the first that isn't whole or doesn't follow. Raises OSError."""
         if self.scanned:
             return
-        buffer, start = b"", self.end
-        while True:
-            at = self.end - start
-            if len(buffer) - at < HEAD.size:
-                buffer, start, at = self.file.read(self.end, SCAN_BYTES), self.end, 0
-            head = unpack_head(buffer[at : at + HEAD.size])
-            if head is None:
-                break
-            if len(buffer) - at < size_of(head.length):
-                buffer, start, at = self.file.read(self.end, max(SCAN_BYTES, size_of(head.length))), self.end, 0
-            record = unpack(head, buffer[at + HEAD.size : at + HEAD.size + head.length])
-            if record is None or not follows(head, record, self.chain):
+        for head, record in self._records():
+            if not follows(head, self.chain):
                 break
             if head.kind == MARK:
                 self.note_mark(head.length, head.chain)
@@ -112,11 +115,62 @@ class Segment:
                 break
         self.scanned = True
 
+    def _records(self) -> Iterator[tuple[Head, Record]]:
+        """Those that lie one behind the other, from the end on."""
+        at, buffer, start = self.end, b"", self.end
+        while True:
+            if len(buffer) - (at - start) < HEAD.size:
+                buffer, start = self.file.read(at, SCAN_BYTES), at
+            head = unpack_head(buffer[at - start : at - start + HEAD.size])
+            if head is None or not is_of(head, self.head.chain):
+                return
+            if len(buffer) - (at - start) < size_of(head.length):
+                buffer, start = self.file.read(at, max(SCAN_BYTES, size_of(head.length))), at
+            begin = at - start + HEAD.size
+            record = unpack(head, buffer[begin : begin + head.length])
+            if record is None:
+                return
+            yield head, record
+            at += size_of(head.length)
+
+    def check_tail(self) -> None:
+        """What the power has torn was never durable. A record behind the end that says it was, means that the disk has
+        lost it since. Once it is scanned. Raises OSError, LogDamaged."""
+        for at in range(self.end, self.file.size, SCAN_BYTES):
+            part = self.file.read(at, SCAN_BYTES + HEAD.size)  # a head may lie across the border
+            found = part.find(ENTRY)
+            while found >= 0:
+                head = unpack_head(part[found : found + HEAD.size]) if found % ALIGNMENT == 0 else None
+                if head and is_of(head, self.head.chain) and head.synced >= self.next_seq:
+                    raise LogDamaged(
+                        f"{self.name}: entry {self.next_seq} can't be read, and was durable before {head.seq}"
+                    )
+                found = part.find(ENTRY, found + 1)
+
+    def salvage(self) -> Iterator[tuple[int, Head, bool]]:
+        """(place, head, it follows those before it) of whatever can still be read, also behind what can't. Raises
+        OSError."""
+        raw, at, chain, is_sure = self.file.read(0, self.file.size), HEAD_BYTES, self.head.chain, True
+        while 0 <= at < len(raw):
+            head = unpack_head(raw[at : at + HEAD.size])
+            if head is None or not is_of(head, self.head.chain):
+                is_sure, at = False, raw.find(ENTRY, at + ALIGNMENT)
+                continue
+            is_sure = is_sure and follows(head, chain)
+            chain = head.chain
+            if head.kind == ENTRY and unpack(head, raw[at + HEAD.size : at + HEAD.size + head.length]):
+                yield at, head, is_sure
+            elif head.kind == ENTRY:
+                is_sure = False
+            at += size_of(head.length)
+
     def read(self, seq: int) -> Record:
-        """Raises OSError, Damaged."""
+        """Raises OSError, LogDamaged."""
         at = self.offsets[seq - self.head.first]
         head = unpack_head(self.file.read(at, HEAD.size))
-        record = unpack(head, self.file.read(at + HEAD.size, head.length)) if head else None
-        if record is None or record.seq != seq:
-            raise Damaged(f"entry {seq} in {self.name} isn't what was written")
+        record = None
+        if head and head.seq == seq and is_of(head, self.head.chain):
+            record = unpack(head, self.file.read(at + HEAD.size, head.length))
+        if record is None:
+            raise LogDamaged(f"entry {seq} in {self.name} isn't what was written")
         return record

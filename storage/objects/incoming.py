@@ -23,6 +23,7 @@ from storage.workers import Threads, within
 
 CHUNK_BYTES: Final = 64 << 10  # what goes to the peer at once
 WRITE_BYTES: Final = 1 << 20  # what goes to the disk at once; up to this an object stays in memory until it is durable
+INLINE_BYTES_MAX: Final = 640 << 10  # up to this the log takes the bytes themselves, measured by `tools/bench log`
 BACKLOG_BYTES_MAX: Final = 2 * WRITE_BYTES
 DISCARD_S: Final = 30.0
 
@@ -283,9 +284,16 @@ class Incoming:
             self._update_digest(self._queue)
         return self._digest.digest()
 
-    def land_here(self, attempt: int) -> None:
-        """Make an object that is in memory durable in this thread; raises OSError or NoRoom if no volume takes it, and
-        OSError (EAGAIN) if it was restarted since."""
+    def inline(self) -> "list[bytearray | bytes] | None":
+        """The bytes of a complete object that the log takes: it is in memory as a whole, and short."""
+        if self.length + len(self._chunk) > INLINE_BYTES_MAX or not self.in_memory:
+            return None
+        self.complete()
+        return list(self._queue) if self.in_memory else None
+
+    def land_here(self, attempt: int, *, sync: bool = True) -> None:
+        """Write an object that is in memory to a volume in this thread, durably if `sync`; raises OSError or NoRoom if
+        no volume takes it, and OSError (EAGAIN) if it was restarted since."""
         self._begin(attempt)
         queue, digested = self._queue, self._digested
         if self._spooled is None and not self._placement.serves(self.volume.id):
@@ -293,7 +301,7 @@ class Incoming:
         while True:
             volume = self.volume
             try:
-                self._write_and_finish(queue, attempt, digest=not digested)
+                self._write_and_finish(queue, attempt, digest=not digested, sync=sync)
                 self._came_back(attempt)
                 return
             except OSError as error:
@@ -337,14 +345,18 @@ class Incoming:
             job = self._workers.run(self._write_and_finish, queue, attempt)
         job.add_done_callback(lambda done: self._last_written(done, attempt))
 
-    def _write_and_finish(self, queue: list[bytearray | bytes], attempt: int, digest: bool = True) -> None:
+    def _write_and_finish(
+        self, queue: list[bytearray | bytes], attempt: int, digest: bool = True, sync: bool = True
+    ) -> None:
         self._begin(attempt)
         spooled, volume = self._spooled, self.volume
         if queue or spooled is None:
             spooled = self._write(queue, attempt, digest)
         crash.point("incoming.before_fsync")
         start = time.monotonic()
-        spooled.finish(self._digest.digest())
+        spooled.finish(self._digest.digest(), sync=sync)
+        if sync:
+            volume.sync_spool()  # its name as well
         if attempt == self._attempt:  # a thread that was left behind has nothing to say of its successor's disk
             self._placement.took(volume.id, time.monotonic() - start)
         crash.point("incoming.after_fsync")

@@ -54,8 +54,9 @@ class Spooled(Protocol):
     name: str
 
     def write(self, buffers: Sequence[bytes | bytearray | memoryview]) -> None: ...
-    def finish(self, digest: bytes = b"") -> None:
-        """Make the bytes durable and close. `digest`, of the data set, is kept with the file where it can be."""
+    def finish(self, digest: bytes = b"", *, sync: bool = True) -> None:
+        """Make the bytes durable, if `sync`, and close. `digest`, of the data set, is kept with the file where it can
+        be."""
         ...
 
     def discard(self) -> None: ...
@@ -88,6 +89,10 @@ class Volume(Protocol):
         ...
 
     def sync_directories(self, directories: Iterable[str]) -> None: ...
+    def sync_all(self) -> None:
+        """Make everything durable that was done on this volume."""
+        ...
+
     def locate(self, location: Location) -> str | None:
         """The file of an object that may or may not have been published."""
         ...
@@ -243,13 +248,14 @@ class LocalSpooled:
         _sync_range(self._fd, self._begun_at, self._begun, SYNC_FILE_RANGE_WRITE)
         self._dirty = 0
 
-    def finish(self, digest: bytes = b"") -> None:
+    def finish(self, digest: bytes = b"", *, sync: bool = True) -> None:
         fd, self._fd = self._fd, -1
         try:
             if digest:
                 with contextlib.suppress(OSError):  # not every file system has them
                     os.setxattr(fd, DIGEST_ATTRIBUTE, digest.hex().encode())
-            os.fsync(fd)  # an error here is final: the kernel may have dropped the pages, asking again would lie
+            if sync:
+                os.fsync(fd)  # an error here is final: the kernel may have dropped the pages, asking again would lie
         finally:
             os.close(fd)
 
@@ -272,6 +278,7 @@ class LocalVolume:
         for folder in FOLDERS:
             (path / folder).mkdir(exist_ok=True)
         fsync_directory(path)
+        self._spool = os.open(path / "spool", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._start = f"{time.time_ns():x}"
         self._count = 0
 
@@ -340,6 +347,13 @@ class LocalVolume:
         for directory in directories:
             fsync_directory(self.path / directory)
 
+    def sync_all(self) -> None:
+        """By the file system, which tells of what it couldn't write since the volume was opened. One that was shut down
+        says so only of a file."""
+        if _libc.syncfs(self._spool) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(self.path))
+        os.fsync(self._spool)
+
     def locate(self, location: Location) -> str | None:
         published, spooled = f"archive/{location.path}", f"spool/{location.spool}"
         for name in (published if location.path else "", spooled):
@@ -386,4 +400,5 @@ class LocalVolume:
         self.draining = draining
 
     def close(self) -> None:
+        os.close(self._spool)
         self._lock.close()

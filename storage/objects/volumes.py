@@ -170,6 +170,11 @@ class Volumes:
         slot = self._by_id.get(volume_id)
         return slot is not None and slot.usable
 
+    def has_failed(self, volume_id: str) -> bool:
+        """It is out of service for good, or unknown."""
+        slot = self._by_id.get(volume_id)
+        return slot is None or slot.failed
+
     @property
     def usable(self) -> int:
         """Volumes in service, full ones included."""

@@ -2,6 +2,7 @@
 them to the journal."""
 
 import asyncio
+import errno
 from collections.abc import Callable
 from functools import partial
 from typing import Final
@@ -65,10 +66,10 @@ class Follower:
             self._keep(entry, None)
             return
         incoming = self._peering.ended(effect.stream)
-        if incoming and self._journal.idle and incoming.digest_at_once() and _fits(incoming, put):
+        if incoming and incoming.inline() and incoming.digest_at_once() and _fits(incoming, put):
             self._peering.forget(effect.stream)
-            self._volumes.on_their_way.discard(incoming)  # the journal has it from here
-            self._journal.append_landing(entry, incoming, partial(self._note, entry))
+            self._note(entry, None)
+            self._journal.append_inline(entry, incoming, partial(self._note_landed, entry))
             return
         if incoming:
             incoming.begin_finish()
@@ -83,13 +84,19 @@ class Follower:
     def _note(self, entry: Entry, location: Location | None) -> None:
         self.entries[entry.seq] = (entry, location)
 
+    def _note_landed(self, entry: Entry, location: Location) -> None:
+        if entry.seq in self.entries:
+            self.entries[entry.seq] = (entry, location)
+
     def _keep(self, entry: Entry, location: Location | None) -> None:
         self._note(entry, location)
         self._journal.append(entry, location)
 
     async def _persist(self, entry: Entry, put: Put, stream: int) -> None:
         try:
-            location = await self.obtain(entry, put, stream)
+            location: Location | None = await self.obtain(entry, put, stream)
+            if location and self._volumes.has_failed(location.volume):
+                raise OSError(errno.EIO, "its disk failed just now")
         except PeerLacksIt:
             # It was committed, and it is on neither node now or was deleted later: the log goes on without the bytes.
             location = None
@@ -121,6 +128,15 @@ class Follower:
                     log.warning("fetch.again", sop_instance=put.sop_instance, error=reason_of(error))
             await asyncio.sleep(RETRY_S)
         raise FetchFailed("tried too often")
+
+    async def from_log(self, entry: Entry, put: Put) -> Location | None:
+        """Durable bytes of an entry that the log still has. Raises FetchFailed, NoRoom or OSError."""
+        data = await self._journal.logged_bytes(entry.seq)
+        if data is None:
+            return None
+        incoming = Incoming(self._workers, self._volumes, self._volumes.choose(), data[: put.offset])
+        incoming.feed(memoryview(data)[put.offset :])
+        return await self._checked(incoming, put)
 
     async def _fetched(self, entry: Entry, put: Put) -> Location:
         incoming = await self._peering.fetch(entry.seq)

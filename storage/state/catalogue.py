@@ -75,6 +75,7 @@ class Catalogue:
     def __init__(self, kv: Kv) -> None:
         """Raises CatalogueDamaged."""
         self.kv = kv
+        self.tail: dict[int, tuple[Entry, Location | None]] = {}  # logged, and not written here yet
         self.epochs = Epochs(self.meta("epochs", ()))
         last = self._last_seq()
         if self.epochs.last[1] != last:
@@ -103,6 +104,8 @@ class Catalogue:
         return decode_entry(self.entry_bytes(seq))
 
     def entry_bytes(self, seq: int) -> bytes:
+        if waiting := self.tail.get(seq):
+            return encode(waiting[0])
         with self.kv.read() as txn:
             value = txn.get("log", seq_key(seq))
         if value is None:
@@ -112,12 +115,15 @@ class Catalogue:
     def entries(self, start: int, limit: int) -> list[Entry]:
         """Up to `limit` entries from seq `start` on."""
         found = []
+        tail = self.tail.copy()  # first: what isn't there any more is in the table by then
         with self.kv.read() as txn:
             for _, value in txn.scan("log", seq_key(start)):
                 found.append(decode_entry(value))
                 if len(found) >= limit:
-                    break
-        return found
+                    return found
+        last = found[-1].seq if found else start - 1
+        waiting = [entry for seq, (entry, _) in sorted(tail.items()) if seq > last]
+        return found + waiting[: limit - len(found)]
 
     def _last_seq(self) -> int:
         with self.kv.read() as txn:
@@ -127,8 +133,11 @@ class Catalogue:
     # -- copies ------------------------------------------------------------------------------------------------
 
     def location(self, seq: int) -> Location | None:
+        waiting = self.tail.get(seq)  # first: what isn't there any more is in the table by then
         with self.kv.read() as txn:
             value = txn.get("location", seq_key(seq))
+        if value is None and waiting:
+            return waiting[1]
         return decode_location(value) if value is not None else None
 
     def locations(self, start: int = 0, limit: int | None = None) -> Iterator[tuple[int, Location]]:
@@ -353,20 +362,20 @@ class Catalogue:
     def write(self, batch: Batch) -> None:
         """Do all of `batch` and make it durable. Whatever is raised, nothing of it was done."""
         epochs = Epochs(self.epochs.pairs)
-        if batch.truncate_after is not None:
-            epochs.truncate(batch.truncate_after)
         for entry, _ in batch.appends:
             epochs.append(entry.epoch, entry.seq)
+        if batch.truncate_after is not None:
+            epochs.truncate(batch.truncate_after)
         self.kv.update(lambda txn: self._write(txn, batch, epochs))
         self.epochs = epochs
 
     def _write(self, txn: Transaction, batch: Batch, epochs: Epochs) -> None:
         meta = dict(batch.meta)
-        if batch.truncate_after is not None:
-            changes.truncate(txn, batch.truncate_after)
         for entry, location in batch.appends:
             txn.put("log", seq_key(entry.seq), encode(entry))
             changes.locate(txn, entry, location)
+        if batch.truncate_after is not None:  # what was logged before it was asked for is cut off as well
+            changes.truncate(txn, batch.truncate_after)
         stored_bytes = 0
         for entry, location in batch.applies:
             stored_bytes += changes.apply(txn, entry, location)

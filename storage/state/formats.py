@@ -9,7 +9,7 @@ from storage.state.catalogue import Batch, Catalogue
 from storage.state.kv import Transaction
 from storage.state.model import decode_instance
 
-FORMAT: Final = 2  # 1: 0.1, without a number; 2: lineage, series -> study, studies that name several patients
+FORMAT: Final = 3  # 1: 0.1, without a number; 2: lineage, series -> study, several patients; 3: a log beside it
 ROWS_AT_ONCE: Final = 2000
 
 
@@ -31,7 +31,7 @@ def bring_up_to_date(catalogue: Catalogue, cluster_id: str) -> None:
     if catalogue.epochs.last[1] and not catalogue.meta("lineage", ""):
         # Both nodes of a pair hold one log and must give it the same name.
         facts["lineage"] = f"1-{cluster_id}" if cluster_id else str(uuid.uuid4())
-    if catalogue.counts()["instances"]:
+    if found == 1 and catalogue.counts()["instances"]:
         _join_all(catalogue)
     catalogue.write(Batch(meta=facts))
 

@@ -224,8 +224,7 @@ class Healing:
             found = await self._workers.run(lambda at: list(self._catalogue.locations(at, WRITE_OFF_BATCH)), start)
             lost = {seq: ("its disk failed", location) for seq, location in found if location.volume == volume_id}
             if lost:
-                if self._core.leading and max(lost) > self._core.commit:
-                    self._not_kept(max(lost), OSError(errno.EIO, "the disk of an entry that isn't committed failed"))
+                await self._not_kept_any_more([seq for seq in lost if seq > self._core.commit])
                 await self._journal.lose(lost)
                 count += len(lost)
             if len(found) < WRITE_OFF_BATCH:
@@ -236,6 +235,12 @@ class Healing:
         await self._journal.forget_leavings(gone)
         await self._journal.record(volumes=sorted(known))
         log.warning("volume.written_off", volume=volume_id, copies=count)
+
+    async def _not_kept_any_more(self, uncommitted: list[int]) -> None:
+        for seq in uncommitted:
+            if self._core.leading and await self._journal.logged_bytes(seq) is None:
+                self._not_kept(seq, OSError(errno.EIO, "the disk of an entry that isn't committed failed"))
+                return
 
     # -- healing -----------------------------------------------------------------------------------------------
 
@@ -302,6 +307,9 @@ class Healing:
             found = await self._workers.run(self._lies_where_it_was, seq, entry.operation)
             if found is not None:
                 return seq, found
+            if (logged := await self._follower.from_log(entry, entry.operation)) is not None:
+                self.in_flight.add(logged.spool)
+                return seq, logged
             if not (self._peering.link and self._core.linked):
                 self._retry_at[seq] = self._clock() + RETRY_S
                 return seq, None

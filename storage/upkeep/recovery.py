@@ -1,21 +1,28 @@
-"""What a node does before it takes part again: check the end of its log against the bytes, and tidy the spool.
+"""What a node does before it takes part again: bring the catalogue up to the end of the log, check that end against the
+bytes, and tidy the spool.
 
-Everything that was acknowledged was synced before. So an entry since the last checkpoint whose bytes are missing or
-wrong means that a disk broke its promise or is away. Nothing is cut off or deleted here: the entry stays, is noted as
-missing until its bytes are back, and this copy isn't whole, so that the node can't be promoted until it has followed a
-leader up to date.
+Everything that was acknowledged was synced before, in the log or on a volume. What a volume has lost of what the log
+still has is written again. So an entry since the last checkpoint whose bytes are missing or wrong after that means that
+a disk broke its promise or is away. Nothing is cut off or deleted here: the entry stays, is noted as missing until its
+bytes are back, and this copy isn't whole, so that the node can't be promoted until it has followed a leader up to date.
 """
 
 from dataclasses import dataclass
+from typing import Final
 
 import structlog
 
-from storage.objects.volume import holds, set_aside
+from storage.log.log import Log
+from storage.log.segment import LogDamaged
+from storage.objects.volume import NoRoom, holds, set_aside
 from storage.objects.volumes import Volumes
 from storage.state.catalogue import Batch, Catalogue
+from storage.state.logged import logged, record_of
 from storage.state.model import Entry, Location, Put
 
 log = structlog.get_logger()
+
+REPLAY_ENTRIES: Final = 256
 
 
 @dataclass(frozen=True)
@@ -26,18 +33,26 @@ class Recovered:
     away: frozenset[str]
 
 
-def recover(catalogue: Catalogue, volumes: Volumes, *, verify: bool) -> Recovered:
+def recover(catalogue: Catalogue, kept: Log, volumes: Volumes, *, verify: bool) -> Recovered:
+    """Raises OSError, LogDamaged."""
+    _replay(catalogue, kept)
     last = catalogue.epochs.last[1]
     checkpoint = int(catalogue.meta("checkpoint", 0))
     touched: dict[str, set[str]] = {}
     lost: dict[int, tuple[str, Location]] = {}
+    later: dict[int, tuple[str, Location]] = {}  # no volume takes now what the log has: healing does it
     for seq in range(checkpoint + 1, last + 1):
         entry = catalogue.entry(seq)
-        if not isinstance(entry.operation, Put) or catalogue.is_missing(seq):
+        if not isinstance(entry.operation, Put):
             continue
         location = catalogue.location(seq)
         problem = _problem(catalogue, volumes, entry, location, touched, verify=verify)
-        if problem:
+        data = _logged_bytes(kept, seq) if problem else None
+        if not problem or (data is not None and _write_again(catalogue, volumes, entry, data)):
+            continue
+        if data is not None:
+            later[seq] = (problem, location or Location("", "", ""))
+        elif not catalogue.is_missing(seq):
             log.error("recovery.lost", seq=seq, sop_instance=entry.operation.sop_instance, why=problem)
             lost[seq] = (problem, location or Location("", "", ""))
     for volume in volumes:
@@ -52,9 +67,68 @@ def recover(catalogue: Catalogue, volumes: Volumes, *, verify: bool) -> Recovere
         log.error("recovery.volume_away", volume=volume_id)
     lost = {seq: found for seq, found in lost.items() if not _on(catalogue, seq, away)}
     whole = bool(catalogue.meta("whole", True)) and not lost and not away
-    catalogue.write(Batch(lost=lost, meta={"volumes": sorted(known | online), "whole": whole}))
+    catalogue.write(Batch(lost=lost | later, meta={"volumes": sorted(known | online), "whole": whole}))
     _tidy(catalogue, volumes)
     return Recovered(whole, frozenset(away))
+
+
+def _replay(catalogue: Catalogue, kept: Log) -> None:
+    """Log and catalogue end at the same entry afterwards. The log is behind where the power went while its tail was cut
+    off: the catalogue still has that, and it is cut off again once a leader is followed."""
+    start = kept.last[1] + 1
+    while behind := catalogue.entries(start, REPLAY_ENTRIES):
+        kept.append(record_of(entry, catalogue.location(entry.seq)) for entry in behind)
+        start = behind[-1].seq + 1
+    start = catalogue.epochs.last[1] + 1
+    while start <= kept.last[1]:
+        end = min(start + REPLAY_ENTRIES - 1, kept.last[1])
+        batch = Batch()
+        for record in kept.records(start, end):
+            found = logged(record)
+            batch.appends.append((found.entry, found.location))
+        catalogue.write(batch)
+        start = end + 1
+
+
+def _logged_bytes(kept: Log, seq: int) -> bytes | None:
+    try:
+        return logged(kept.read(seq)).data
+    except (KeyError, LogDamaged) as error:
+        if isinstance(error, LogDamaged):
+            log.error("log.damaged", seq=seq, error=str(error))
+        return None
+
+
+def _write_again(catalogue: Catalogue, volumes: Volumes, entry: Entry, data: bytes) -> bool:
+    """What the log has, to a volume that takes it."""
+    for _ in volumes.slots:
+        try:
+            volume = volumes.choose()
+        except NoRoom:
+            return False
+        try:
+            spooled = volume.create()
+            spooled.write([data])
+            spooled.finish(entry.operation.digest if isinstance(entry.operation, Put) else b"")
+            volume.sync_spool()
+            break
+        except OSError as error:
+            volumes.failed(volume.id, error)
+    else:
+        return False
+    path = ""
+    if entry.seq <= int(catalogue.meta("applied", 0)):
+        path = catalogue.path_of(entry, {})
+        if (volume.id, path) in catalogue.leaving_paths():
+            path = catalogue.path_of(entry, {}, own_name=True)
+    location = Location(volume.id, spooled.name, path)
+    catalogue.write(Batch(moved={entry.seq: location}))
+    if path:
+        try:
+            volume.sync_directories(volume.publish(location.spool, path))
+        except OSError as error:
+            volumes.failed(volume.id, error)
+    return True
 
 
 def _on(catalogue: Catalogue, seq: int, volume_ids: set[str]) -> bool:

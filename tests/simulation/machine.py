@@ -18,6 +18,7 @@ from storage.state.kv import Transaction
 from storage.state.model import Location
 from storage.workers import resolve
 from tests.simulation.virtual import Process, VirtualLoop
+from tests.storage.log.folders import MemoryFolder
 
 
 class Hang(BaseException):
@@ -243,9 +244,10 @@ class MemorySpooled:
         for buffer in buffers:
             self._file.data += buffer
 
-    def finish(self, digest: bytes = b"") -> None:
+    def finish(self, digest: bytes = b"", *, sync: bool = True) -> None:
         self._disk.touch(writes=True)
-        self._file.synced = bytes(self._file.data)
+        if sync:
+            self._file.synced = bytes(self._file.data)
 
     def discard(self) -> None:
         if self._disk.names.pop(f"spool/{self.name}", None):
@@ -304,6 +306,15 @@ class MemoryVolume:
         for directory in sorted(directories):
             self._disk.sync_directory(directory)
 
+    def sync_all(self) -> None:
+        for directory in sorted(self._disk.changed):
+            self._disk.sync_directory(directory)
+        for name in sorted(self._disk.names):
+            file = self._disk.names[name]
+            if file.synced is None:
+                self._disk.touch()
+                file.synced = bytes(file.data)
+
     def locate(self, location: Location) -> str | None:
         self._disk.touch()
         names = (f"archive/{location.path}" if location.path else "", f"spool/{location.spool}")
@@ -351,9 +362,21 @@ class MemoryVolume:
         pass
 
 
+class LogFolder(MemoryFolder):
+    """The folder of a log; the power may go at each of its operations."""
+
+    def __init__(self, rng: random.Random, power: Power) -> None:
+        super().__init__(rng)
+        self._power = power
+
+    def step(self) -> None:
+        self._power.draw()
+        super().step()
+
+
 @dataclass
 class Machine:
-    """A node's disks and database: what stays when its processes end."""
+    """A node's disks, log and database: what stays when its processes end."""
 
     name: str
     rng: random.Random
@@ -363,6 +386,7 @@ class Machine:
     def __post_init__(self) -> None:
         self.power = Power()
         self.kv = MemoryKv(self.power)
+        self.log = LogFolder(self.rng, self.power)
         self.disks: dict[Path, MemoryDisk] = {}
         for number in range(self.volumes):
             self.new_disk(Path(f"/{self.name}{number}"))
@@ -379,6 +403,7 @@ class Machine:
 
     def cut_power(self) -> None:
         self.power.operations_left = None
+        self.log.cut_power()
         for disk in self.disks.values():
             disk.answers()
             disk.cut_power()

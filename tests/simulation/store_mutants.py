@@ -1,16 +1,23 @@
 """Deliberate bugs in the store. The simulation must catch each of them; that shows that its checks see something."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from storage import parts
+from storage.appending import Appending
 from storage.journal import Journal
+from storage.log.log import Log
+from storage.log.records import Record
+from storage.log.segment import Segment
 from storage.objects.incoming import Incoming
 from storage.replication import follower
 from storage.state import changes
+from storage.state.catalogue import Catalogue
 from storage.state.kv import Transaction
 from storage.state.model import Delete, Entry, Void, decode_entry, encode
+from storage.upkeep import recovery
+from tests.simulation.machine import MemoryVolume
 from tests.simulation.mutants import AckBeforePeer, RollForwardSkipped, ShrinkWithoutCompare
 
 
@@ -26,15 +33,53 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def directory_not_synced() -> contextlib.AbstractContextManager[None]:
     """The bytes are synced, the name in the spool folder isn't."""
-    return replaced(Journal, "_sync_names", lambda self, work, turn: None)
+    return replaced(MemoryVolume, "sync_spool", lambda self: None)
+
+
+def record_before_its_sync() -> contextlib.AbstractContextManager[None]:
+    """An entry counts when its record was written, not when it is on the disk."""
+
+    def write(self: Log, segment: Segment, out: bytearray, noted: Sequence[tuple[Record, bytes]]) -> None:
+        if noted:
+            segment.file.write(segment.end, out)
+            for record, chain in noted:
+                segment.note(record, chain)
+
+    return replaced(Log, "_flush", write)
+
+
+def checkpoint_before_its_sync() -> contextlib.AbstractContextManager[None]:
+    """The log forgets bytes that no volume has for certain."""
+    return replaced(Journal, "_sync", lambda self, volume_id: True)
+
+
+def trimmed_too_early() -> contextlib.AbstractContextManager[None]:
+    """The log forgets what the last checkpoint doesn't cover as well."""
+
+    async def trim(self: Appending, upto: int) -> None:
+        await self._thread.run(self._log.trim, self._log.last[1])
+
+    return replaced(Appending, "trim", trim)
+
+
+def tail_not_replayed() -> contextlib.AbstractContextManager[None]:
+    """What was logged and isn't in the catalogue when the power goes is forgotten."""
+
+    def replay(catalogue: Catalogue, kept: Log) -> None:
+        if kept.last[1] > catalogue.epochs.last[1]:
+            kept.begin(kept.lineage, catalogue.epochs.pairs)
+
+    return replaced(recovery, "_replay", replay)
 
 
 def log_entry_before_bytes() -> contextlib.AbstractContextManager[None]:
     """The entry is written when the bytes were handed to the disk, not when they are durable."""
 
-    def write(self: Incoming, queue: list[bytearray | bytes], generation: int, digest: bool = True) -> None:
+    def write(
+        self: Incoming, queue: list[bytearray | bytes], attempt: int, digest: bool = True, sync: bool = True
+    ) -> None:
         if queue or self._spooled is None:
-            self._write(queue, generation, digest)
+            self._write(queue, attempt, digest)
 
     return replaced(Incoming, "_write_and_finish", write)
 
@@ -73,6 +118,10 @@ MUTANTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     mutant.__name__: mutant
     for mutant in (
         directory_not_synced,
+        record_before_its_sync,
+        checkpoint_before_its_sync,
+        trimmed_too_early,
+        tail_not_replayed,
         log_entry_before_bytes,
         ack_before_the_peer,
         tombstone_dropped_early,

@@ -15,15 +15,16 @@ from typing import Any, Final
 import xxhash
 
 from conf.settings import Settings, build
-from storage import crash
+from storage import crash, journal
 from storage.control import Report, Tell
 from storage.engine import Engine
-from storage.environment import Surroundings
+from storage.environment import Surroundings, open_log
 from storage.ingest import Conflict, NotServing
 from storage.objects import incoming
 from storage.objects.volume import NoRoom, VolumeOffline, digest_of
 from storage.replication import peering
 from storage.state.catalogue import Catalogue
+from storage.state.logged import logged
 from storage.state.model import Delete, Put, Task, TaskDone, Void
 from storage.upkeep import healing, scrub, tidying
 from tests.simulation.machine import Machine, MemoryDisk, PowerCut, VirtualThreads
@@ -33,6 +34,7 @@ from tests.simulation.world import Node, Violation, World, drive
 
 HEADER = b"header"
 STUDY, SERIES, AE = "1.2.3", "1.2.3.4", "SENDER"
+LOG_BYTES = 16 * (16 << 10)
 CHAOS_S = 14.0
 SETTLE_S = 240.0
 
@@ -85,12 +87,15 @@ class StoreGateway:
             networks=(self.wire,),
             view=lambda archives: NoView(),
             open_catalogue=lambda: Catalogue(machine.kv),
+            open_log=lambda catalogue: open_log(machine.log, catalogue, LOG_BYTES),
             clock=self.node.clock,
             workers=threads,
             open_volume=machine.open_volume,
         )
+        missed = set(Catalogue(machine.kv).missing())
         try:
             store = Engine(settings(self.node.name, self.node.peer, list(machine.disks)), around)
+            self._check_after_power(store, missed)
             await store.start()
         except PowerCut:
             return
@@ -102,6 +107,35 @@ class StoreGateway:
             self.process.dead = True  # started again by the supervisor
         except Exception as error:
             raise Violation(f"node {self.node.name} gives up: {type(error).__name__}: {error}") from error
+
+    def _check_after_power(self, store: Engine, missed: set[int]) -> None:
+        """A power cut takes nothing that was in the log before it: neither what recovery looks at nor what is older.
+        `missed`: copies that were missing before."""
+        node = self.node
+        if self.world.careless or not node.lost_power:
+            return
+        node.lost_power = False
+        disks = {disk.volume_id: disk for disk in node.machine.disks.values() if not (disk.broken or disk.hung)}
+        rows = list(store.catalogue.locations())
+        rows += [
+            (seq, was)
+            for seq in store.catalogue.missing()
+            if seq not in missed and (was := store.catalogue.was_at(seq))
+        ]
+        for seq, location in rows:
+            disk, put = disks.get(location.volume), store.catalogue.entry(seq).operation
+            name = f"archive/{location.path}"
+            if disk is None or not isinstance(put, Put) or (location.volume, name) in node.harmed:
+                continue
+            if (
+                store.catalogue.is_missing(seq)
+                and seq >= store.log.first
+                and logged(store.log.read(seq)).data is not None
+            ):
+                continue  # no disk took it when the node came back; the log still has it
+            file = disk.names.get(name) or disk.names.get(f"spool/{location.spool}")
+            if file is None or xxhash.xxh3_128_digest(file.data[put.offset :]) != put.digest:
+                raise Violation(f"A: a power cut took entry {seq} ({put.sop_instance}) from node {node.name}")
 
     # -- agent -------------------------------------------------------------------------------------------------
 
@@ -193,6 +227,8 @@ class StoreNode(Node):
         super().__init__(world, name, peer)
         self.machine = Machine(name, world.rng)
         self.machine.power.on_cut = self.power_gone
+        self.lost_power = False  # since its gateway was started last
+        self.harmed: set[tuple[str, str]] = set()  # (volume, file) that somebody has damaged or deleted
 
     def power_gone(self) -> None:
         """In the middle of a disk operation."""
@@ -207,6 +243,7 @@ class StoreNode(Node):
 
     def power_off(self) -> None:
         super().power_off()
+        self.lost_power = True
         self.machine.cut_power()
 
 
@@ -261,7 +298,7 @@ class StoreWorld(World):
                 self._put(node.gateway, f"1.2.3.4.{self._number}")
 
     def _size(self) -> int:
-        return self.rng.choice((10, 200, 200, 3000, 9000))
+        return self.rng.choice((10, 200, 200, 900, 3000, 9000))
 
     def _put(self, gateway: StoreGateway, uid: str) -> None:  # type: ignore[override]
         size = self._size()
@@ -405,11 +442,15 @@ class StoreWorld(World):
             return []
         disk = self.rng.choice(list(node.machine.disks.values()))
         names = [name for name in sorted(disk.names) if name.startswith("archive/")]
-        return [(disk, name) for name in self.rng.sample(names, len(names) // 2 if most else min(1, len(names)))]
+        chosen = self.rng.sample(names, len(names) // 2 if most else min(1, len(names)))
+        node.harmed |= {(disk.volume_id, name) for name in chosen}
+        return [(disk, name) for name in chosen]
 
     def _flip_bit(self, node: StoreNode, _for_s: float) -> None:
         for disk, name in self._archived(node, self.careless):
             file = disk.names[name]
+            if len(file.data) <= len(HEADER):
+                continue  # the power has taken the rest
             at = self.rng.randrange(len(HEADER), len(file.data))
             file.data[at] ^= 1
             file.synced = bytes(file.data)
@@ -567,11 +608,13 @@ SMALL: Final = {
     (incoming, "CHUNK_BYTES"): 512,
     (incoming, "WRITE_BYTES"): 2048,
     (incoming, "BACKLOG_BYTES_MAX"): 4096,
+    (incoming, "INLINE_BYTES_MAX"): 1000,
     (peering, "READ_BYTES"): 512,
     (peering, "BEGIN_BYTES"): 2048,
     (peering, "WINDOW_BYTES"): 8192,
     (peering, "UNCLAIMED_S"): 3.0,
     (healing, "RETRY_S"): 1.0,
+    (journal, "CHECKPOINT_INTERVAL_S"): 1.0,
     (tidying, "SWEEP_S"): 2.0,
     (scrub, "REST_S"): 1.0,
 }

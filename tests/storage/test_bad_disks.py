@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from storage.environment import SPARES
 from storage.objects.volume import create_marker
 from tests.builders import dataset, encoded, item
 from tests.conftest import Gateway, wait_for
@@ -101,19 +102,27 @@ def test_a_disk_that_hangs_is_left_for_another(disks: TwoDisks, which: int) -> N
 
 
 def test_all_disks_hang(disks: TwoDisks) -> None:
-    """0xA700 within a bounded time, never silence; afterwards it goes on without a restart."""
+    """0xA700 within a bounded time, never silence; afterwards it goes on without a restart. What the log takes until
+    then is kept."""
     gateway = disks.gateway
-    assert store(gateway, item()) == 0
+    first = item()
+    assert store(gateway, first) == 0
     for path in disks.paths:
         freeze(path)
     try:
-        answers = [store(gateway, item()) for _ in range(3)]
-        assert set(answers) <= {OUT_OF_RESOURCES, None}
+        tried = [item() for _ in range(3)]
+        answers = [store(gateway, one) for one in tried]
+        assert set(answers) <= {0, OUT_OF_RESOURCES, None}
+        assert store(gateway, large()) in (OUT_OF_RESOURCES, None)
         wait_for(lambda: store(gateway, item()) == OUT_OF_RESOURCES, "an honest refusal")
     finally:
         for path in disks.paths:
             freeze(path, thaw=True)
     wait_for(lambda: store(gateway, item()) == 0, "it to store again")
+    promised = {one.sop_instance for one, answer in zip(tried, answers, strict=True) if answer == 0}
+    wait_for(lambda: gateway.status()["catch_up"]["missing"] == 0, "what the log has taken to be on a disk")
+    kept = {path.stem for volume in disks.paths for path in (volume / "archive").rglob("*.dcm")}
+    assert {first.sop_instance} | promised <= kept
 
 
 def test_the_disk_of_the_catalogue_is_full(disks: TwoDisks) -> None:
@@ -121,6 +130,8 @@ def test_the_disk_of_the_catalogue_is_full(disks: TwoDisks) -> None:
     gateway = disks.gateway
     first = item()
     assert store(gateway, first) == 0
+    spares = disks.state / "log"
+    wait_for(lambda: len(list(spares.glob("spare-*"))) == SPARES, "the log to have its room")
     filler = disks.state / "filler"
     with filler.open("wb") as file:
         free = shutil.disk_usage(disks.state).free

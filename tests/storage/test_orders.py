@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from conf.settings import DicomSettings, Settings
+from storage.objects.incoming import INLINE_BYTES_MAX
 from tests.builders import item
 from tests.conftest import ROOT, Gateway, wait_for
 from tools.cli.client import OrderFailed, order
@@ -101,7 +102,9 @@ def test_volume_is_added_drained_and_retired_while_running(new_gateway: Callable
 
 def test_get_checks_what_it_gives(new_gateway: Callable[..., Gateway], tmp_path: Path) -> None:
     gateway = new_gateway()
-    [one] = stored(gateway, 1)
+    one = item(PixelData=bytes(INLINE_BYTES_MAX))  # the log hasn't got it
+    with gateway.client(one) as client:
+        assert client.store(one) == 0
     target = tmp_path / "got.dcm"
     config = tmp_path / "node.toml"
     config.write_text(f'[node]\nrun_dir = "{gateway.folder}"\n')

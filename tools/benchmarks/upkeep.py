@@ -15,9 +15,9 @@ import click
 
 from tools.benchmarks.store import SAMPLES, renamed, sample
 from tools.cli.dicom_client import DicomClient, Object
-from tools.cli.rebuild import from_files, open_volumes
 from tools.lab.network import NODES, VIP, inside
 from tools.lab.pair import AET, DICOM_PORT, Lab, wait_for
+from tools.rebuild.making import from_files, open_volumes
 
 WAIT_S: Final = 300.0
 DISK_MB: Final = 4000

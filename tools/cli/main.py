@@ -76,6 +76,7 @@ def gateway(config: Path | None, data: Path | None, port: int | None, aet: str |
     With --data DIR it runs alone: no config file, no root, no etcd.
     """
     from gateway.app import run
+    from storage.log.segment import LogDamaged
     from storage.state.kv import CatalogueDamaged
 
     if data is None and (port is not None or aet is not None):
@@ -89,7 +90,7 @@ def gateway(config: Path | None, data: Path | None, port: int | None, aet: str |
     configure_log(settings)
     try:
         code = run(settings, lambda: standalone(data, port, aet) if data else settings_of(config))
-    except (OSError, CatalogueDamaged) as error:
+    except (OSError, CatalogueDamaged, LogDamaged) as error:
         raise Failure(f"can't start: {getattr(error, 'strerror', None) or error}", EXIT_FAILED) from error
     if code == EXIT_FATAL:
         os._exit(code)  # at once: worker threads may hang on a dead disk

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import click
 
+from storage.log.segment import LogDamaged
 from storage.objects.locks import lock_state
 from storage.objects.volume import VolumeOffline
 from storage.state.kv import CatalogueDamaged
 from tools.cli.exits import EXIT_CONFIG, EXIT_FAILED
 from tools.cli.options import Failure, config_option, give_to_gateway, json_option, settings_of, sure, yes_option
 from tools.cli.progress import counting
-from tools.cli.rebuild import Rebuilt, from_files, open_volumes, set_aside
 from tools.cli.say import say
+from tools.rebuild.making import Rebuilt, from_files, open_volumes, set_aside
 
 
 @click.command("rebuild-index")
@@ -60,7 +61,7 @@ def rebuild_index(config: Path | None, source: str | None, disaster: bool, jobs:
         try:
             with counting("reading files") as progress:
                 rebuilt, aside = from_files(settings, volumes, progress, jobs)
-        except (OSError, CatalogueDamaged, BrokenProcessPool) as error:
+        except (OSError, CatalogueDamaged, LogDamaged, BrokenProcessPool) as error:
             raise Failure(f"can't rebuild: {error}; the old catalogue is where it was", EXIT_FAILED) from error
         finally:
             for volume in volumes:

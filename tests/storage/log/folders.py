@@ -2,6 +2,7 @@
 
 import errno
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 SECTOR = 512
@@ -24,9 +25,9 @@ class MemoryFile:
     def read(self, at: int, length: int) -> bytes:
         return bytes(self._content.now[at : at + length])
 
-    def write(self, at: int, data: bytes | bytearray) -> None:
+    def write(self, at: int, parts: Sequence[bytes | bytearray | memoryview]) -> None:
         self._folder.step()
-        content = self._content
+        content, data = self._content, b"".join(parts)
         content.now[at : at + len(data)] = data
         while data:
             size = SECTOR - at % SECTOR

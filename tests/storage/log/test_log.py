@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from storage.log.folder import Folder, LocalFolder
 from storage.log.log import Broken, Log
 from storage.log.records import Record
-from storage.log.segment import Damaged
+from storage.log.segment import LogDamaged
 from tests.conftest import FUZZ
 from tests.storage.log.folders import MemoryFolder
 
@@ -180,7 +180,7 @@ def test_damage_that_is_not_at_the_tail_is_told(tmp_path: Path) -> None:
     first.write_bytes(raw)
     again = opened(LocalFolder(tmp_path))
     assert again.last == (1, 100)
-    with pytest.raises(Damaged):
+    with pytest.raises(LogDamaged):
         list(again.records(1))
     assert again.read(100) == entries(100, 1)[0]
 
@@ -194,7 +194,7 @@ def test_a_damaged_head_is_told(tmp_path: Path, which: int) -> None:
     raw = bytearray(file.read_bytes())
     raw[20] ^= 1
     file.write_bytes(raw)
-    with pytest.raises(Damaged):
+    with pytest.raises(LogDamaged):
         opened(LocalFolder(tmp_path))
     assert file.read_bytes() == raw
 

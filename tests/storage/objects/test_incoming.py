@@ -17,8 +17,8 @@ HEADER = b"header"
 
 
 class UnsyncedSpooled(LocalSpooled):
-    def finish(self, digest: bytes = b"") -> None:
-        super().finish(digest)
+    def finish(self, digest: bytes = b"", *, sync: bool = True) -> None:
+        super().finish(digest, sync=sync)
         raise OSError(errno.EIO, "Input/output error")
 
 

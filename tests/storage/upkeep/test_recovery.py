@@ -5,6 +5,9 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from storage.objects.incoming import INLINE_BYTES_MAX
 from storage.objects.volume import LocalVolume, create_marker, digest_of
 from storage.state.catalogue import Catalogue
 from storage.state.model import Location
@@ -61,18 +64,24 @@ def test_leftovers_in_the_spool_are_removed(new_gateway: Callable[..., Gateway])
     assert not (gateway.volume / "spool" / "half").exists()
 
 
-def test_damage_is_noticed(new_gateway: Callable[..., Gateway]) -> None:
+@pytest.mark.parametrize("logged", [True, False])
+def test_damage_is_noticed(new_gateway: Callable[..., Gateway], logged: bool) -> None:
+    """And made good again from the log, which has the bytes of short objects until a checkpoint."""
     gateway = new_gateway()
-    [uid] = stored(gateway, 1)
-    wait_for(lambda: uid in archived([gateway.volume]), "the file")
+    one = item() if logged else item(PixelData=bytes(INLINE_BYTES_MAX))
+    with gateway.client(one) as client:
+        assert client.store(one) == 0
+    wait_for(lambda: one.sop_instance in archived([gateway.volume]), "the file")
     gateway.stop(signal.SIGKILL)
-    path = archived([gateway.volume])[uid]
+    path = archived([gateway.volume])[one.sop_instance]
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
     gateway.start()
-    assert "recovery.lost" in gateway.log()
-    assert gateway.status()["catch_up"]["missing"] == 1
+    assert ("recovery.lost" in gateway.log()) != logged
+    assert gateway.status()["catch_up"]["missing"] == (0 if logged else 1)
+    found = archived([gateway.volume]).get(one.sop_instance)
+    assert (found is not None and found.read_bytes().endswith(one.data)) == logged
 
 
 def test_digest_is_of_the_data_set(tmp_path: Path) -> None:

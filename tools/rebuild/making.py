@@ -1,9 +1,10 @@
 """`tandem rebuild-index`: a node's catalogue made anew from its own files, or from the other node.
 
-From files: every file of the readable trees, and what is complete in the spool folders (acknowledged and not yet
-published). What a file should be says the old catalogue, where it can still be read, or else the file's own attribute;
-one that is something else now isn't taken for the truth: its entry stays, and its copy is missing. What the old
-catalogue knows to be deleted, or on its way out, stays so. The log that is made is a new one and never joins another.
+From files: every file of the readable trees, what is complete in the spool folders (acknowledged and not yet
+published), and what only the log has. What a file should be says the old catalogue, where it can still be read, or else
+the file's own attribute; one that is something else now isn't taken for the truth: its entry stays, and its copy is
+missing, unless the log has it. What the old catalogue knows to be deleted, or on its way out, stays so. The log that is
+made is a new one and never joins another.
 
 The new catalogue is made beside the old one and takes its place when it is complete: whatever ends the tool before
 leaves the old one where it was.
@@ -14,7 +15,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,34 +23,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
-import lmdb
-import msgspec
-import xxhash
-from pydicom.filereader import read_file_meta_info
-
 from conf.settings import Settings
-from gateway.dicom.identify import Identifier, identify
 from storage.environment import NEW_FOLDER
-from storage.objects.volume import (
-    DIGEST_ATTRIBUTE,
-    FOLDERS,
-    LocalVolume,
-    Volume,
-    exchange,
-    fsync_directory,
-    read_marker,
-)
-from storage.state.catalogue import TABLES, Batch, Catalogue
+from storage.log.folder import LocalFolder
+from storage.log.salvage import Salvaged, set_aside_before
+from storage.objects.volume import FOLDERS, LocalVolume, Volume, exchange, fsync_directory, read_marker
+from storage.state.catalogue import Batch, Catalogue
 from storage.state.formats import FORMAT
 from storage.state.kv import Transaction
-from storage.state.model import Entry, Location, Put, decode_instance, decode_leaving
+from storage.state.logged import logged
+from storage.state.model import Delete, Entry, Location, Put
 from tools.cli.options import give_to_gateway
+from tools.rebuild.files import Found, chunks, files, read_chunk
+from tools.rebuild.old import Old
 
-CHUNK_FILES: Final = 64
 BATCH_CHUNKS: Final = 16
-META_AT: Final = 132
-READ_BYTES: Final = 1 << 20
-OLD_MAP_BYTES: Final = 1 << 40
 COPIED: Final = ("tombstone", "task")  # tables of the old catalogue that go over as they are
 UNFINISHED: Final = "unfinished"  # a file that is there while a catalogue is being made
 
@@ -65,83 +53,6 @@ class Rebuilt:
     deleted: int = 0
     seconds: float = 0.0
     old_catalogue: bool = False  # it could be asked
-
-
-@dataclass(frozen=True)
-class Found:
-    """One file: where it lies, and what it is. `put` is None for one that isn't ours."""
-
-    location: Location
-    put: Put | None
-    attribute: bytes  # digest that the file itself says it had, b"" if it doesn't
-
-
-class Old:
-    """The catalogue that is replaced, as far as it can be read."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._env: lmdb.Environment | None = None
-        if path is not None and (path / "data.mdb").exists():
-            with contextlib.suppress(lmdb.Error, OSError):
-                self._env = lmdb.open(
-                    str(path), map_size=OLD_MAP_BYTES, max_dbs=len(TABLES), readonly=True, lock=False, create=False
-                )
-
-    @property
-    def known(self) -> bool:
-        return self._env is not None
-
-    def _get(self, table: str, key: bytes) -> bytes | None:
-        if self._env is None:
-            return None
-        try:
-            database = self._env.open_db(table.encode(), create=False)
-            with self._env.begin(database) as txn:
-                value: bytes | None = txn.get(key)
-            return value
-        except lmdb.Error:
-            return None
-
-    def put(self, sop_instance: str) -> Put | None:
-        """The record of an instance."""
-        raw = self._get("instance", sop_instance.encode())
-        with contextlib.suppress(Exception):  # whatever a damaged row leads to: then it isn't known
-            return decode_instance(raw).put if raw is not None else None
-        return None
-
-    def is_deleted(self, sop_instance: str) -> bool:
-        return self._get("tombstone", sop_instance.encode()) is not None
-
-    def volume_paths(self) -> list[Path]:
-        """Folders of the volumes that were added while the gateway ran."""
-        raw = self._get("meta", b"volume_paths")
-        with contextlib.suppress(msgspec.MsgspecError, TypeError):
-            return [Path(path) for path in msgspec.msgpack.decode(raw)] if raw is not None else []
-        return []
-
-    def rows(self, table: str) -> Iterator[tuple[bytes, bytes]]:
-        """As many as can be read."""
-        if self._env is None:
-            return
-        try:
-            database = self._env.open_db(table.encode(), create=False)
-            with self._env.begin(database) as txn, txn.cursor() as cursor:
-                yield from cursor
-        except lmdb.Error:
-            return
-
-    def leaving(self) -> set[tuple[str, str]]:
-        """(volume, file) of what is on its way out."""
-        found = set()
-        for _, value in self.rows("leaving"):
-            with contextlib.suppress(Exception):
-                location = decode_leaving(value).location
-                found |= {(location.volume, location.spool), (location.volume, location.path)}
-        return found
-
-    def close(self) -> None:
-        if self._env is not None:
-            self._env.close()
 
 
 def catalogue_path(settings: Settings) -> Path:
@@ -175,71 +86,6 @@ def open_volumes(settings: Settings) -> list[LocalVolume]:
     for folder in folders:
         read_marker(folder)
     return [LocalVolume(folder) for folder in folders]
-
-
-def files(volumes: list[LocalVolume]) -> Iterator[tuple[str, str, str, str]]:
-    """(volume ID, its folder, name in the spool, path in the tree) of every file; one of the last two is empty."""
-    for volume in volumes:
-        for path in volume.archived():
-            yield volume.id, str(volume.path), "", path
-        for name in sorted(volume.spooled()):
-            yield volume.id, str(volume.path), name, ""
-
-
-def read_one(volume_id: str, folder: str, spool: str, path: str) -> Found:
-    """What one file is. Blocks."""
-    name = os.path.join(folder, "spool", spool) if spool else os.path.join(folder, "archive", path)
-    location = Location(volume_id, spool, path)
-    nothing = Found(location, None, b"")
-    attribute = b""
-    with contextlib.suppress(OSError, ValueError):
-        attribute = bytes.fromhex(os.getxattr(name, DIGEST_ATTRIBUTE).decode())
-    if spool and not attribute:
-        return nothing  # it was never complete
-    try:
-        meta = read_file_meta_info(name)
-        offset = META_AT + 12 + int(meta.FileMetaInformationGroupLength)
-        digest = xxhash.xxh3_128()
-        syntax = str(meta.TransferSyntaxUID)
-        identifier = Identifier(syntax)
-        with open(name, "rb", buffering=0) as file:
-            status = os.fstat(file.fileno())
-            file.seek(offset)
-            while block := file.read(READ_BYTES):
-                digest.update(block)
-                identifier.feed(memoryview(block))
-            identity = identifier.identity()
-            if identity is None:
-                file.seek(offset)
-                identity = identify(file, syntax)
-    except Exception:  # whatever bytes lead to, in this code or in a library's: the file isn't a whole object of ours
-        return nothing
-    if not identity.sop_instance or not identity.study or not identity.series:
-        return nothing
-    put = Put(
-        identity.sop_instance,
-        identity.sop_class,
-        identity.study,
-        identity.series,
-        syntax,
-        digest.digest(),
-        status.st_size,
-        offset,
-        identity.keys,
-        str(meta.get("SourceApplicationEntityTitle", "")),
-        status.st_mtime,
-        "~" in os.path.basename(path),
-    )
-    return Found(location, put, attribute)
-
-
-def _read_chunk(chunk: list[tuple[str, str, str, str]]) -> list[Found]:
-    return [read_one(*one) for one in chunk]
-
-
-def _chunks(found: Iterator[tuple[str, str, str, str]]) -> Iterator[list[tuple[str, str, str, str]]]:
-    while chunk := list(islice(found, CHUNK_FILES)):
-        yield chunk
 
 
 class Rebuilding:
@@ -303,6 +149,40 @@ class Rebuilding:
             copy = Location(location.volume, f"rebuilt-{self._seq}", location.path)
         rows.append((Entry(1, self._seq, put), copy))
 
+    def take_logged(self, kept: Salvaged, give: Callable[[Path], None]) -> None:
+        """Bytes that only the log has: they were acknowledged, and never on a disk for certain. `give(file)` is called
+        for each that is made of them. Raises OSError, LogDamaged."""
+        newest: dict[str, tuple[int, Put]] = {}
+        for record in kept.records():
+            match logged(record).entry.operation:
+                case Put() as put:
+                    newest[put.sop_instance] = record.seq, put
+                case Delete() as gone:
+                    newest = {uid: found for uid, found in newest.items() if not _names(gone, found[1])}
+        for seq, put in sorted(newest.values(), key=lambda found: found[0]):
+            if self._is_wanted(put, seq) and (data := logged(kept.read(seq)).data) is not None:
+                location = self._written(put, data)
+                give(self._volumes[location.volume].path / "spool" / location.spool)
+                self.take([Found(location, put, put.digest)])
+
+    def _is_wanted(self, put: Put, seq: int) -> bool:
+        there = self._catalogue.instance(put.sop_instance)
+        if there is not None and there.put.digest == put.digest:
+            return False
+        if seq > self._old.applied:
+            return True
+        known = self._old.put(put.sop_instance)
+        return not self._old.is_deleted(put.sop_instance) and (known is None or known.digest == put.digest)
+
+    def _written(self, put: Put, data: bytes) -> Location:
+        """The volume with the most room takes it. Raises OSError."""
+        volume = max(self._volumes.values(), key=lambda one: one.free_bytes())
+        spooled = volume.create()
+        spooled.write([data])
+        spooled.finish(put.digest)
+        volume.sync_spool()
+        return Location(volume.id, spooled.name, "")
+
     def _path_of(self, entry: Entry, volume_id: str) -> str:
         """Where it belongs in the tree; under a name of its own if something lies there that was told of before."""
         path = self._catalogue.path_of(entry, {})
@@ -317,9 +197,9 @@ class Rebuilding:
             return known.digest == put.digest and before.digest != put.digest
         return put.replaces and (put.received > before.received or not before.replaces)
 
-    def finish(self, lineage: str) -> Rebuilt:
-        """What the old catalogue knows besides, and the facts of the new log."""
-
+    def finish(self, lineage: str, taken: str) -> Rebuilt:
+        """What the old catalogue knows besides, and the facts of the new log; `taken`: the log that need not be kept
+        any more."""
         for table in COPIED:
             self._catalogue.kv.update(partial(_put_all, table=table, rows=list(self._old.rows(table))))
         self._catalogue.write(
@@ -330,12 +210,21 @@ class Rebuilding:
                     "volume_paths": [str(path) for path in self._old.volume_paths()],
                     "checkpoint": self._seq,
                     "lineage": lineage,
+                    "log_taken": taken,
                     "format": FORMAT,
                 }
             )
         )
         self.result.instances = self._catalogue.counts()["instances"]
         return self.result
+
+
+def _names(delete: Delete, put: Put) -> bool:
+    return (
+        delete.study == put.study
+        and delete.series in ("", put.series)
+        and delete.sop_instance in ("", put.sop_instance)
+    )
 
 
 def _put_all(txn: Transaction, table: str, rows: list[tuple[bytes, bytes]]) -> None:
@@ -391,15 +280,36 @@ def _make(
     try:
         work = Rebuilding(catalogue, volumes, old)
         with ProcessPoolExecutor(jobs) as pool:
-            chunks = _chunks(files(volumes))
-            while batch := list(islice(chunks, BATCH_CHUNKS)):
-                work.take([one for chunk in pool.map(_read_chunk, batch) for one in chunk])
+            todo = chunks(files(volumes))
+            while batch := list(islice(todo, BATCH_CHUNKS)):
+                work.take([one for chunk in pool.map(read_chunk, batch) for one in chunk])
                 progress(sum(len(chunk) for chunk in batch))
+        taken = _take_logs(settings, work)
         for volume in volumes:
             _sync(volume)
-        return work.finish(str(uuid.uuid4())), work.spooled
+        return work.finish(str(uuid.uuid4()), taken), work.spooled
     finally:
         catalogue.close()
+
+
+def _take_logs(settings: Settings, work: Rebuilding) -> str:
+    """From those that were set aside, and the log; returns which this is, "" for a damaged one. Raises OSError,
+    LogDamaged."""
+    path = settings.storage.log_folder
+    if not path.exists():
+        return ""
+    folder = LocalFolder(path)
+    lineage = ""
+    for prefix in (*set_aside_before(folder), ""):
+        kept = Salvaged(folder, prefix)
+        try:
+            work.take_logged(kept, partial(give_to_gateway, settings))
+            lineage = kept.lineage if kept.is_whole else ""
+        finally:
+            kept.close()
+    folder.close()
+    give_to_gateway(settings, path, *path.iterdir())
+    return lineage
 
 
 def _put_in_place(made: Path, path: Path) -> Path | None:

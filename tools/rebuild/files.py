@@ -1,0 +1,93 @@
+"""What lies on the volumes, and what each file says that it is."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final
+
+import xxhash
+from pydicom.filereader import read_file_meta_info
+
+from gateway.dicom.identify import Identifier, identify
+from storage.objects.volume import DIGEST_ATTRIBUTE, LocalVolume
+from storage.state.model import Location, Put
+
+CHUNK_FILES: Final = 64
+META_AT: Final = 132
+READ_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class Found:
+    """One file: where it lies, and what it is. `put` is None for one that isn't ours."""
+
+    location: Location
+    put: Put | None
+    attribute: bytes  # digest that the file itself says it had, b"" if it doesn't
+
+
+def files(volumes: list[LocalVolume]) -> Iterator[tuple[str, str, str, str]]:
+    """(volume ID, its folder, name in the spool, path in the tree) of every file; one of the last two is empty."""
+    for volume in volumes:
+        for path in volume.archived():
+            yield volume.id, str(volume.path), "", path
+        for name in sorted(volume.spooled()):
+            yield volume.id, str(volume.path), name, ""
+
+
+def read_one(volume_id: str, folder: str, spool: str, path: str) -> Found:
+    """What one file is. Blocks."""
+    name = os.path.join(folder, "spool", spool) if spool else os.path.join(folder, "archive", path)
+    location = Location(volume_id, spool, path)
+    nothing = Found(location, None, b"")
+    attribute = b""
+    with contextlib.suppress(OSError, ValueError):
+        attribute = bytes.fromhex(os.getxattr(name, DIGEST_ATTRIBUTE).decode())
+    if spool and not attribute:
+        return nothing  # it was never complete
+    try:
+        meta = read_file_meta_info(name)
+        offset = META_AT + 12 + int(meta.FileMetaInformationGroupLength)
+        digest = xxhash.xxh3_128()
+        syntax = str(meta.TransferSyntaxUID)
+        identifier = Identifier(syntax)
+        with open(name, "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            file.seek(offset)
+            while block := file.read(READ_BYTES):
+                digest.update(block)
+                identifier.feed(memoryview(block))
+            identity = identifier.identity()
+            if identity is None:
+                file.seek(offset)
+                identity = identify(file, syntax)
+    except Exception:  # whatever bytes lead to, in this code or in a library's: the file isn't a whole object of ours
+        return nothing
+    if not identity.sop_instance or not identity.study or not identity.series:
+        return nothing
+    put = Put(
+        identity.sop_instance,
+        identity.sop_class,
+        identity.study,
+        identity.series,
+        syntax,
+        digest.digest(),
+        status.st_size,
+        offset,
+        identity.keys,
+        str(meta.get("SourceApplicationEntityTitle", "")),
+        status.st_mtime,
+        "~" in os.path.basename(path),
+    )
+    return Found(location, put, attribute)
+
+
+def read_chunk(chunk: list[tuple[str, str, str, str]]) -> list[Found]:
+    return [read_one(*one) for one in chunk]
+
+
+def chunks(found: Iterator[tuple[str, str, str, str]]) -> Iterator[list[tuple[str, str, str, str]]]:
+    while chunk := list(islice(found, CHUNK_FILES)):
+        yield chunk

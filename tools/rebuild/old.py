@@ -1,0 +1,90 @@
+"""The catalogue that is replaced, as far as it can be read."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import lmdb
+import msgspec
+
+from storage.state.catalogue import TABLES
+from storage.state.model import Put, decode_instance, decode_leaving
+
+OLD_MAP_BYTES: Final = 1 << 40
+
+
+class Old:
+    """The catalogue that is replaced, as far as it can be read."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._env: lmdb.Environment | None = None
+        if path is not None and (path / "data.mdb").exists():
+            with contextlib.suppress(lmdb.Error, OSError):
+                self._env = lmdb.open(
+                    str(path), map_size=OLD_MAP_BYTES, max_dbs=len(TABLES), readonly=True, lock=False, create=False
+                )
+
+    @property
+    def known(self) -> bool:
+        return self._env is not None
+
+    def _get(self, table: str, key: bytes) -> bytes | None:
+        if self._env is None:
+            return None
+        try:
+            database = self._env.open_db(table.encode(), create=False)
+            with self._env.begin(database) as txn:
+                value: bytes | None = txn.get(key)
+            return value
+        except lmdb.Error:
+            return None
+
+    def put(self, sop_instance: str) -> Put | None:
+        """The record of an instance."""
+        raw = self._get("instance", sop_instance.encode())
+        with contextlib.suppress(Exception):  # whatever a damaged row leads to: then it isn't known
+            return decode_instance(raw).put if raw is not None else None
+        return None
+
+    def is_deleted(self, sop_instance: str) -> bool:
+        return self._get("tombstone", sop_instance.encode()) is not None
+
+    def volume_paths(self) -> list[Path]:
+        """Folders of the volumes that were added while the gateway ran."""
+        raw = self._get("meta", b"volume_paths")
+        with contextlib.suppress(msgspec.MsgspecError, TypeError):
+            return [Path(path) for path in msgspec.msgpack.decode(raw)] if raw is not None else []
+        return []
+
+    def rows(self, table: str) -> Iterator[tuple[bytes, bytes]]:
+        """As many as can be read."""
+        if self._env is None:
+            return
+        try:
+            database = self._env.open_db(table.encode(), create=False)
+            with self._env.begin(database) as txn, txn.cursor() as cursor:
+                yield from cursor
+        except lmdb.Error:
+            return
+
+    @property
+    def applied(self) -> int:
+        """The last entry of its log that it shows."""
+        raw = self._get("meta", b"applied")
+        with contextlib.suppress(msgspec.MsgspecError, TypeError, ValueError):
+            return int(msgspec.msgpack.decode(raw)) if raw is not None else 0
+        return 0
+
+    def leaving(self) -> set[tuple[str, str]]:
+        """(volume, file) of what is on its way out."""
+        found = set()
+        for _, value in self.rows("leaving"):
+            with contextlib.suppress(Exception):
+                location = decode_leaving(value).location
+                found |= {(location.volume, location.spool), (location.volume, location.path)}
+        return found
+
+    def close(self) -> None:
+        if self._env is not None:
+            self._env.close()

@@ -16,7 +16,7 @@ import click
 
 from tools.benchmarks.ctdb import outages, smb_client
 from tools.benchmarks.outage import Probe
-from tools.benchmarks.store import SAMPLES, renamed, sample
+from tools.benchmarks.store import renamed, sample
 from tools.cli.dicom_client import AssociationFailed, DicomClient
 from tools.lab.network import VIP, inside, namespace, namespaces
 from tools.lab.pair import AET, DICOM_PORT, Lab, wait_for
@@ -32,7 +32,7 @@ CALM: Final = 20  # Successes before and after a fault
 
 def sender() -> Probe:
     """Stores small images one after the other, and connects again at once when that fails."""
-    item, numbers = sample(*SAMPLES[1][1:]), count(1)
+    item, numbers = sample("MR"), count(1)
     context = [(item.sop_class, item.transfer_syntax)]
 
     def attempt(answered: Callable[[], None], stopped: Callable[[], bool]) -> None:

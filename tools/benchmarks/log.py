@@ -7,9 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -18,10 +16,10 @@ import click
 from storage.log.folder import LocalFolder
 from storage.log.log import Log
 from storage.log.records import Record
+from tools.benchmarks.meters import counted
 
 SIZES: Final = (4 << 10, 16 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20, 2 << 20)
 RECORD_BYTES: Final = 600  # of an entry without the object's bytes
-SHIM: Final = Path(__file__).with_name("slow_sync.c")
 
 
 class Beside:
@@ -69,18 +67,6 @@ def measure(folder: Path, count: int) -> None:
             click.echo(f"{size:>8} {one * 1000:>12.2f} ms {other * 1000:>15.2f} ms {one / other:>9.2f}")
 
 
-@contextmanager
-def slowed(milliseconds: int) -> Iterator[dict[str, str]]:
-    """An environment in which each sync takes so much longer. Needs gcc."""
-    folder = Path(tempfile.mkdtemp(prefix="tandem-shim-"))
-    try:
-        shim = folder / "slow_sync.so"
-        subprocess.run(["gcc", "-shared", "-fPIC", "-O2", "-o", str(shim), str(SHIM), "-ldl"], check=True)
-        yield {**os.environ, "LD_PRELOAD": str(shim), "SLOW_SYNC_MS": str(milliseconds)}
-    finally:
-        shutil.rmtree(folder)
-
-
 @click.command()
 @click.option("--count", default=60, show_default=True, help="Objects of each size and way.")
 @click.option("--dir", "folder", type=click.Path(path_type=Path), help="Where to write; default: a tmpfs.")
@@ -88,10 +74,10 @@ def slowed(milliseconds: int) -> Iterator[dict[str, str]]:
 def log(count: int, folder: Path | None, sync_ms: int) -> None:
     """Until when an object is durable: its bytes in the log's record, or in a file synced beside it."""
     if sync_ms:
-        with slowed(sync_ms) as environment:
+        with counted(sync_ms):
             words = [sys.executable, "-m", "tools.benchmarks.commands", "log", "--count", str(count)]
             words += ["--dir", str(folder)] if folder else []
-            sys.exit(subprocess.run(words, env=environment).returncode)
+            sys.exit(subprocess.run(words).returncode)
     base = Path(tempfile.mkdtemp(prefix="tandem-bench-", dir=folder or "/dev/shm"))
     try:
         measure(base, count)

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import click
 
-from tools.benchmarks.store import SAMPLES, renamed, sample
+from tools.benchmarks.store import renamed, sample
 from tools.cli.dicom_client import DicomClient, Object
 from tools.lab.network import NODES, VIP, inside
 from tools.lab.pair import AET, DICOM_PORT, Lab, wait_for
@@ -73,8 +73,9 @@ def copy_rate(source: Path, target: Path, rounds: int = 3) -> float:
 def heal(count: int, folder: Path | None) -> None:
     """Healing after a dead disk, and catch-up of an empty node, as a share of `cp` between the same directories."""
     with pair(folder, 2) as lab:
-        label, pattern, size = SAMPLES[0]
-        send(sample(pattern, size), range(count))
+        label = "CT"
+        item = sample(label)
+        send(item, range(count))
         wait_for("both copies", lambda: whole(lab), WAIT_S)
         node = "b" if lab.primary() == "a" else "a"
         full = max(lab.volumes(node), key=lambda path: len(list((path / "archive").rglob("*.dcm"))))
@@ -85,7 +86,7 @@ def heal(count: int, folder: Path | None) -> None:
         wait_for("it to be noticed", lambda: status_of(lab, node)["healing"]["missing"] > 0, WAIT_S, 0.005)
         start = time.perf_counter()
         wait_for("the copies", lambda: whole(lab), WAIT_S, 0.05)
-        rate = copies * size / (time.perf_counter() - start)
+        rate = copies * len(item.data) / (time.perf_counter() - start)
         click.echo(
             f"{label}: cp {plain / 1e6:.0f} MB/s, healing {copies} copies {rate / 1e6:.0f} MB/s: {rate / plain:.2f}"
         )
@@ -98,15 +99,15 @@ def heal(count: int, folder: Path | None) -> None:
         wait_for("the link", lambda: status_of(lab, node).get("catch_up", {}).get("linked", False), WAIT_S, 0.01)
         start = time.perf_counter()
         wait_for("catch-up", lambda: status_of(lab, node).get("instances", 0) >= count, WAIT_S, 0.05)
-        rate = count * size / (time.perf_counter() - start)
+        rate = count * len(item.data) / (time.perf_counter() - start)
         click.echo(f"{label}: catch-up of an empty node {rate / 1e6:.0f} MB/s: {rate / plain:.2f}")
 
 
 def scrub(count: int, folder: Path | None) -> None:
     """C-STORE latency with and without a scrub of both nodes, in turn."""
     with pair(folder, 1) as lab:
-        label, pattern, size = SAMPLES[0]
-        item = sample(pattern, size)
+        label = "CT"
+        item = sample(label)
         send(item, range(count))
         found: dict[str, list[float]] = {"alone": [], "scrub": []}
         at = count
@@ -130,7 +131,7 @@ def rebuild(count: int, folder: Path | None) -> None:
     from conf.settings import load
 
     with pair(folder, 1) as lab:
-        send(sample(*SAMPLES[1][1:]), range(count))
+        send(sample("MR"), range(count))
         wait_for("both copies", lambda: whole(lab), WAIT_S)
         settings = load(lab.config("b"), {})
         lab.power_off("b")
@@ -141,4 +142,4 @@ def rebuild(count: int, folder: Path | None) -> None:
             for volume in volumes:
                 volume.close()
             rates.append(done.instances / done.seconds)
-        click.echo(f"{SAMPLES[1][0]}: {count} files, {statistics.median(rates):.0f} files/s")
+        click.echo(f"MR: {count} files, {statistics.median(rates):.0f} files/s")

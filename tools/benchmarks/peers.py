@@ -1,0 +1,99 @@
+"""The servers whose C-STORE is measured: ours, and Debian's Orthanc and storescp beside it, each in its own folder."""
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tools.lab.network import ADDRESSES, VIP, namespace
+from tools.lab.pair import AET, DICOM_PORT, Lab, wait_for
+
+HERE: Final = "127.0.0.1"
+ALONE_PORT, ORTHANC_PORT, STORESCP_PORT = 11112, 4242, 11113
+
+
+@dataclass(frozen=True)
+class Server:
+    """`pids`: what each of its processes is called, and which it is."""
+
+    name: str
+    host: str
+    port: int
+    ae_title: str
+    pids: dict[str, int]
+
+
+def pair(lab: Lab) -> Server:
+    """A lab that is up."""
+    pids = {}
+    for node in ("a", "b"):
+        role = "primary" if lab.primary() == node else "standby"
+        pids[role] = lab.pid(node, "gateway")
+    return Server("tandem pair", VIP, DICOM_PORT, AET, pids)
+
+
+@contextmanager
+def _running(words: Sequence[str], folder: Path, host: str, port: int) -> Iterator[int]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "output").open("wb") as output:
+        process = subprocess.Popen(words, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+    try:
+        wait_for(words[0], lambda: _answers(host, port), 60)
+        yield process.pid
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[Server]:
+    """`tandem gateway --data`."""
+    words = [sys.executable, "-m", "tools", "gateway", "--data", str(folder / "data"), "--port", str(ALONE_PORT)]
+    with _running(words, folder, HERE, ALONE_PORT) as pid:
+        yield Server("tandem alone", HERE, ALONE_PORT, AET, {"gateway": pid})
+
+
+@contextmanager
+def orthanc(folder: Path, member: str = "") -> Iterator[Server]:
+    """Debian's Orthanc with its default durability, in a lab member's network or here."""
+    folder.mkdir(parents=True)
+    config = {
+        "StorageDirectory": str(folder / "db"),
+        "IndexDirectory": str(folder / "db"),
+        "DicomPort": ORTHANC_PORT,
+        "DicomAet": "ORTHANC",
+        "DicomCheckCalledAet": False,
+        "DicomThreadsCount": 16,
+        "HttpServerEnabled": False,
+        "Plugins": [],
+    }
+    (folder / "orthanc.json").write_text(json.dumps(config))
+    host = ADDRESSES[member] if member else HERE
+    inside = ["ip", "netns", "exec", namespace(member)] if member else []
+    with _running([*inside, "Orthanc", str(folder / "orthanc.json")], folder, host, ORTHANC_PORT) as pid:
+        yield Server("orthanc", host, ORTHANC_PORT, "ORTHANC", {"orthanc": pid})
+
+
+@contextmanager
+def storescp(folder: Path) -> Iterator[Server]:
+    """DCMTK's, which writes files and syncs nothing."""
+    made = folder / "received"
+    made.mkdir(parents=True)
+    words = ["storescp", "--fork", "-pm", "-od", str(made), str(STORESCP_PORT)]
+    with _running(words, folder, HERE, STORESCP_PORT) as pid:
+        yield Server(
+            "storescp", HERE, STORESCP_PORT, "ANY", {"storescp": pid}
+        )  # each association is a child of its own

@@ -98,7 +98,8 @@ class Appending:
 
     async def trim(self, upto: int) -> None:
         """What entries up to `upto` say and bring is durable elsewhere. Raises OSError."""
-        await self._thread.run(self._log.trim, upto)
+        if gone := await self._thread.run(self._log.detach, upto):
+            await self._beside.run(self._log.release, gone)
 
     def stop(self) -> None:
         self._thread.stop()

@@ -103,7 +103,7 @@ def _open_log(folder: Folder, catalogue: Catalogue, log_bytes: int) -> Log:
     if not name:
         return _begin_log(folder, catalogue, log_bytes)
     last = catalogue.epochs.last[1]
-    kept = Log(folder, log_bytes // SEGMENTS, SPARES)
+    kept = Log(folder, log_bytes // SEGMENTS, SPARES, SEGMENTS)
     try:
         if kept.lineage != name:
             raise LogDamaged(
@@ -125,10 +125,10 @@ def _begin_log(folder: Folder, catalogue: Catalogue, log_bytes: int) -> Log:
     if not is_taken and (prefix := set_aside(folder)):
         log.warning("log.set_aside", prefix=prefix)
     try:
-        kept = Log(folder, log_bytes // SEGMENTS, SPARES)
+        kept = Log(folder, log_bytes // SEGMENTS, SPARES, SEGMENTS)
     except LogDamaged:  # a head that can't be read
         set_aside(folder)
-        kept = Log(folder, log_bytes // SEGMENTS, SPARES)
+        kept = Log(folder, log_bytes // SEGMENTS, SPARES, SEGMENTS)
     name = str(uuid.uuid4())
     kept.begin(name, catalogue.epochs.pairs)
     catalogue.write(Batch(meta={"log": name}))

@@ -38,6 +38,7 @@ BATCH_ENTRIES_MAX: Final = 256
 STATE_DELAY_S: Final = 0.02
 WAITING_MAX: Final = 64
 CHECKPOINT_INTERVAL_S: Final = 5.0
+LOG_USED: Final = 0.4  # share of the log's files; above it checkpoints come ten times as often
 SYNC_THREADS: Final = 4
 BUSY_S: Final = 0.25
 
@@ -323,7 +324,8 @@ class Journal:
 
     def _checkpoint_soon(self) -> None:
         now = asyncio.get_running_loop().time()
-        due = self._checkpointed < self.applied and now - self._checkpointed_at > CHECKPOINT_INTERVAL_S
+        wait = CHECKPOINT_INTERVAL_S if self._log.used < LOG_USED else CHECKPOINT_INTERVAL_S / 10
+        due = self._checkpointed < self.applied and now - self._checkpointed_at > wait
         if due and not self._broken and (self._checkpointing is None or self._checkpointing.done()):
             self._checkpointed_at = now
             self._checkpointing = asyncio.ensure_future(self._checkpoint())

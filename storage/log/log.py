@@ -4,7 +4,7 @@ A segment is a file of fixed size whose blocks are there before it is used, so a
 it is full, or when the log is cut off behind an entry, the next one begins: its head says from which number on it
 counts. What isn't needed any more goes segment by segment, and the files are used again.
 
-One thread appends, cuts off and trims. Others may read, and make spare files (`prepare`).
+One thread appends, cuts off and trims. Others may read, and make spare files (`prepare`, `release`).
 """
 
 import os
@@ -22,6 +22,7 @@ log = structlog.get_logger()
 
 SEGMENT_BYTES: Final = 64 << 20
 SPARES: Final = 2
+FILES: Final = 8
 SEGMENT, SPARE = ".log", "spare-"
 SECTOR_BYTES: Final = 512  # written by a disk as a whole or not at all
 MARK_PAYLOAD_BYTES: Final = 16
@@ -36,9 +37,12 @@ class Broken(Exception):
 class Log:
     """`last` is (epoch, seq) of the last entry, `first` the oldest seq that is kept; `lineage` is "" for none yet."""
 
-    def __init__(self, folder: Folder, segment_bytes: int = SEGMENT_BYTES, spares: int = SPARES) -> None:
-        """Opens what is there: a torn tail is cut off. Raises OSError, LogDamaged."""
-        self._folder, self._segment_bytes, self._spares_wanted = folder, segment_bytes, spares
+    def __init__(
+        self, folder: Folder, segment_bytes: int = SEGMENT_BYTES, spares: int = SPARES, files: int = FILES
+    ) -> None:
+        """Opens what is there: a torn tail is cut off. `spares` files are made before they are needed, and up to
+        `files` of both kinds are used again. Raises OSError, LogDamaged."""
+        self._folder, self._segment_bytes, self._spares_wanted, self._files = folder, segment_bytes, spares, files
         self._gate = threading.Lock()  # of the lists, not of the disk
         self._segments: list[Segment] = []
         self._spares: list[str] = []
@@ -96,7 +100,7 @@ class Log:
 
     def _keep_or_remove(self, name: str, size: int) -> None:
         """A file of no use now; one of another size was being made when the power went, or by other settings."""
-        if size == self._segment_bytes and len(self._spares) < self._spares_wanted:
+        if size == self._segment_bytes and len(self._spares) < self._files:
             file = self._folder.open(name)
             _wipe(file)
             file.close()
@@ -180,7 +184,7 @@ class Log:
         first = (epochs[-1][1] if epochs else 0) + 1
         before = self._segments
         self._roll(lineage, first, tuple(epochs), begins=True)
-        self._release(before)
+        self.release(before)
 
     def append(self, records: Iterable[Record]) -> None:
         """Make entries durable. Raises ValueError for what isn't the next one and OSError (ENOSPC) without room:
@@ -307,23 +311,29 @@ class Log:
 
     def trim(self, upto: int) -> int:
         """Forget whole segments in which nothing behind `upto` counts; returns how many. Raises OSError."""
+        gone = self.detach(upto)
+        self.release(gone)
+        return len(gone)
+
+    def detach(self, upto: int) -> list[Segment]:
+        """Forget them, and leave it to `release` to have their files used again. Raises Broken."""
         self._whole()
         with self._gate:
             count = 0
             while count + 1 < len(self._segments) and self._segments[count + 1].head.first - 1 <= upto:
                 count += 1
             gone, self._segments = self._segments[:count], self._segments[count:]
-        self._release(gone)
-        return len(gone)
+        return gone
 
-    def _release(self, gone: Sequence[Segment]) -> None:
-        """Their files are used again, or go. One whose rename is undone by a power cut is found to be of no use then:
-        what is kept begins behind it."""
+    def release(self, gone: Sequence[Segment]) -> None:
+        """Their files are used again, or go; any thread may do it. If a power cut undoes the rename of one it is found
+        to be of no use: what is kept begins behind it. Raises OSError."""
         for segment in gone:
             _wipe(segment.file)
             segment.file.close()
             with self._gate:
-                spare = _spare_name() if len(self._spares) < self._spares_wanted else ""
+                kept = len(self._segments) + len(self._spares)
+                spare = _spare_name() if kept < self._files and segment.file.size == self._segment_bytes else ""
             if spare:
                 self._folder.rename(segment.name, spare)
                 with self._gate:
@@ -346,6 +356,11 @@ class Log:
         self._folder.create(name, self._segment_bytes).close()
         with self._gate:
             self._spares.append(name)
+
+    @property
+    def used(self) -> float:
+        """Share of the files that hold entries; above 1 the log is larger than it should be."""
+        return len(self._segments) / self._files
 
     @property
     def bytes_kept(self) -> int:

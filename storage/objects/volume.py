@@ -16,6 +16,7 @@ import ctypes
 import errno
 import json
 import os
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -279,6 +280,7 @@ class LocalVolume:
             (path / folder).mkdir(exist_ok=True)
         fsync_directory(path)
         self._spool = os.open(path / "spool", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._gate = threading.Lock()
         self._start = f"{time.time_ns():x}"
         self._count = 0
 
@@ -350,9 +352,14 @@ class LocalVolume:
     def sync_all(self) -> None:
         """By the file system, which tells of what it couldn't write since the volume was opened. One that was shut down
         says so only of a file."""
-        if _libc.syncfs(self._spool) != 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(self.path))
-        os.fsync(self._spool)
+        with self._gate:
+            fd = os.dup(self._spool)  # EBADF once it is closed; the number may be another file's then
+        try:
+            if _libc.syncfs(fd) != 0:
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(self.path))
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
     def locate(self, location: Location) -> str | None:
         published, spooled = f"archive/{location.path}", f"spool/{location.spool}"
@@ -400,5 +407,9 @@ class LocalVolume:
         self.draining = draining
 
     def close(self) -> None:
-        os.close(self._spool)
+        """The second time, nothing."""
+        with self._gate:
+            fd, self._spool = self._spool, -1
+        if fd >= 0:
+            os.close(fd)
         self._lock.close()

@@ -32,8 +32,7 @@ def record_of(
 ) -> Record:
     """`chunks`: the bytes of the file, to be kept in the log."""
     head = encode(_Head(encode(entry), location, chunks is not None))
-    payload = b"".join((len(head).to_bytes(LENGTH_BYTES, "little"), head, *(chunks or ())))
-    return Record(entry.epoch, entry.seq, payload)
+    return Record(entry.epoch, entry.seq, len(head).to_bytes(LENGTH_BYTES, "little") + head, chunks or ())
 
 
 def logged(record: Record) -> Logged:

@@ -31,6 +31,18 @@ def test_what_fails_goes_out_of_service(volumes: Volumes, number: int) -> None:
     assert volumes.slots[0].failed
 
 
+def test_one_that_failed_is_taken_again_and_closes_nothing_of_others(volumes: Volumes, tmp_path: Path) -> None:
+    first = next(iter(volumes))
+    volumes.failed(first.id, OSError(errno.EIO, "Input/output error"))
+    other = os.open(tmp_path, os.O_RDONLY)  # takes the number that was free just now
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        first.sync_all()
+    again = volumes.add(tmp_path / "disk")
+    again.sync_all()
+    os.fstat(other)
+    os.close(other)
+
+
 def test_a_disk_that_allows_nothing_at_all_goes_out_of_service(
     volumes: Volumes, monkeypatch: pytest.MonkeyPatch
 ) -> None:

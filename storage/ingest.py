@@ -22,6 +22,7 @@ from storage.objects.upload import Upload
 from storage.objects.volume import NoRoom
 from storage.objects.volumes import Volumes
 from storage.replication.duty import Duty
+from storage.replication.messages import PLACES_STREAMS
 from storage.replication.peering import Peering
 from storage.replication.pending import Pending, Pendings
 from storage.replication.replica import Replica
@@ -29,7 +30,6 @@ from storage.state.catalogue import Catalogue
 from storage.state.model import Delete, Entry, Operation, Put, Task, TaskDone
 from storage.workers import Threads
 
-STUDIES_REMEMBERED_MAX: Final = 4096
 COMMIT_S: Final = 60.0  # longer than any change of the in-sync set takes
 
 
@@ -71,7 +71,6 @@ class Ingest:
         self._peer_room, self._flush, self._clock, self._duplicates = peer_room, flush, clock, duplicates
         self._examine, self._not_kept = examine, not_kept
         self._state_is_full = state_is_full
-        self._study_volume: dict[str, str] = {}
         self.on_commit: Callable[[float], object] = lambda seconds: None
 
     def begin(self, header: bytes) -> Upload:
@@ -87,14 +86,13 @@ class Ingest:
         tee = (lambda chunk: self._peering.chunk(stream, chunk)) if stream else None
         return Upload(Incoming(self._disk, self._volumes, volume, header, tee), stream, self._peering, self._place)
 
-    def _place(self, incoming: Incoming, study: str) -> None:
+    def _place(self, incoming: Incoming, stream: int, study: str) -> None:
         """Put an object where the rest of its study lies, if there is room and nothing was written yet."""
-        if incoming.placed:
-            return
-        if len(self._study_volume) >= STUDIES_REMEMBERED_MAX:
-            self._study_volume.clear()
-        incoming.volume = self._volumes.choose(self._study_volume.get(study, ""))
-        self._study_volume[study] = incoming.volume.id
+        if not incoming.placed:
+            incoming.volume = self._volumes.place(study)
+        peer = self._core.peer_hello
+        if peer is not None and peer.features >= PLACES_STREAMS:
+            self._peering.place_stream(stream, study)
 
     def _peer_is_full(self) -> bool:
         return self._core.peer in self._core.required and self._peer_room() <= 0

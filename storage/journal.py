@@ -430,6 +430,12 @@ class Journal:
         self._tree.publish(location, turn)
         self._turns.done(turn)
 
+    def _aim(self, ready: Ready) -> None:
+        """To where the rest of its study lies."""
+        if ready.incoming and isinstance(put := ready.entry.operation, Put):
+            with contextlib.suppress(OSError, NoRoom):  # `land_here` tells of it
+                ready.incoming.aim(self._volumes.place(put.study, self._catalogue.volume_of), ready.attempt)
+
     def _land(self, work: Work, turn: int) -> None:
         """Write to a volume what the log took. Where none takes it now, healing has it from the log."""
         for ready in work.ready:
@@ -437,6 +443,7 @@ class Journal:
             if location and self._volumes.has_failed(location.volume):
                 location = None  # since it was logged, and perhaps after its copies were written off
             if ready.incoming:
+                self._aim(ready)
                 self._turns.at(turn, ready.incoming.volume.id)
                 try:
                     ready.incoming.land_here(ready.attempt, sync=False)

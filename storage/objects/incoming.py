@@ -312,6 +312,11 @@ class Incoming:
                 digested = True
                 self._move_on(error, attempt)
 
+    def aim(self, volume: Volume, attempt: int) -> None:
+        """Have it go there, unless it was written already. Raises OSError (EAGAIN) if it was restarted since."""
+        if self._spooled is None:
+            self._aim(volume, attempt)
+
     def _move_on(self, error: OSError, attempt: int) -> None:
         """To another volume than the one that just failed; raises the error if there is none."""
         broken = self._spooled

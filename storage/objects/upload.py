@@ -8,14 +8,14 @@ from storage.replication.peering import Peering
 
 
 class Upload:
-    """`place(incoming, study)` chooses the volume once the study is known."""
+    """`place(incoming, stream, study)` chooses the volumes once the study is known."""
 
     def __init__(
         self,
         incoming: Incoming,
         stream: int,
         peering: Peering,
-        place: Callable[[Incoming, str], None],
+        place: Callable[[Incoming, int, str], None],
     ) -> None:
         self.incoming, self.stream = incoming, stream
         self._peering, self._place = peering, place
@@ -23,7 +23,8 @@ class Upload:
         self._kept = self._discarded = False
 
     def place(self, study: str) -> None:
-        self._place(self.incoming, study)
+        """It is of this study: both nodes put it where the rest of that lies."""
+        self._place(self.incoming, self.stream, study)
 
     def complete(self) -> None:
         """The last byte has come."""

@@ -14,6 +14,7 @@ import structlog
 from conf.telling import reason_of
 from storage.objects.incoming import Incoming
 from storage.objects.locks import InUse
+from storage.objects.placement import LiesOn, Studies, least_loaded
 from storage.objects.volume import LocalVolume, NoRoom, Volume, VolumeOffline
 
 log = structlog.get_logger()
@@ -73,6 +74,7 @@ class Volumes:
         self._reserve_bytes, self._slow_io_s = reserve_bytes, slow_io_s
         self._open, self._clock = open_volume, clock
         self.slots: list[Slot] = [self._opened(path) for path in paths]
+        self._studies = Studies(clock)
         self._by_id: dict[str, Slot] = {}
         for slot in self.slots:
             if slot.volume and (twin := self._by_id.setdefault(slot.volume.id, slot)) is not slot:
@@ -148,22 +150,27 @@ class Volumes:
         return slot.volume
 
     def choose(self, prefer: str = "", avoid: str = "") -> Volume:
-        """The preferred volume if it has room, else the one with the most, but for `avoid`; a slow one last. Raises
-        NoRoom."""
-        best: tuple[bool, int, Volume] | None = None
+        """The preferred volume if it has room, else the one with least to do for its room, but for `avoid`; a slow one
+        last. Raises NoRoom."""
+        fast, slow = dict[str, int](), dict[str, int]()  # volume -> free bytes
         for slot in self.slots:
             if slot.volume is None or not slot.usable or slot.volume.draining or slot.volume.id == avoid:
                 continue
             free = slot.free_bytes - self._reserve_bytes
-            slow = self._clock() < slot.slow_until
-            slot.state = "full" if free <= 0 else "slow" if slow else "online"
-            if free > 0 and slot.volume.id == prefer and not slow:
-                return slot.volume
-            if free > 0 and (best is None or (not slow, free) > best[:2]):
-                best = (not slow, free, slot.volume)
-        if best is None:
+            is_slow = self._clock() < slot.slow_until
+            slot.state = "full" if free <= 0 else "slow" if is_slow else "online"
+            if free > 0:
+                (slow if is_slow else fast)[slot.volume.id] = free
+        if not (fast or slow):
             raise NoRoom("no volume is online with room")
-        return best[2]
+        chosen = prefer if prefer in fast else least_loaded(fast or slow, self._studies.active())
+        return self.get(chosen)
+
+    def place(self, study: str, lies_on: LiesOn | None = None) -> Volume:
+        """The volume for an object of a study; `lies_on` as in `Studies`. Raises NoRoom."""
+        volume = self.choose(self._studies.volume_of(study, lies_on))
+        self._studies.note(study, volume.id, looked_up=lies_on is not None)
+        return volume
 
     def serves(self, volume_id: str) -> bool:
         """It is in service, full perhaps."""

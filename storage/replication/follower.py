@@ -134,12 +134,12 @@ class Follower:
         data = await self._journal.logged_bytes(entry.seq)
         if data is None:
             return None
-        incoming = Incoming(self._workers, self._volumes, self._volumes.choose(), data[: put.offset])
+        incoming = Incoming(self._workers, self._volumes, self._volumes.place(put.study), data[: put.offset])
         incoming.feed(memoryview(data)[put.offset :])
         return await self._checked(incoming, put)
 
     async def _fetched(self, entry: Entry, put: Put) -> Location:
-        incoming = await self._peering.fetch(entry.seq)
+        incoming = await self._peering.fetch(entry.seq, put.study)
         try:
             return await self._checked(incoming, put)
         except FetchFailed:

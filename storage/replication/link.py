@@ -60,6 +60,7 @@ class Kind(IntEnum):
     PROBE = 12  # answered with the same number
     CLIENTS = 13  # payload: msgpack, the primary's TCP connections to the virtual addresses
     CONTROL = 14  # payload: Greeting; this connection carries the messages that belong to the one in use
+    PLACE = 16  # payload: the study of the object in this stream
     CREDIT = 15  # payload: so many bytes of this stream were taken, and as many more may come
 
 

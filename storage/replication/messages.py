@@ -2,7 +2,8 @@
 
 import msgspec
 
-FEATURES = 2  # grows with what a node can carry out; what the other node can't isn't asked of it
+FEATURES = 3  # grows with what a node can carry out; what the other node can't isn't asked of it
+PLACES_STREAMS = 3  # from here on it takes the study of an object that is on its way
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):

@@ -1,7 +1,7 @@
 """The other node as this gateway sees it: one link; objects that stream in; objects asked for and given."""
 
 import asyncio
-import errno
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -11,27 +11,23 @@ import structlog
 from conf.telling import place_of
 from storage.objects.copies import Row
 from storage.objects.incoming import Incoming
-from storage.objects.volume import NoRoom, Reader, Volume
+from storage.objects.volume import NoRoom, Volume
 from storage.objects.volumes import Volumes
+from storage.replication.giving import WINDOW_BYTES, Giving
 from storage.replication.link import Kind, Link
 from storage.replication.messages import AnyMessage, Prepare, decode
 from storage.replication.messages import encode as encode_message
 from storage.replication.network import Network
 from storage.replication.routes import Routes
 from storage.state.model import Put
-from storage.workers import Threads, within
+from storage.workers import Threads
 
 log = structlog.get_logger()
 
 STREAMS_MAX: Final = 1024
 FETCH_STREAM_BIT: Final = 1 << 63
-READ_BYTES: Final = 256 << 10
-BEGIN_BYTES: Final = 1 << 20  # read in one go
-FETCHES_SERVED_MAX: Final = 8
 HELD_CHUNKS_MAX: Final = 4
-WINDOW_BYTES: Final = 4 << 20  # of one stream, sent and not taken by the other node's disk
 UNCLAIMED_S: Final = 30.0
-READ_S: Final = 30.0  # that a disk may take for one block, with all that is read from it before
 STALLED_S: Final = 60.0  # nothing of a stream comes or goes
 CREDIT_S: Final = 30.0  # longer than a disk is waited for: the peer then takes what it can't keep, and says so
 LISTING_S: Final = 300.0
@@ -66,10 +62,9 @@ class Peering:
         """`find(seq)` gives this node's copy of an entry, `lacks(seq)` says that there is none and won't be one soon;
         `on_suspect(seq)`: the peer found that copy to be damaged, or it isn't where it should be."""
         self.routes = Routes(dial=dial, networks=networks, on_up=self._up, on_frame=self._frame, on_down=self._down)
-        self._volumes, self._workers, self._find = volumes, workers, find
+        self._volumes, self._workers = volumes, workers
         self._on_up, self._on_down = on_up, on_down
         self._on_message, self._on_suspect = on_message, on_suspect
-        self._lacks, self._list = lacks, list_copies
         self.on_clients: Callable[[bytes], None] = lambda _: None
         self._listings: dict[int, asyncio.Future[list[Row]]] = {}
         self.link: Link | None = None
@@ -80,10 +75,20 @@ class Peering:
         self._next_stream = 0
         self._held: dict[int, list[bytes | bytearray]] = {}  # streams of which nothing was sent yet
         self._next_fetch = FETCH_STREAM_BIT
-        self._serving = asyncio.Semaphore(FETCHES_SERVED_MAX)
         self._ended_at: dict[int, float] = {}
+        self._studies: dict[int, str] = {}  # of objects that are held back, or were asked for
         self._windows: dict[int, int] = {}  # streams that we send: bytes that may still be sent
         self._credited = asyncio.Event()
+        self._giving = Giving(
+            workers,
+            volumes,
+            self._windows,
+            self.stream_room,
+            find=find,
+            lacks=lacks,
+            list_copies=list_copies,
+            on_suspect=on_suspect,
+        )
         self._received = 0
         self.on_progress: Callable[[], None] = lambda: None  # the peer has taken bytes
 
@@ -138,6 +143,7 @@ class Peering:
         self._incoming.clear()
         self._ended.clear()
         self._held.clear()
+        self._studies.clear()
         self._windows.clear()
         self._ended_at.clear()
         self._credited.set()
@@ -199,15 +205,25 @@ class Peering:
             self._let_go(stream)
             self.link.send(Kind.CHUNK, stream, chunk)
 
+    def place_stream(self, stream: int, study: str) -> None:
+        """The object is of this study. A small one isn't told of it by the stream: its entry says it in time."""
+        if stream in self._held:
+            self._studies[stream] = study
+        elif self.link and stream:
+            self.link.send(Kind.PLACE, stream, study.encode())
+
     def _let_go(self, stream: int) -> None:
         """A small object is held back until it is complete: the peer wakes once for it and its entry."""
         held = self._held.pop(stream, None)
         if held and self.link:
             self.link.send(Kind.OPEN, stream, held[0])
+            if study := self._studies.pop(stream, ""):
+                self.link.send(Kind.PLACE, stream, study.encode())
             for chunk in held[1:]:
                 self.link.send(Kind.CHUNK, stream, chunk)
 
     def end_stream(self, stream: int) -> None:
+        self._studies.pop(stream, None)
         self._let_go(stream)
         self._windows.pop(stream, None)
         if self.link:
@@ -215,11 +231,13 @@ class Peering:
 
     def release(self) -> None:
         """Nobody waits any more until the peer takes what was sent: this node doesn't serve now."""
-        self._windows = {stream: left for stream, left in self._windows.items() if stream & FETCH_STREAM_BIT}
+        for stream in [stream for stream in self._windows if not stream & FETCH_STREAM_BIT]:
+            del self._windows[stream]
         self._credited.set()
 
     def abort_stream(self, stream: int) -> None:
         self._windows.pop(stream, None)
+        self._studies.pop(stream, None)
         self._credited.set()
         if self._held.pop(stream, None) is None and self.link and stream:
             self.link.send(Kind.ABORT, stream)
@@ -260,20 +278,22 @@ class Peering:
             raise
         finally:
             self._ended.pop(stream, None)
+            self._studies.pop(stream, None)
             self._claimed.discard(stream)
 
     def _unwanted(self, ended: "asyncio.Future[Incoming]") -> None:
         if not ended.cancelled() and not ended.exception():
             self._spawn(ended.result().discard())
 
-    async def fetch(self, seq: int) -> Incoming:
-        """Ask the peer for its copy of an entry; raises FetchFailed."""
+    async def fetch(self, seq: int, study: str) -> Incoming:
+        """Ask the peer for its copy of an entry, an object of this study; raises FetchFailed."""
         link = self.link
         if link is None:
             raise FetchFailed("no link")
         self._next_fetch += 1
         stream = self._next_fetch
         self._ended[stream] = asyncio.get_running_loop().create_future()
+        self._studies[stream] = study
         link.send(Kind.FETCH, stream, seq.to_bytes(8, "big"))
         return await self.received(stream)
 
@@ -302,6 +322,11 @@ class Peering:
                     self._credit(stream, len(payload))  # nobody takes it: whoever sends it needn't wait for that
                 else:
                     incoming.feed_chunk(payload)
+            case Kind.PLACE:
+                incoming = self._incoming.get(stream)
+                if incoming and not incoming.placed:
+                    with contextlib.suppress(NoRoom):  # it stays where it was to go
+                        incoming.volume = self._volumes.place(payload.decode("utf-8", "replace"))
             case Kind.END:
                 self._end(stream)
             case Kind.ABORT:
@@ -309,14 +334,14 @@ class Peering:
                     self._spawn(incoming.discard())
                 self._abandon(stream)
             case Kind.FETCH:
-                self._spawn(self._serve(link, stream, int.from_bytes(payload, "big")))
+                self._spawn(self._giving.copy(link, stream, int.from_bytes(payload, "big")))
             case Kind.MISSING:
                 self._fail(stream, PeerLacksIt("the peer doesn't have it"))
             case Kind.SUSPECT:
                 self._on_suspect(stream)
             case Kind.LIST:
                 asked = msgspec.msgpack.decode(payload, type=tuple[int, bool, tuple[int, ...]])
-                self._spawn(self._give_listing(link, stream, *asked))
+                self._spawn(self._giving.listing(link, stream, *asked))
             case Kind.LISTING:
                 waiting = self._listings.get(stream)
                 if waiting and not waiting.done():
@@ -335,8 +360,9 @@ class Peering:
             return
         if not stream & FETCH_STREAM_BIT:
             self._ended[stream] = asyncio.get_running_loop().create_future()
+        study = self._studies.pop(stream, "")
         try:
-            volume = self._volumes.choose()
+            volume = self._volumes.place(study) if study else self._volumes.choose()
         except NoRoom:
             self._fail(stream, FetchFailed("no room here"))
             return
@@ -405,79 +431,3 @@ class Peering:
             raise FetchFailed("the other node doesn't answer in time") from None
         finally:
             self._listings.pop(stream, None)
-
-    async def _give_listing(self, link: Link, stream: int, start: int, read: bool, only: tuple[int, ...]) -> None:
-        rows = await self._workers.run(lambda: self._list(start, read, only))
-        link.send(Kind.LISTING, stream, msgspec.msgpack.encode(rows))
-
-    async def _serve(self, link: Link, stream: int, seq: int) -> None:
-        async with self._serving:
-            reading = self._workers.run(self._begin_reading, seq)
-            try:
-                begun = await within(reading, READ_S)
-            except OSError:
-                reading.add_done_callback(_close_late)
-                link.send(Kind.ABORT, stream)  # its disk hangs; nothing is wrong with the copy as far as is known
-                return
-            if isinstance(begun, Kind):
-                link.send(begun, stream)
-                if begun is Kind.ABORT:
-                    self._on_suspect(seq)
-                return
-            volume, header, block, file = begun
-            try:
-                link.send(Kind.OPEN, stream, header)
-                self._windows[stream] = WINDOW_BYTES
-                while block and self.link is link:
-                    for at in range(0, len(block), READ_BYTES):
-                        link.send(Kind.CHUNK, stream, memoryview(block)[at : at + READ_BYTES])
-                    self._windows[stream] = self._windows.get(stream, 0) - len(block)
-                    await link.room()
-                    async with asyncio.timeout(STALLED_S):
-                        await self.stream_room(stream)
-                    block = await within(self._workers.run(file.read, BEGIN_BYTES), READ_S) if file else b""
-                link.send(Kind.END, stream)
-            except TimeoutError:
-                log.warning("fetch.stalled", seq=seq)
-                link.send(Kind.ABORT, stream)
-            except OSError as error:
-                log.error("fetch.unreadable", seq=seq, error=error.strerror)
-                if error.errno != errno.ETIMEDOUT:
-                    self._volumes.failed(volume.id, error)
-                link.send(Kind.ABORT, stream)
-            finally:
-                self._windows.pop(stream, None)
-                if file:
-                    file.close()
-
-    def _begin_reading(self, seq: int) -> tuple[Volume, bytes, bytes, Reader | None] | Kind:
-        """Header, first bytes, and the file if there is more of it; or what to answer instead. In one thread hop."""
-        found = self._find(seq)
-        if found is None:
-            return Kind.MISSING if self._lacks(seq) else Kind.ABORT
-        volume, name, put = found
-        file = None
-        try:
-            file = volume.open(name)
-            header, block = file.read(put.offset), file.read(BEGIN_BYTES)
-        except OSError as error:
-            if file:
-                file.close()
-            if not isinstance(error, FileNotFoundError):  # that one was only moved just now
-                self._volumes.failed(volume.id, error)
-            return Kind.ABORT
-        if len(header) + len(block) < put.length:
-            return volume, header, block, file
-        file.close()
-        return volume, header, block, None
-
-
-def _close_late(reading: "asyncio.Future[tuple[Volume, bytes, bytes, Reader | None] | Kind]") -> None:
-    """Its disk answered when nobody waited any more."""
-    if (
-        not reading.cancelled()
-        and not reading.exception()
-        and isinstance(begun := reading.result(), tuple)
-        and begun[3]
-    ):
-        begun[3].close()

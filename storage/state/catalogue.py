@@ -36,6 +36,7 @@ __all__ = ["ADOPTED", "Batch", "Catalogue", "same_copy", "seq_key"]
 
 T = TypeVar("T")
 PAGE_ROWS: Final = 500
+COPIES_LOOKED_AT: Final = 8  # of a study, to find a volume that has something of it
 TABLES: Final = (
     "log",  # seq -> Entry
     "meta",
@@ -145,6 +146,17 @@ class Catalogue:
         rows = self._paged("location", b"", lambda txn, key, value: (key, value), start=seq_key(start))
         for key, value in islice(rows, limit):
             yield int.from_bytes(key, "big"), decode_location(value)
+
+    def volume_of(self, study: str) -> str:
+        """UUID of a volume that has something of a study, "" if none has."""
+        prefix = study.encode() + b"\0"
+        with self.kv.read() as txn:
+            for key in islice(changes.below(txn, "member", prefix), COPIES_LOOKED_AT):
+                raw = txn.get("instance", key.rpartition(b"\0")[2])
+                value = txn.get("location", seq_key(decode_instance(raw).seq)) if raw is not None else None
+                if value is not None:
+                    return decode_location(value).volume
+        return ""
 
     def missing(self, start: int = 0, limit: int | None = None) -> list[int]:
         """Entries whose bytes this node lacks, oldest first."""

@@ -101,9 +101,10 @@ def _logged_bytes(kept: Log, seq: int) -> bytes | None:
 
 def _write_again(catalogue: Catalogue, volumes: Volumes, entry: Entry, data: bytes) -> bool:
     """What the log has, to a volume that takes it."""
+    study = entry.operation.study if isinstance(entry.operation, Put) else ""
     for _ in volumes.slots:
         try:
-            volume = volumes.choose()
+            volume = volumes.place(study, catalogue.volume_of)
         except NoRoom:
             return False
         try:

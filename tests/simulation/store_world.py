@@ -22,7 +22,7 @@ from storage.environment import Surroundings, open_log
 from storage.ingest import Conflict, NotServing
 from storage.objects import incoming
 from storage.objects.volume import NoRoom, VolumeOffline, digest_of
-from storage.replication import peering
+from storage.replication import giving, peering
 from storage.state.catalogue import Catalogue
 from storage.state.logged import logged
 from storage.state.model import Delete, Put, Task, TaskDone, Void
@@ -609,9 +609,9 @@ SMALL: Final = {
     (incoming, "WRITE_BYTES"): 2048,
     (incoming, "BACKLOG_BYTES_MAX"): 4096,
     (incoming, "INLINE_BYTES_MAX"): 1000,
-    (peering, "READ_BYTES"): 512,
-    (peering, "BEGIN_BYTES"): 2048,
-    (peering, "WINDOW_BYTES"): 8192,
+    (giving, "READ_BYTES"): 512,
+    (giving, "BEGIN_BYTES"): 2048,
+    (giving, "WINDOW_BYTES"): 8192,
     (peering, "UNCLAIMED_S"): 3.0,
     (healing, "RETRY_S"): 1.0,
     (journal, "CHECKPOINT_INTERVAL_S"): 1.0,

@@ -15,7 +15,7 @@ from tools.cli.client import OrderFailed
 from tools.cli.status import render
 from tools.lab.disks import DiskError
 from tools.lab.network import MEMBERS, LabError
-from tools.lab.pair import Lab, find_lab
+from tools.lab.pair import VOLUMES_MAX, Lab, find_lab
 
 P = ParamSpec("P")
 
@@ -24,7 +24,7 @@ _LAB: list[click.Command] = []
 dir_option = click.option(
     "--dir", "folder", type=click.Path(path_type=Path), help="Folder of the lab; default: the one brought up last."
 )
-volume_argument = click.argument("number", metavar="VOLUME", type=click.IntRange(1, 16))
+volume_argument = click.argument("number", metavar="VOLUME", type=click.IntRange(1, VOLUMES_MAX))
 node_argument = click.argument("node", type=click.Choice(MEMBERS))
 from_argument = click.argument(
     "other", metavar="FROM", type=click.Choice(["a", "b", "w", "client", "all", "service", "private"])
@@ -52,7 +52,9 @@ def _command(name: str) -> Callable[[Callable[Concatenate[Lab, P], None]], click
 @click.command("up")
 @click.option("--dir", "folder", type=click.Path(path_type=Path), required=True, help="Folder for everything.")
 @click.option("--ttl", default=3.0, show_default=True, help="Seconds until a lost node is noticed.")
-@click.option("--volumes", default=1, show_default=True, type=click.IntRange(1, 16), help="Volumes of each node.")
+@click.option(
+    "--volumes", default=1, show_default=True, type=click.IntRange(1, VOLUMES_MAX), help="Volumes of each node."
+)
 @click.option("--tls/--no-tls", default=True, show_default=True, help="Between the nodes and to etcd.")
 @click.option("--disk-size", default=0, help="MB of each volume: a file system of its own, that can fail; 0: folders.")
 def up(folder: Path, ttl: float, volumes: int, tls: bool, disk_size: int) -> None:

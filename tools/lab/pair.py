@@ -44,6 +44,7 @@ DICOM_PORT: Final = 11112
 VIEWER_PORT: Final = 11113  # of the destination VIEWER, on the client
 HTTP_PORT: Final = 8080
 AET: Final = "TANDEM"
+VOLUMES_MAX: Final = 24  # of each node
 LAST: Final = Path("/run/tandem-lab.json")
 CERTIFICATES: Final = {"ca_file": "ca.crt", "certificate": "node.crt", "key": "node.key"}
 UP_TIMEOUT_S: Final = 90.0

@@ -262,8 +262,7 @@ class Query:
     def _gathered(self, keyword: str, study: str) -> list[str]:
         if keyword == "ModalitiesInStudy":
             return sorted({row.keys.get("Modality", "") for _, row in self._rows.series_of(study)} - {""})
-        every = (one for series, _ in self._rows.series_of(study) for one in self._rows.instances_of(study, series))
-        return sorted({instance.put.sop_class for instance in every})
+        return sorted(self._rows.sop_classes(study))
 
     def _members(self, row: Row, series: str) -> Iterator[Instance]:
         """The instances of a series that are of the row's patients."""

@@ -1,5 +1,6 @@
 """Which epoch wrote which part of a log: the table two nodes compare to find where their logs part."""
 
+from bisect import bisect_left
 from collections.abc import Iterable
 
 
@@ -17,6 +18,13 @@ class Epochs:
     def last(self) -> tuple[int, int]:
         """(epoch, seq) of the last entry, (0, 0) for an empty log."""
         return self._pairs[-1] if self._pairs else (0, 0)
+
+    def epoch_of(self, seq: int) -> int:
+        """Which epoch wrote this entry; raises KeyError for one that isn't in the log."""
+        at = bisect_left(self._pairs, seq, key=lambda pair: pair[1])
+        if seq < 1 or at == len(self._pairs):
+            raise KeyError(seq)
+        return self._pairs[at][0]
 
     def append(self, epoch: int, seq: int) -> None:
         last_epoch, last_seq = self.last

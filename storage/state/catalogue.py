@@ -12,8 +12,9 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from storage.replication.epochs import Epochs
-from storage.state import changes, rows
-from storage.state.changes import ADOPTED, same_copy, seq_key
+from storage.state import changes, entries, instances, rows
+from storage.state.changes import ADOPTED, same_copy
+from storage.state.entries import seq_key
 from storage.state.kv import CatalogueDamaged, Kv, LmdbKv, Transaction
 from storage.state.model import (
     Delete,
@@ -23,8 +24,6 @@ from storage.state.model import (
     Location,
     Put,
     Task,
-    decode_entry,
-    decode_instance,
     decode_leaving,
     decode_location,
     decode_task,
@@ -38,16 +37,22 @@ T = TypeVar("T")
 PAGE_ROWS: Final = 500
 COPIES_LOOKED_AT: Final = 8  # of a study, to find a volume that has something of it
 TABLES: Final = (
-    "log",  # seq -> Entry
+    "log",  # seq -> Entry, see `entries`
+    "kept",  # seq -> key of the instance that an applied entry is
     "meta",
     "location",  # seq of the entry -> where this node's copy lies
     "missing",  # seq -> why this node has no copy of its own now
     "leaving",  # volume/spool name -> file to be moved out of the way
-    "instance",
+    "instances",
     "tombstone",  # SOP Instance UID -> by which entry it was deleted
     "series",
     "study",
-    "member",
+    "number",  # study, series -> number of the series
+    "base",  # number of a series -> what its instances say, see `instances`
+    "tally",  # number of a series -> how many instances of each SOP class
+    "members",  # number of a series, key of an instance -> nothing
+    "instance",  # until format 2: SOP Instance UID -> Instance
+    "member",  # until format 2: study, series, SOP Instance UID -> nothing
     "patient",  # Patient ID, study -> nothing
     "series_study",  # series, study -> nothing
     "conflict",  # studies that name more than one patient
@@ -78,9 +83,7 @@ class Catalogue:
         self.kv = kv
         self.tail: dict[int, tuple[Entry, Location | None]] = {}  # logged, and not written here yet
         self.epochs = Epochs(self.meta("epochs", ()))
-        last = self._last_seq()
-        if self.epochs.last[1] != last:
-            raise CatalogueDamaged(f"the log ends at {last}, its epochs at {self.epochs.last}")
+        self._check_tail()
 
     @classmethod
     def open(cls, path: Path, map_size_bytes: int) -> "Catalogue":
@@ -102,34 +105,35 @@ class Catalogue:
         return set(self.meta("volumes", ()))
 
     def entry(self, seq: int) -> Entry:
-        return decode_entry(self.entry_bytes(seq))
+        """Raises CatalogueDamaged for one that isn't in the log."""
+        if waiting := self.tail.get(seq):
+            return waiting[0]
+        with self.kv.read() as txn:
+            return entries.entry_of(txn, seq, entries.epochs_of(txn))
 
     def entry_bytes(self, seq: int) -> bytes:
-        if waiting := self.tail.get(seq):
-            return encode(waiting[0])
-        with self.kv.read() as txn:
-            value = txn.get("log", seq_key(seq))
-        if value is None:
-            raise CatalogueDamaged(f"log entry {seq} is missing")
-        return value
+        return encode(self.entry(seq))
 
     def entries(self, start: int, limit: int) -> list[Entry]:
         """Up to `limit` entries from seq `start` on."""
-        found = []
         tail = self.tail.copy()  # first: what isn't there any more is in the table by then
         with self.kv.read() as txn:
-            for _, value in txn.scan("log", seq_key(start)):
-                found.append(decode_entry(value))
-                if len(found) >= limit:
-                    return found
+            epochs = entries.epochs_of(txn)
+            end = min(epochs.last[1], start + limit - 1)
+            found = [entries.entry_of(txn, seq, epochs) for seq in range(start, end + 1)]
         last = found[-1].seq if found else start - 1
         waiting = [entry for seq, (entry, _) in sorted(tail.items()) if seq > last]
         return found + waiting[: limit - len(found)]
 
-    def _last_seq(self) -> int:
+    def _check_tail(self) -> None:
+        """What isn't applied yet is there, up to the end and not beyond it. Raises CatalogueDamaged."""
         with self.kv.read() as txn:
-            key = txn.last_key("log")
-        return int.from_bytes(key, "big") if key else 0
+            start = int(changes.meta(txn, "applied", 0)) + 1
+            found = [int.from_bytes(key, "big") for key, _ in txn.scan("log", seq_key(start))]
+            kept = txn.last_key("kept")
+        last = self.epochs.last[1]
+        if found != list(range(start, last + 1)) or (kept and int.from_bytes(kept, "big") >= start):
+            raise CatalogueDamaged(f"the log's entries from {start} on aren't all there: its epochs end at {last}")
 
     # -- copies ------------------------------------------------------------------------------------------------
 
@@ -149,11 +153,10 @@ class Catalogue:
 
     def volume_of(self, study: str) -> str:
         """UUID of a volume that has something of a study, "" if none has."""
-        prefix = study.encode() + b"\0"
         with self.kv.read() as txn:
-            for key in islice(changes.below(txn, "member", prefix), COPIES_LOOKED_AT):
-                raw = txn.get("instance", key.rpartition(b"\0")[2])
-                value = txn.get("location", seq_key(decode_instance(raw).seq)) if raw is not None else None
+            for key in islice(rows.members(txn, study), COPIES_LOOKED_AT):
+                one = instances.get(txn, key)
+                value = txn.get("location", seq_key(one.seq)) if one is not None else None
                 if value is not None:
                     return decode_location(value).volume
         return ""
@@ -258,8 +261,7 @@ class Catalogue:
 
     def instance(self, sop_instance: str) -> Instance | None:
         with self.kv.read() as txn:
-            value = txn.get("instance", sop_instance.encode())
-        return decode_instance(value) if value is not None else None
+            return instances.get(txn, instances.key_of(sop_instance))
 
     def is_deleted(self, sop_instance: str) -> bool:
         """It was deleted and not stored again since."""
@@ -300,10 +302,13 @@ class Catalogue:
             yield key[len(prefix) :].decode(), msgspec.msgpack.decode(value, type=SeriesRow)
 
     def instances_of(self, study: str, series: str) -> Iterator[Instance]:
-        prefix = f"{study}\0{series}\0".encode()
-        for raw in self._paged("member", prefix, lambda txn, key, _: txn.get("instance", key[len(prefix) :])):
-            if raw is not None:
-                yield decode_instance(raw)
+        with self.kv.read() as txn:
+            number = instances.number_of(txn, study, series)
+        if number is None:
+            return
+        for one in self._paged("members", number, lambda txn, key, _: instances.get(txn, key[len(number) :])):
+            if one is not None and (one.put.study, one.put.series) == (study, series):
+                yield one
 
     def _paged(
         self, table: str, prefix: bytes, read: Callable[[Transaction, bytes, bytes], T], start: bytes = b""
@@ -325,9 +330,14 @@ class Catalogue:
             at = last + b"\0"
 
     def count_instances(self, study: str, series: str | None = None) -> int:
-        prefix = study.encode() + b"\0" + (series.encode() + b"\0" if series else b"")
         with self.kv.read() as txn:
-            return sum(1 for _ in changes.below(txn, "member", prefix))
+            numbers = [instances.number_of(txn, study, series)] if series else rows.numbers(txn, study)
+            return sum(sum(instances.tally(txn, number).values()) for number in numbers)
+
+    def sop_classes(self, study: str) -> set[str]:
+        """SOP Class UIDs of a study's instances."""
+        with self.kv.read() as txn:
+            return {uid for number in rows.numbers(txn, study) for uid in instances.tally(txn, number)}
 
     def count_matching(self, delete: Delete) -> int:
         """Instances that a deletion names."""
@@ -337,7 +347,7 @@ class Catalogue:
     def counts(self) -> dict[str, int]:
         with self.kv.read() as txn:
             return {
-                "instances": txn.count("instance"),
+                "instances": txn.count("instances"),
                 "studies": txn.count("study"),
                 "bytes": int(changes.meta(txn, "bytes", 0)),
                 "missing": txn.count("missing"),
@@ -384,7 +394,7 @@ class Catalogue:
     def _write(self, txn: Transaction, batch: Batch, epochs: Epochs) -> None:
         meta = dict(batch.meta)
         for entry, location in batch.appends:
-            txn.put("log", seq_key(entry.seq), encode(entry))
+            txn.append("log", seq_key(entry.seq), encode(entry))
             changes.locate(txn, entry, location)
         if batch.truncate_after is not None:  # what was logged before it was asked for is cut off as well
             changes.truncate(txn, batch.truncate_after)

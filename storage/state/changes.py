@@ -5,7 +5,8 @@ from typing import Any, Final
 
 import msgspec
 
-from storage.state import rows
+from storage.state import entries, instances, rows
+from storage.state.entries import seq_key
 from storage.state.kv import Transaction
 from storage.state.model import (
     Delete,
@@ -16,9 +17,7 @@ from storage.state.model import (
     Task,
     TaskDone,
     Tombstone,
-    Void,
     decode_entry,
-    decode_instance,
     decode_location,
     encode,
 )
@@ -30,10 +29,6 @@ DIVERGED: Final = "diverged: prepared here and not committed"
 def same_copy(one: Location, other: Location) -> bool:
     """The same file, published or not."""
     return (one.volume, one.spool) == (other.volume, other.spool)
-
-
-def seq_key(seq: int) -> bytes:
-    return seq.to_bytes(8, "big")
 
 
 def meta(txn: Transaction, name: str, default: Any) -> Any:
@@ -56,7 +51,7 @@ def below(txn: Transaction, table: str, prefix: bytes) -> Iterator[bytes]:
 def locate(txn: Transaction, entry: Entry, location: Location | None) -> None:
     key = seq_key(entry.seq)
     if location is not None:
-        txn.put("location", key, encode(location))
+        txn.append("location", key, encode(location))
     elif isinstance(entry.operation, Put):
         txn.put("missing", key, b"no disk took it")
 
@@ -86,8 +81,8 @@ def truncate(txn: Transaction, after: int) -> None:
 
 def lose(txn: Transaction, seq: int, why: str, was: Location) -> None:
     """The copy of an entry that was at a certain place is gone."""
-    entry, raw = txn.get("log", seq_key(seq)), txn.get("location", seq_key(seq))
-    if entry is None or not isinstance(decode_entry(entry).operation, Put):
+    raw = txn.get("location", seq_key(seq))
+    if not entries.is_put(txn, seq):
         return  # deleted or cut off meanwhile
     if raw is not None and not same_copy(decode_location(raw), was):
         return  # it was made again elsewhere meanwhile
@@ -98,8 +93,8 @@ def lose(txn: Transaction, seq: int, why: str, was: Location) -> None:
 
 def move(txn: Transaction, seq: int, location: Location) -> None:
     key = seq_key(seq)
-    entry, old = txn.get("log", key), txn.get("location", key)
-    if entry is None or not isinstance(operation := decode_entry(entry).operation, Put):
+    operation, old = entries.operation_of(txn, seq), txn.get("location", key)
+    if not isinstance(operation, Put):
         if not location.spool.startswith(ADOPTED):  # that one's place may be somebody else's by now
             leave(txn, location, "", "deleted while it was being copied")
         return
@@ -125,10 +120,9 @@ def apply(txn: Transaction, entry: Entry, location: Location | None) -> int:
 
 
 def apply_put(txn: Transaction, seq: int, put: Put, location: Location | None) -> int:
-    uid = put.sop_instance.encode()
-    raw = txn.get("instance", uid)
+    old = instances.get(txn, instances.key_of(put.sop_instance))
     grown = put.length
-    if raw is not None and (old := decode_instance(raw)).seq != seq:
+    if old is not None and old.seq != seq:
         grown -= rows.remove(txn, old.put)
         supersede(txn, old.seq, old.put, "replaced by a newer version")
         if not rows.says_the_same(old.put, put):
@@ -136,7 +130,8 @@ def apply_put(txn: Transaction, seq: int, put: Put, location: Location | None) -
     if location is not None and txn.get("missing", seq_key(seq)) is None:
         txn.put("location", seq_key(seq), encode(location))
     rows.add(txn, seq, put)
-    txn.delete("tombstone", uid)
+    entries.applied(txn, seq, put)
+    txn.delete("tombstone", put.sop_instance.encode())
     return grown
 
 
@@ -152,6 +147,4 @@ def apply_delete(txn: Transaction, seq: int, delete: Delete) -> int:
 
 def supersede(txn: Transaction, seq: int, put: Put, reason: str) -> None:
     withdraw(txn, seq, put.sop_instance, reason)
-    raw = txn.get("log", seq_key(seq))
-    if raw is not None:
-        txn.put("log", seq_key(seq), encode(Entry(decode_entry(raw).epoch, seq, Void())))
+    entries.void(txn, seq)

@@ -1,16 +1,26 @@
 """The catalogue's format: what is older is brought up to date at the start, what is newer is refused."""
 
 import uuid
+from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from typing import Final
 
-from storage.state import rows
+import structlog
+
+from storage.state import entries, instances, rows
 from storage.state.catalogue import Batch, Catalogue
 from storage.state.kv import Transaction
-from storage.state.model import decode_instance
+from storage.state.model import Put, Void, decode_entry
 
-FORMAT: Final = 3  # 1: 0.1, without a number; 2: lineage, series -> study, several patients; 3: a log beside it
+log = structlog.get_logger()
+
+# 1: 0.1, without a number; 2: lineage, series -> study, studies that name several patients; 3: a log beside it, applied
+# instances only in their row
+FORMAT: Final = 3
 ROWS_AT_ONCE: Final = 2000
+
+Step = Callable[[Transaction, bytes], bytes | None]  # given where to begin; returns the last key it has seen to
 
 
 class FormatUnknown(OSError):
@@ -21,39 +31,68 @@ class FormatUnknown(OSError):
 
 
 def bring_up_to_date(catalogue: Catalogue, cluster_id: str) -> None:
-    """Raises FormatUnknown, OSError."""
+    """A process that ends meanwhile begins anew. Raises FormatUnknown, OSError."""
     found = int(catalogue.meta("format", 1))
     if found > FORMAT:
         raise FormatUnknown(found)
+    found = int(catalogue.meta("converting", 0)) or found
     if found == FORMAT:
         return
-    facts: dict[str, object] = {"format": FORMAT}
+    catalogue.write(Batch(meta={"converting": found, "format": FORMAT}))  # what is half converted no older one may have
+    log.info("catalogue.converting", format=found, to=FORMAT)
+    facts: dict[str, object] = {"converting": 0}
     if catalogue.epochs.last[1] and not catalogue.meta("lineage", ""):
         # Both nodes of a pair hold one log and must give it the same name.
         facts["lineage"] = f"1-{cluster_id}" if cluster_id else str(uuid.uuid4())
-    if found == 1 and catalogue.counts()["instances"]:
-        _join_all(catalogue)
+    if found == 1:
+        _in_steps(catalogue, _join_some)
+    _in_steps(catalogue, _fold_some)
+    _in_steps(catalogue, partial(_shrink_some, applied=int(catalogue.meta("applied", 0))))
     catalogue.write(Batch(meta=facts))
 
 
-def _join_all(catalogue: Catalogue) -> None:
-    """The rows above each instance, in pieces: a process that ends meanwhile begins anew."""
+def _in_steps(catalogue: Catalogue, step: Step) -> None:
     at = b""
-    while True:
-        last = catalogue.kv.update(partial(_join_some, start=at))
-        if last is None:
-            return
+
+    def next_step(txn: Transaction) -> bytes | None:
+        return step(txn, at)
+
+    while (last := catalogue.kv.update(next_step)) is not None:
         at = last + b"\0"
 
 
 def _join_some(txn: Transaction, start: bytes) -> bytes | None:
-    found = []
-    for key, value in txn.scan("instance", start):
-        found.append((key, value))
-        if len(found) >= ROWS_AT_ONCE:
-            break
+    """The rows above each instance."""
+    found = list(islice(txn.scan("instance", start), ROWS_AT_ONCE))
     for _, value in found:
-        put = decode_instance(value).put
+        put = instances.decode_old(value).put
         rows.join(txn, put)
         txn.put("series_study", f"{put.series}\0{put.study}".encode(), b"")
+    return found[-1][0] if found else None
+
+
+def _fold_some(txn: Transaction, start: bytes) -> bytes | None:
+    """Rows by what differs within a series."""
+    found = list(islice(txn.scan("instance", start), ROWS_AT_ONCE))
+    for uid, value in found:
+        one = instances.decode_old(value)
+        instances.put(txn, one.seq, one.put)
+        txn.delete("instance", uid)
+        txn.delete("member", f"{one.put.study}\0{one.put.series}\0".encode() + uid)
+    return found[-1][0] if found else None
+
+
+def _shrink_some(txn: Transaction, start: bytes, applied: int) -> bytes | None:
+    """What the log says of an applied instance is in its row."""
+    found = list(islice(txn.scan("log", start), ROWS_AT_ONCE))
+    for _, value in found:
+        entry = decode_entry(value)
+        if entry.seq > applied:
+            return None
+        if isinstance(entry.operation, Void):
+            entries.void(txn, entry.seq)
+        elif isinstance(put := entry.operation, Put):
+            row = instances.get(txn, instances.key_of(put.sop_instance))
+            if row is not None and row.seq == entry.seq:
+                entries.applied(txn, entry.seq, put)
     return found[-1][0] if found else None

@@ -43,6 +43,10 @@ class CatalogueFull(OSError):
 class Transaction(Protocol):
     def get(self, table: str, key: bytes) -> bytes | None: ...
     def put(self, table: str, key: bytes, value: bytes) -> None: ...
+    def append(self, table: str, key: bytes, value: bytes) -> None:
+        """As `put`, for a key that comes after all others as a rule: so pages fill up."""
+        ...
+
     def delete(self, table: str, key: bytes) -> bool: ...
     def scan(self, table: str, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         """Rows in the order of their keys, from `start` on. The table may not be changed meanwhile."""
@@ -75,6 +79,10 @@ class _LmdbTransaction:
 
     def put(self, table: str, key: bytes, value: bytes) -> None:
         self._txn.put(key, value, db=self._tables[table])
+
+    def append(self, table: str, key: bytes, value: bytes) -> None:
+        if not self._txn.put(key, value, db=self._tables[table], append=True):
+            self._txn.put(key, value, db=self._tables[table])
 
     def delete(self, table: str, key: bytes) -> bool:
         return bool(self._txn.delete(key, db=self._tables[table]))

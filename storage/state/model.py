@@ -97,14 +97,12 @@ class Tombstone(msgspec.Struct, frozen=True):
 
 _encoder = msgspec.msgpack.Encoder()
 _entry = msgspec.msgpack.Decoder(Entry)
-_instance = msgspec.msgpack.Decoder(Instance)
 _location = msgspec.msgpack.Decoder(Location)
 _task = msgspec.msgpack.Decoder(Task)
 _leaving = msgspec.msgpack.Decoder(Leaving)
 
 encode = _encoder.encode
 decode_entry = _entry.decode
-decode_instance = _instance.decode
 decode_location = _location.decode
 decode_task = _task.decode
 decode_leaving = _leaving.decode

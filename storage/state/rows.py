@@ -11,9 +11,9 @@ import msgspec
 import xxhash
 
 from storage.objects import paths
-from storage.state import keys
+from storage.state import instances, keys
 from storage.state.kv import Transaction
-from storage.state.model import Delete, Instance, Put, decode_instance, encode
+from storage.state.model import Delete, Instance, Put
 
 Identity = tuple[str, str]  # (Patient ID, its issuer)
 
@@ -75,10 +75,7 @@ def series_row(put: Put) -> SeriesRow:
 
 
 def add(txn: Transaction, seq: int, put: Put) -> None:
-    uid = put.sop_instance.encode()
-    series = f"{put.study}\0{put.series}".encode()
-    txn.put("instance", uid, encode(Instance(seq, put)))
-    txn.put("member", series + b"\0" + uid, b"")
+    instances.put(txn, seq, put)
     join(txn, put)
 
 
@@ -134,12 +131,9 @@ def _filled(known: dict[str, str], put: Put, level: dict[str, int]) -> dict[str,
 
 def remove(txn: Transaction, put: Put) -> int:
     """Returns the bytes of the file. Series and study go with their last instance."""
-    uid, study = put.sop_instance.encode(), put.study.encode()
-    series = f"{put.study}\0{put.series}".encode()
-    txn.delete("instance", uid)
-    txn.delete("member", series + b"\0" + uid)
-    if not _any(txn, "member", series + b"\0"):
-        txn.delete("series", series)
+    study = put.study.encode()
+    if instances.remove(txn, put):
+        txn.delete("series", f"{put.study}\0{put.series}".encode())
         txn.delete("series_study", f"{put.series}\0{put.study}".encode())
     if not _any(txn, "series", study + b"\0"):
         _forget_study(txn, study)
@@ -191,13 +185,21 @@ def says_the_same(one: Put, other: Put) -> bool:
 def matching(txn: Transaction, delete: Delete) -> list[Instance]:
     """What a deletion names, as far as it is there."""
     if delete.sop_instance:
-        raw = txn.get("instance", delete.sop_instance.encode())
-        found = [decode_instance(raw)] if raw is not None else []
-        return [one for one in found if one.put.study == delete.study]
-    prefix = delete.study.encode() + b"\0" + (delete.series.encode() + b"\0" if delete.series else b"")
-    uids = [key.rpartition(b"\0")[2] for key, _ in _below(txn, "member", prefix)]
-    rows = (txn.get("instance", uid) for uid in uids)
-    return [decode_instance(raw) for raw in rows if raw is not None]
+        one = instances.get(txn, instances.key_of(delete.sop_instance))
+        return [one] if one is not None and one.put.study == delete.study else []
+    found = [instances.get(txn, key) for key in members(txn, delete.study, delete.series)]
+    return [one for one in found if one is not None]
+
+
+def members(txn: Transaction, study: str, series: str = "") -> Iterator[bytes]:
+    """Keys of the instances of a study, or of one of its series."""
+    for number in [instances.number_of(txn, study, series)] if series else numbers(txn, study):
+        yield from instances.members(txn, number)
+
+
+def numbers(txn: Transaction, study: str) -> list[bytes]:
+    """Of a study's series, see `instances`."""
+    return [number for _, number in _below(txn, "number", study.encode() + b"\0")]
 
 
 def _below(txn: Transaction, table: str, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -44,6 +44,9 @@ class MemoryTransaction:
     def get(self, table: str, key: bytes) -> bytes | None:
         return self._tables.get(table, {}).get(key)
 
+    def append(self, table: str, key: bytes, value: bytes) -> None:
+        self.put(table, key, value)
+
     def put(self, table: str, key: bytes, value: bytes) -> None:
         rows = self._tables.setdefault(table, {})
         self.undo.append((table, key, rows.get(key)))

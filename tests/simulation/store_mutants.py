@@ -12,10 +12,10 @@ from storage.log.records import Record
 from storage.log.segment import Segment
 from storage.objects.incoming import Incoming
 from storage.replication import follower
-from storage.state import changes
+from storage.state import changes, entries
 from storage.state.catalogue import Catalogue
 from storage.state.kv import Transaction
-from storage.state.model import Delete, Entry, Void, decode_entry, encode
+from storage.state.model import Delete
 from storage.upkeep import recovery
 from tests.simulation.machine import MemoryVolume
 from tests.simulation.mutants import AckBeforePeer, RollForwardSkipped, ShrinkWithoutCompare
@@ -90,8 +90,7 @@ def tombstone_dropped_early() -> contextlib.AbstractContextManager[None]:
 
     def forget(txn: Transaction, seq: int, delete: Delete) -> int:
         grown = apply(txn, seq, delete)
-        entry = decode_entry(txn.get("log", changes.seq_key(seq)) or b"")
-        txn.put("log", changes.seq_key(seq), encode(Entry(entry.epoch, seq, Void())))
+        entries.void(txn, seq)
         return grown
 
     return replaced(changes, "apply_delete", forget)

@@ -8,8 +8,9 @@ from typing import Final
 import lmdb
 import msgspec
 
+from storage.state import instances
 from storage.state.catalogue import TABLES
-from storage.state.model import Put, decode_instance, decode_leaving
+from storage.state.model import Put, decode_leaving
 
 OLD_MAP_BYTES: Final = 1 << 40
 
@@ -42,9 +43,12 @@ class Old:
 
     def put(self, sop_instance: str) -> Put | None:
         """The record of an instance."""
-        raw = self._get("instance", sop_instance.encode())
+        key = instances.key_of(sop_instance)
         with contextlib.suppress(Exception):  # whatever a damaged row leads to: then it isn't known
-            return decode_instance(raw).put if raw is not None else None
+            if (raw := self._get("instances", key)) is not None:
+                return instances.decode(key, raw, lambda number: self._get("base", number)).put
+            if (raw := self._get("instance", sop_instance.encode())) is not None:
+                return instances.decode_old(raw).put
         return None
 
     def is_deleted(self, sop_instance: str) -> bool:

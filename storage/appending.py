@@ -4,6 +4,7 @@ One thread has the log. What an entry brings is durable with its record, in it o
 """
 
 import asyncio
+import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -21,6 +22,8 @@ from storage.workers import WorkersFactory
 log = structlog.get_logger()
 
 BATCH_ENTRIES_MAX: Final = 256
+NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
+FULL_RETRY_S: Final = 1.0
 
 Chunks = Sequence[bytes | bytearray]
 
@@ -93,7 +96,7 @@ class Appending:
         self._next_seq = seq + 1
 
     async def cut(self, after: int) -> None:
-        """Forget the log's entries behind `after`, durably; nothing is being written. Raises OSError, ValueError."""
+        """Forget the log's entries behind `after`, durably; nothing is being written. Raises OSError."""
         await self._thread.run(self._log.cut, after)
 
     async def trim(self, upto: int) -> None:
@@ -104,6 +107,10 @@ class Appending:
     def stop(self) -> None:
         self._thread.stop()
         self._beside.stop()
+
+    def _again(self) -> None:
+        self._running = False
+        self._kick()
 
     def _prepare(self) -> None:
         """Have room for what comes, before anybody waits for it."""
@@ -123,14 +130,25 @@ class Appending:
     def _write(self, batch: list[Ready]) -> None:
         self._since = self._clock()
         crash.point("log.before_append")
-        self._log.append([record_of(one.entry, one.location, one.chunks) for one in batch])
+        try:
+            self._log.append([record_of(one.entry, one.location, one.chunks) for one in batch])
+        except OSError as error:
+            if error.errno in NO_ROOM:
+                self._since = None  # it answers
+            raise
         self._since = None
         crash.point("log.after_append")
 
     def _written(self, job: "asyncio.Future[None]", batch: list[Ready]) -> None:
         if job.cancelled():
             return
-        if error := job.exception():
+        error = job.exception()
+        if isinstance(error, OSError) and error.errno in NO_ROOM and not self._log.broken:
+            log.error("log.full")  # nothing of it was written, and those who wait do so until there is room
+            self._waiting[:0] = batch
+            asyncio.get_running_loop().call_later(FULL_RETRY_S, self._again)
+            return
+        if error:
             self._broken = True  # what came before may be lost: nothing later may become durable in its place
             self._on_failed(error)
             return

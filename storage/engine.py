@@ -164,7 +164,7 @@ class Engine(Parts):
         except OSError as error:
             log.error("state.not_looked_at", error=error.strerror)
             return
-        full = free < STATE_RESERVE_BYTES
+        full = free < STATE_RESERVE_BYTES + self.log.segment_bytes
         if full != self._state_full:
             log.error("state.full", free_bytes=free) if full else log.info("state.has_room", free_bytes=free)
         self._state_full = full

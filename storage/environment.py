@@ -13,10 +13,10 @@ import structlog
 from conf.settings import ClusterSettings, Settings
 from conf.tls import MutualTls
 from storage.control import boottime
-from storage.log.folder import Folder, LocalFolder
+from storage.log.folder import Folder, LocalFolder, LogDamaged
 from storage.log.log import Log
+from storage.log.records import PAYLOAD_BYTES_MAX
 from storage.log.salvage import lineage_of, set_aside
-from storage.log.segment import LogDamaged
 from storage.objects.locks import Lock, lock_state
 from storage.objects.view import Showing, View
 from storage.objects.volume import LocalVolume
@@ -28,13 +28,18 @@ from storage.state.logged import logged
 from storage.state.soundness import is_sound, is_unclean, opened
 from storage.workers import Workers, WorkersFactory
 
-SEGMENTS: Final = 16  # of the log, at most while nothing holds up its trimming
+SEGMENTS_MIN, SEGMENTS = 3, 16  # of the log, at most while nothing holds up its trimming
 SPARES: Final = 4
+SEGMENT_BYTES_MIN: Final = PAYLOAD_BYTES_MAX + (1 << 20)  # the longest entry fits
 LOG_BYTES_MIN: Final = 32 << 20
 LOG_SHARE: Final = 8  # of its disk: one part in so many
 NEW_FOLDER: Final = "catalogue.new"  # beside the catalogue, while it is made anew
 
 log = structlog.get_logger()
+
+
+class LogAway(LogDamaged):
+    """There is nothing where the log was."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +87,14 @@ def log_room(settings: Settings) -> int:
 def open_log(folder: Folder, catalogue: Catalogue, log_bytes: int, *, alone: bool = False) -> Log:
     """This node's log, which ends where the catalogue does or behind it. One that isn't what was written, or isn't
     there any more, is never guessed at: in a pair it is set aside, and this node begins a log anew as a stranger to the
-    in-sync set, that has to follow the other node up to date. Raises LogDamaged alone, OSError.
+    in-sync set, that has to follow the other node up to date. For a folder with nothing in it the node waits: it may be
+    mounted later. Raises LogAway, LogDamaged alone, OSError.
     """
     try:
         return _open_log(folder, catalogue, log_bytes)
     except LogDamaged as error:
+        if isinstance(error, LogAway):
+            raise LogAway(f"the log: {error} `tandem rebuild-index` begins one anew") from error
         if alone:
             raise LogDamaged(
                 f"the log: {error}; `tandem rebuild-index` makes catalogue and log anew, from the files and from what "
@@ -103,10 +111,10 @@ def _open_log(folder: Folder, catalogue: Catalogue, log_bytes: int) -> Log:
     if not name:
         return _begin_log(folder, catalogue, log_bytes)
     last = catalogue.epochs.last[1]
-    kept = Log(folder, log_bytes // SEGMENTS, SPARES, SEGMENTS)
+    kept = _log(folder, log_bytes)
     try:
         if kept.lineage != name:
-            raise LogDamaged(
+            raise (LogDamaged if kept.lineage else LogAway)(
                 "its segments aren't where they were; is `[storage] log` another folder now, or its disk away?"
             )
         if kept.first > last + 1:
@@ -119,16 +127,22 @@ def _open_log(folder: Folder, catalogue: Catalogue, log_bytes: int) -> Log:
     return kept
 
 
+def _log(folder: Folder, log_bytes: int) -> Log:
+    """Raises LogDamaged, OSError."""
+    size = max(log_bytes // SEGMENTS, min(SEGMENT_BYTES_MIN, log_bytes // SEGMENTS_MIN))
+    return Log(folder, size, min(SPARES, log_bytes // size // 2), log_bytes // size)
+
+
 def _begin_log(folder: Folder, catalogue: Catalogue, log_bytes: int) -> Log:
     """Raises OSError."""
     is_taken = lineage_of(folder) == catalogue.meta("log_taken", "")  # all that it says is in the catalogue
     if not is_taken and (prefix := set_aside(folder)):
         log.warning("log.set_aside", prefix=prefix)
     try:
-        kept = Log(folder, log_bytes // SEGMENTS, SPARES, SEGMENTS)
+        kept = _log(folder, log_bytes)
     except LogDamaged:  # a head that can't be read
         set_aside(folder)
-        kept = Log(folder, log_bytes // SEGMENTS, SPARES, SEGMENTS)
+        kept = _log(folder, log_bytes)
     name = str(uuid.uuid4())
     kept.begin(name, catalogue.epochs.pairs)
     catalogue.write(Batch(meta={"log": name}))

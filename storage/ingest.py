@@ -89,7 +89,7 @@ class Ingest:
     def _place(self, incoming: Incoming, stream: int, study: str) -> None:
         """Put an object where the rest of its study lies, if there is room and nothing was written yet."""
         if not incoming.placed:
-            incoming.volume = self._volumes.place(study)
+            incoming.volume = self._volumes.place(study, self._catalogue.volume_of)
         peer = self._core.peer_hello
         if peer is not None and peer.features >= PLACES_STREAMS:
             self._peering.place_stream(stream, study)

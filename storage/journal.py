@@ -19,15 +19,15 @@ import structlog
 from conf.telling import reason_of
 from storage import crash
 from storage.appending import Appending, Ready
+from storage.log.folder import LogDamaged
 from storage.log.log import Log
-from storage.log.segment import LogDamaged
 from storage.objects.incoming import Incoming
 from storage.objects.view import Showing
 from storage.objects.volume import NoRoom
 from storage.objects.volumes import Volumes
 from storage.publishing import Publishing
 from storage.state.catalogue import Batch, Catalogue, same_copy
-from storage.state.logged import logged
+from storage.state.logged import Logged, logged
 from storage.state.model import Entry, Location, Put
 from storage.turns import Turns
 from storage.workers import Threads, WorkersFactory
@@ -39,7 +39,9 @@ STATE_DELAY_S: Final = 0.02
 WAITING_MAX: Final = 64
 CHECKPOINT_INTERVAL_S: Final = 5.0
 LOG_USED: Final = 0.4  # share of the log's files; above it checkpoints come ten times as often
-SYNC_THREADS: Final = 4
+SYNC_THREADS: Final = 8
+SYNC_LOOK_S: Final = 1.0
+UNLANDED_BYTES_MAX: Final = 128 << 20  # in memory and in the log, and on no volume yet
 BUSY_S: Final = 0.25
 
 
@@ -93,6 +95,8 @@ class Journal:
         self._checkpointed = int(catalogue.meta("checkpoint", 0))
         self._checkpointed_at = asyncio.get_running_loop().time()
         self._checkpointing: asyncio.Task[None] | None = None
+        self._sync_jobs: dict[str, asyncio.Future[bool]] = {}
+        self._unlanded_bytes = 0
         self._appended_at = float("-inf")
         self.applied = int(catalogue.meta("applied", 0))
         self.heard: dict[str, float] = {}  # AE title -> wall clock of its newest image, since this process started
@@ -127,12 +131,17 @@ class Journal:
     def append_inline(self, entry: Entry, incoming: Incoming, landed: Callable[[Location], None]) -> bool:
         """Log an entry together with its bytes, if they aren't too long: the shortest way. `landed(location)` is called
         in the journal's thread when they lie on a volume as well."""
-        chunks = incoming.inline()
+        chunks = incoming.inline() if self.takes_inline else None
         if chunks is None:
             return False
         self._volumes.on_their_way.discard(incoming)  # the journal has it from here
         self._append(Ready(entry, None, chunks, incoming, landed, incoming.attempt))
         return True
+
+    @property
+    def takes_inline(self) -> bool:
+        """The volumes keep up with the log: otherwise they are asked first, and who sends waits for them."""
+        return self._unlanded_bytes < UNLANDED_BYTES_MAX and self._log.used < 1
 
     def _append(self, ready: Ready) -> None:
         self._appended_at = asyncio.get_running_loop().time()
@@ -141,6 +150,7 @@ class Journal:
     def _logged(self, readies: list[Ready]) -> None:
         for ready in readies:
             self._catalogue.tail[ready.entry.seq] = (ready.entry, ready.location)
+            self._unlanded_bytes += ready.incoming.length if ready.incoming else 0
         self._durable += readies
         self._set_timer()
         self._on_durable(readies[-1].entry.seq)
@@ -166,17 +176,21 @@ class Journal:
 
     async def logged_bytes(self, seq: int) -> bytes | None:
         """The file of an entry, header and data set, if the log still has it."""
+        return await self._reading.run(self._logged_bytes, seq)
 
-        def look() -> bytes | None:
-            try:
-                return logged(self._log.read(seq)).data
-            except (KeyError, ValueError):
-                return None
-            except LogDamaged as error:
-                log.error("log.damaged", seq=seq, error=str(error))
-                return None
+    def _logged_bytes(self, seq: int) -> bytes | None:
+        found = self.logged_now(seq)
+        return found.data if found else None
 
-        return await self._reading.run(look)
+    def logged_now(self, seq: int) -> Logged | None:
+        """What the log still has of an entry. Blocks."""
+        try:
+            return logged(self._log.read(seq))
+        except (KeyError, ValueError):
+            return None
+        except LogDamaged as error:
+            log.error("log.damaged", seq=seq, error=str(error))
+            return None
 
     def apply(self, entry: Entry, location: Location | None) -> None:
         """Publish a committed entry some time soon."""
@@ -313,6 +327,7 @@ class Journal:
                 waiter.set_result(None)
         for ready in work.ready:
             self._catalogue.tail.pop(ready.entry.seq, None)
+            self._unlanded_bytes -= ready.incoming.length if ready.incoming else 0
         if work.batch.applies:
             self.applied = max(self.applied, work.batch.applied)
             self._on_applied(self.applied)
@@ -336,14 +351,14 @@ class Journal:
         applied = self.applied
         placed = await self._syncing.run(self._placed_since, applied)
         volumes = sorted({location.volume for _, location in placed})
-        done = await asyncio.gather(*(self._syncing.run(self._sync, volume_id) for volume_id in volumes))
+        done = await asyncio.gather(*(self._synced(volume_id) for volume_id in volumes))
         synced = {volume_id for volume_id, good in zip(volumes, done, strict=True) if good}
         only_here = {
             seq: ("its disk failed before it was synced", location)
             for seq, location in placed
             if location.volume not in synced and await self.logged_bytes(seq) is not None
         }
-        upto = min([applied, *(seq - 1 for seq in (*only_here, *await self._only_logged()))])
+        upto = min([applied, *(seq - 1 for seq in (*only_here, *await self._reading.run(self._only_logged, applied)))])
         if lost := {seq: row for seq, row in only_here.items() if self._volumes.has_failed(row[1].volume)}:
             await self.lose(lost)  # healing has them from the log
         if upto > self._checkpointed:
@@ -356,12 +371,30 @@ class Journal:
         rows = self._catalogue.locations(self._checkpointed + 1)
         return list(takewhile(lambda row: row[0] <= applied, rows))
 
-    async def _only_logged(self) -> list[int]:
+    def _only_logged(self, applied: int) -> list[int]:
         """The first entry whose bytes are nowhere on this node but in the log."""
-        for seq in await self._syncing.run(self._catalogue.missing, self._checkpointed + 1, BATCH_ENTRIES_MAX):
-            if await self.logged_bytes(seq) is not None:
-                return [seq]
+        start = self._checkpointed + 1
+        while found := [seq for seq in self._catalogue.missing(start, BATCH_ENTRIES_MAX) if seq <= applied]:
+            for seq in found:
+                if self._logged_bytes(seq) is not None:
+                    return [seq]
+            start = found[-1] + 1
         return []
+
+    async def _synced(self, volume_id: str) -> bool:
+        """One that goes out of service meanwhile isn't waited for, and not asked again before it has answered."""
+        before = self._sync_jobs.get(volume_id)
+        if before and not await self._answered(volume_id, before):
+            return False
+        job = self._sync_jobs[volume_id] = self._syncing.run(self._sync, volume_id)
+        return await self._answered(volume_id, job) and job.result()
+
+    async def _answered(self, volume_id: str, job: "asyncio.Future[bool]") -> bool:
+        while not job.done():
+            if not self._volumes.serves(volume_id):
+                return False
+            await asyncio.wait([job], timeout=SYNC_LOOK_S)
+        return True
 
     def _sync(self, volume_id: str) -> bool:
         try:
@@ -370,7 +403,8 @@ class Journal:
             return False
         except OSError as error:
             log.error("volume.not_synced", volume=volume_id, error=reason_of(error))
-            self._volumes.failed(volume_id, error)
+            # Whatever it was: the kernel tells of it once, and what it couldn't write is gone.
+            self._volumes.failed(volume_id, OSError(errno.EIO, f"not synced: {error.strerror}"))
             return False
         return True
 
@@ -440,8 +474,8 @@ class Journal:
         """Write to a volume what the log took. Where none takes it now, healing has it from the log."""
         for ready in work.ready:
             location = ready.location
-            if location and self._volumes.has_failed(location.volume):
-                location = None  # since it was logged, and perhaps after its copies were written off
+            if location and self._volumes.has_failed(location.volume):  # perhaps after its copies were written off
+                work.batch.lost[ready.entry.seq] = ("its disk failed", location)
             if ready.incoming:
                 self._aim(ready)
                 self._turns.at(turn, ready.incoming.volume.id)

@@ -26,7 +26,7 @@ from storage.replication.peering import Peering
 from storage.replication.pending import Pendings
 from storage.replication.replica import Replica
 from storage.state.catalogue import Batch, Catalogue
-from storage.state.model import Entry
+from storage.state.model import Entry, Put
 from storage.upkeep.disks import DiskWatch
 from storage.upkeep.healing import Healing
 from storage.upkeep.scrub import Scrub
@@ -193,7 +193,17 @@ class Parts:
             on_down=self._link_down,
             on_message=self._message,
             on_suspect=lambda seq: self.healing.suspect(seq),
+            lies_on=self.catalogue.volume_of,
+            from_log=self._from_log,
         )
+
+    def _from_log(self, seq: int) -> tuple[Put, bytes] | None:
+        """An entry's bytes that are on no volume yet, or not any more. Blocks."""
+        entry = self.copies.entry(seq)
+        if entry is None or not isinstance(entry.operation, Put):
+            return None
+        kept = self.journal.logged_now(seq)
+        return None if kept is None or kept.data is None else (entry.operation, kept.data)
 
     def _spawn(self, coroutine: Any) -> None:
         raise NotImplementedError

@@ -4,6 +4,7 @@ All methods block and raise OSError. Writes are durable after `Segment.sync`, na
 """
 
 import contextlib
+import errno
 import os
 import threading
 from collections.abc import Sequence
@@ -14,13 +15,18 @@ ZEROS: Final = bytes(1 << 20)
 BUFFERS_MAX: Final = 1000  # of one call; the kernel takes 1,024
 
 
+class LogDamaged(Exception):
+    """A segment isn't what was written, and not at the tail of the log, where a power cut may have torn it; or the disk
+    can't read it."""
+
+
 class File(Protocol):
     """One file of fixed size."""
 
     size: int
 
     def read(self, at: int, length: int) -> bytes:
-        """Fewer bytes only at the end of the file."""
+        """Fewer bytes only at the end of the file. Raises LogDamaged for what the disk can't read."""
         ...
 
     def write(self, at: int, parts: Sequence[bytes | bytearray | memoryview]) -> None:
@@ -56,11 +62,16 @@ class LocalFile:
         self.size = os.fstat(fd).st_size
 
     def read(self, at: int, length: int) -> bytes:
-        with self._gate:
-            found = os.pread(self._fd, length, at)
-            while len(found) < length and (more := os.pread(self._fd, length - len(found), at + len(found))):
-                found += more
-            return found
+        try:
+            with self._gate:
+                found = os.pread(self._fd, length, at)
+                while len(found) < length and (more := os.pread(self._fd, length - len(found), at + len(found))):
+                    found += more
+                return found
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            raise LogDamaged(f"the disk can't read {length} bytes at {at}") from error
 
     def write(self, at: int, parts: Sequence[bytes | bytearray | memoryview]) -> None:
         for first in range(0, len(parts), BUFFERS_MAX):

@@ -14,9 +14,9 @@ from typing import Final
 
 import structlog
 
-from storage.log.folder import File, Folder
+from storage.log.folder import File, Folder, LogDamaged
 from storage.log.records import HEAD, MARK, PAYLOAD_BYTES_MAX, Bytes, Record, pack, size_of, unpack_head
-from storage.log.segment import EPOCHS_MAX, HEAD_BYTES, LogDamaged, Segment, SegmentHead, pack_head, unpack_segment_head
+from storage.log.segment import EPOCHS_MAX, HEAD_BYTES, Segment, SegmentHead, pack_head, unpack_segment_head
 
 log = structlog.get_logger()
 
@@ -49,7 +49,11 @@ class Log:
         self._number = 0  # the greatest that a segment has
         self._broken = False
         self._marked = False  # what a power cut left behind the tail can't follow what is appended
-        self._find()
+        try:
+            self._find()
+        except BaseException:
+            self.close()
+            raise
 
     # -- opening -----------------------------------------------------------------------------------------------
 
@@ -65,6 +69,7 @@ class Log:
             head = unpack_segment_head(raw)
             if number is not None and head is not None and head.number == number:
                 found[number] = Segment(name, file, head)
+                self._segments = list(found.values())  # to be closed, whatever is found
             else:
                 file.close()
                 if number is None:
@@ -286,14 +291,15 @@ class Log:
         return segment
 
     def cut(self, after: int) -> None:
-        """Forget all entries behind `after`, durably. Raises ValueError for one before the log's beginning, OSError,
+        """Forget all entries behind `after`, durably; what the log has forgotten before that stays so. Raises OSError,
         Broken."""
         self._whole()
         if after >= self.last[1]:
             return
-        if after < self.first - 1:
-            raise ValueError(f"the log begins at {self.first}")
         epochs = tuple((epoch, min(last, after)) for epoch, last in self._epochs_upto(after))
+        if after < self.first - 1:
+            self.begin(self.lineage, epochs)
+            return
         self._roll(self.lineage, after + 1, epochs)
 
     def _epochs_upto(self, after: int) -> Iterator[tuple[int, int]]:
@@ -340,6 +346,15 @@ class Log:
                     self._spares.append(spare)
             else:
                 self._folder.remove(segment.name)
+
+    @property
+    def broken(self) -> bool:
+        """A write or a sync has failed: it must be opened anew."""
+        return self._broken
+
+    @property
+    def segment_bytes(self) -> int:
+        return self._segment_bytes
 
     @property
     def wants_spares(self) -> bool:

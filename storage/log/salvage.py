@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from storage.log.folder import Folder
+from storage.log.folder import Folder, LogDamaged
 from storage.log.log import SEGMENT
 from storage.log.records import HEAD, Record, unpack, unpack_head
-from storage.log.segment import HEAD_BYTES, LogDamaged, Segment, unpack_segment_head
+from storage.log.segment import HEAD_BYTES, Segment, unpack_segment_head
 
 ASIDE: Final = "aside-"
 

@@ -7,7 +7,7 @@ from typing import Final
 import msgspec
 import xxhash
 
-from storage.log.folder import File
+from storage.log.folder import File, LogDamaged
 from storage.log.records import (
     ALIGNMENT,
     ENTRY,
@@ -26,11 +26,8 @@ HEAD_BYTES: Final = 4096
 MAGIC: Final = b"TLS1"
 SUM_BYTES: Final = 8
 SCAN_BYTES: Final = 1 << 20
+SALVAGE_BYTES: Final = 64 << 10
 EPOCHS_MAX: Final = 100  # that a head names; a log of more takeovers is matched from where they begin
-
-
-class LogDamaged(Exception):
-    """A segment isn't what was written, and not at the tail of the log, where a power cut may have torn it."""
 
 
 class SegmentHead(msgspec.Struct, frozen=True, array_like=True):
@@ -150,7 +147,7 @@ class Segment:
     def salvage(self) -> Iterator[tuple[int, Head, bool]]:
         """(place, head, it follows those before it) of whatever can still be read, also behind what can't. Raises
         OSError."""
-        raw, at, chain, is_sure = self.file.read(0, self.file.size), HEAD_BYTES, self.head.chain, True
+        raw, at, chain, is_sure = self._whatever_can_be_read(), HEAD_BYTES, self.head.chain, True
         while 0 <= at < len(raw):
             head = unpack_head(raw[at : at + HEAD.size])
             if head is None or not is_of(head, self.head.chain):
@@ -163,6 +160,16 @@ class Segment:
             elif head.kind == ENTRY:
                 is_sure = False
             at += size_of(head.length)
+
+    def _whatever_can_be_read(self) -> bytes:
+        """The file, with zeros for what can't."""
+        parts = []
+        for at in range(0, self.file.size, SALVAGE_BYTES):
+            try:
+                parts.append(self.file.read(at, SALVAGE_BYTES))
+            except LogDamaged:
+                parts.append(bytes(min(SALVAGE_BYTES, self.file.size - at)))
+        return b"".join(parts)
 
     def read(self, seq: int) -> Record:
         """Raises OSError, LogDamaged."""

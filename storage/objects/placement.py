@@ -13,6 +13,7 @@ from typing import Final
 
 ACTIVE_S: Final = 60.0  # a study that nothing came of for so long isn't being written any more
 WEIGHT_MIN, WEIGHT_MAX = 0.25, 2.0
+FULL_SHARE, FULL_BYTES = 1 / 16, 16 << 30  # with less room than both, of the one with the most: no new study
 STUDIES_MAX: Final = 4096  # that are remembered
 
 LiesOn = Callable[[str], str]
@@ -56,6 +57,8 @@ class Studies:
 
 def least_loaded(free: Mapping[str, int], active: Mapping[str, int]) -> str:
     """Of these volumes, with their free bytes, the one for a new study; `free` isn't empty."""
+    most = max(free.values())
+    free = {volume: room for volume, room in free.items() if room >= min(most * FULL_SHARE, FULL_BYTES)}
     usual = median(free.values())
 
     def load(volume: str) -> tuple[float, int]:

@@ -113,8 +113,8 @@ class Volumes:
             raise TwoOfOne(twin.path, path)
         slot = Slot(path, volume, "draining" if volume.draining else "online")
         slot.free_bytes, slot.total_bytes = volume.free_bytes(), volume.total_bytes()
-        self.slots = [known for known in self.slots if known.path != path] + [slot]
         self._by_id[volume.id] = slot
+        self.slots = [known for known in self.slots if known.path != path] + [slot]
         return volume
 
     def _still_there(self, slot: Slot) -> bool:
@@ -152,7 +152,7 @@ class Volumes:
     def choose(self, prefer: str = "", avoid: str = "") -> Volume:
         """The preferred volume if it has room, else the one with least to do for its room, but for `avoid`; a slow one
         last. Raises NoRoom."""
-        fast, slow = dict[str, int](), dict[str, int]()  # volume -> free bytes
+        fast, slow, found = dict[str, int](), dict[str, int](), dict[str, Volume]()  # volume -> free bytes
         for slot in self.slots:
             if slot.volume is None or not slot.usable or slot.volume.draining or slot.volume.id == avoid:
                 continue
@@ -161,10 +161,11 @@ class Volumes:
             slot.state = "full" if free <= 0 else "slow" if is_slow else "online"
             if free > 0:
                 (slow if is_slow else fast)[slot.volume.id] = free
+                found[slot.volume.id] = slot.volume
         if not (fast or slow):
             raise NoRoom("no volume is online with room")
-        chosen = prefer if prefer in fast else least_loaded(fast or slow, self._studies.active())
-        return self.get(chosen)
+        usable = fast or slow
+        return found[prefer if prefer in usable else least_loaded(usable, self._studies.active())]
 
     def place(self, study: str, lies_on: LiesOn | None = None) -> Volume:
         """The volume for an object of a study; `lies_on` as in `Studies`. Raises NoRoom."""

@@ -66,7 +66,8 @@ class Follower:
             self._keep(entry, None)
             return
         incoming = self._peering.ended(effect.stream)
-        if incoming and incoming.inline() and incoming.digest_at_once() and _fits(incoming, put):
+        is_inline = incoming is not None and self._journal.takes_inline and incoming.inline() is not None
+        if incoming and is_inline and incoming.digest_at_once() and _fits(incoming, put):
             self._peering.forget(effect.stream)
             self._note(entry, None)
             self._journal.append_inline(entry, incoming, partial(self._note_landed, entry))
@@ -134,7 +135,9 @@ class Follower:
         data = await self._journal.logged_bytes(entry.seq)
         if data is None:
             return None
-        incoming = Incoming(self._workers, self._volumes, self._volumes.place(put.study), data[: put.offset])
+        incoming = Incoming(
+            self._workers, self._volumes, self._volumes.place(put.study, self._catalogue.volume_of), data[: put.offset]
+        )
         incoming.feed(memoryview(data)[put.offset :])
         return await self._checked(incoming, put)
 

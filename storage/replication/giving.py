@@ -25,6 +25,9 @@ READ_S: Final = 30.0  # that a disk may take for one block, with all that is rea
 STALLED_S: Final = 60.0  # nothing of a stream comes or goes
 
 
+Begun = tuple[Volume | None, bytes, bytes, Reader | None]  # header, first bytes, and the file if there is more of it
+
+
 class Giving:
     """`windows`: of each stream that is sent, the bytes that may still be; `stream_room(stream)` waits for some."""
 
@@ -39,10 +42,12 @@ class Giving:
         lacks: Callable[[int], bool],
         list_copies: Callable[[int, bool, tuple[int, ...]], list[Row]],
         on_suspect: Callable[[int], None],
+        from_log: Callable[[int], tuple[Put, bytes] | None],
     ) -> None:
         """As in `Peering`."""
         self._workers, self._volumes, self._windows, self._stream_room = workers, volumes, windows, stream_room
         self._find, self._lacks, self._list, self._on_suspect = find, lacks, list_copies, on_suspect
+        self._from_log = from_log
         self._serving = asyncio.Semaphore(FETCHES_SERVED_MAX)
 
     async def listing(self, link: Link, stream: int, start: int, read: bool, only: tuple[int, ...]) -> None:
@@ -83,7 +88,7 @@ class Giving:
                 link.send(Kind.ABORT, stream)
             except OSError as error:
                 log.error("fetch.unreadable", seq=seq, error=error.strerror)
-                if error.errno != errno.ETIMEDOUT:
+                if volume and error.errno != errno.ETIMEDOUT:
                     self._volumes.failed(volume.id, error)
                 link.send(Kind.ABORT, stream)
             finally:
@@ -91,9 +96,12 @@ class Giving:
                 if file:
                     file.close()
 
-    def _begin_reading(self, seq: int) -> tuple[Volume, bytes, bytes, Reader | None] | Kind:
+    def _begin_reading(self, seq: int) -> Begun | Kind:
         """Header, first bytes, and the file if there is more of it; or what to answer instead. In one thread hop."""
         found = self._find(seq)
+        if found is None and (kept := self._from_log(seq)) is not None:
+            put, data = kept
+            return None, data[: put.offset], data[put.offset :], None
         if found is None:
             return Kind.MISSING if self._lacks(seq) else Kind.ABORT
         volume, name, put = found
@@ -113,7 +121,7 @@ class Giving:
         return volume, header, block, None
 
 
-def _close_late(reading: "asyncio.Future[tuple[Volume, bytes, bytes, Reader | None] | Kind]") -> None:
+def _close_late(reading: "asyncio.Future[Begun | Kind]") -> None:
     """Its disk answered when nobody waited any more."""
     if (
         not reading.cancelled()

@@ -58,13 +58,17 @@ class Peering:
         on_down: Callable[[str], None],
         on_message: Callable[[AnyMessage], None],
         on_suspect: Callable[[int], None],
+        lies_on: Callable[[str], str],
+        from_log: Callable[[int], tuple[Put, bytes] | None],
     ) -> None:
         """`find(seq)` gives this node's copy of an entry, `lacks(seq)` says that there is none and won't be one soon;
-        `on_suspect(seq)`: the peer found that copy to be damaged, or it isn't where it should be."""
+        `on_suspect(seq)`: the peer found that copy to be damaged, or it isn't where it should be; `lies_on(study)`
+        names a volume that has something of it, `from_log(seq)` gives bytes that are on no volume."""
         self.routes = Routes(dial=dial, networks=networks, on_up=self._up, on_frame=self._frame, on_down=self._down)
         self._volumes, self._workers = volumes, workers
         self._on_up, self._on_down = on_up, on_down
         self._on_message, self._on_suspect = on_message, on_suspect
+        self._lies_on = lies_on
         self.on_clients: Callable[[bytes], None] = lambda _: None
         self._listings: dict[int, asyncio.Future[list[Row]]] = {}
         self.link: Link | None = None
@@ -88,6 +92,7 @@ class Peering:
             lacks=lacks,
             list_copies=list_copies,
             on_suspect=on_suspect,
+            from_log=from_log,
         )
         self._received = 0
         self.on_progress: Callable[[], None] = lambda: None  # the peer has taken bytes
@@ -326,7 +331,7 @@ class Peering:
                 incoming = self._incoming.get(stream)
                 if incoming and not incoming.placed:
                     with contextlib.suppress(NoRoom):  # it stays where it was to go
-                        incoming.volume = self._volumes.place(payload.decode("utf-8", "replace"))
+                        incoming.volume = self._volumes.place(payload.decode("utf-8", "replace"), self._lies_on)
             case Kind.END:
                 self._end(stream)
             case Kind.ABORT:
@@ -360,9 +365,9 @@ class Peering:
             return
         if not stream & FETCH_STREAM_BIT:
             self._ended[stream] = asyncio.get_running_loop().create_future()
-        study = self._studies.pop(stream, "")
+        study = self._studies.pop(stream, "") if stream & FETCH_STREAM_BIT else ""
         try:
-            volume = self._volumes.place(study) if study else self._volumes.choose()
+            volume = self._volumes.place(study, self._lies_on) if study else self._volumes.choose()
         except NoRoom:
             self._fail(stream, FetchFailed("no room here"))
             return

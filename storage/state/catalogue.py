@@ -34,10 +34,14 @@ from storage.state.rows import SeriesRow, StudyRow, identity_of, patient_key, se
 __all__ = ["ADOPTED", "Batch", "Catalogue", "same_copy", "seq_key"]
 
 T = TypeVar("T")
+# 1: 0.1, without a number; 2: lineage, series -> study, studies that name several patients; 3: a log beside it;
+# 4: applied instances only in their row, by what differs within a series
+FORMAT: Final = 4
 PAGE_ROWS: Final = 500
 COPIES_LOOKED_AT: Final = 8  # of a study, to find a volume that has something of it
 TABLES: Final = (
-    "log",  # seq -> Entry, see `entries`
+    "log",  # the log's last number, see `entries`
+    "entries",  # seq -> Entry
     "kept",  # seq -> key of the instance that an applied entry is
     "meta",
     "location",  # seq of the entry -> where this node's copy lies
@@ -129,11 +133,19 @@ class Catalogue:
         """What isn't applied yet is there, up to the end and not beyond it. Raises CatalogueDamaged."""
         with self.kv.read() as txn:
             start = int(changes.meta(txn, "applied", 0)) + 1
-            found = [int.from_bytes(key, "big") for key, _ in txn.scan("log", seq_key(start))]
-            kept = txn.last_key("kept")
+            table = "entries" if txn.count("entries") or txn.count("kept") else "log"  # until format 3
+            found = [int.from_bytes(key, "big") for key, _ in txn.scan(table, seq_key(start))]
+            kept, instances_kept, instances_there = txn.last_key("kept"), txn.count("kept"), txn.count("instances")
+            converting = changes.meta(txn, "converting", 0)
         last = self.epochs.last[1]
+        if converting:
+            return
         if found != list(range(start, last + 1)) or (kept and int.from_bytes(kept, "big") >= start):
             raise CatalogueDamaged(f"the log's entries from {start} on aren't all there: its epochs end at {last}")
+        if instances_kept != instances_there:
+            raise CatalogueDamaged(
+                f"{instances_there} instances, and {instances_kept} entries of the log that are some"
+            )
 
     # -- copies ------------------------------------------------------------------------------------------------
 
@@ -302,23 +314,36 @@ class Catalogue:
             yield key[len(prefix) :].decode(), msgspec.msgpack.decode(value, type=SeriesRow)
 
     def instances_of(self, study: str, series: str) -> Iterator[Instance]:
-        with self.kv.read() as txn:
-            number = instances.number_of(txn, study, series)
-        if number is None:
-            return
-        for one in self._paged("members", number, lambda txn, key, _: instances.get(txn, key[len(number) :])):
+        size = instances.NUMBER_BYTES
+        found = self._paged(
+            "members",
+            lambda txn: instances.number_of(txn, study, series),
+            lambda txn, key, _: instances.get(txn, key[size:]),
+        )
+        for one in found:
             if one is not None and (one.put.study, one.put.series) == (study, series):
                 yield one
 
     def _paged(
-        self, table: str, prefix: bytes, read: Callable[[Transaction, bytes, bytes], T], start: bytes = b""
+        self,
+        table: str,
+        below: bytes | Callable[[Transaction], bytes | None],
+        read: Callable[[Transaction, bytes, bytes], T],
+        start: bytes = b"",
     ) -> Iterator[T]:
-        """Rows below `prefix`, some hundreds from one snapshot: whoever takes his time with them holds up nobody."""
-        at = start or prefix
+        """Rows below a prefix, some hundreds from one snapshot: whoever takes his time with them holds up nobody.
+        `below`: the prefix, or what finds it in the first snapshot."""
+        prefix: bytes | None = below if isinstance(below, bytes) else None
+        at = start
         while True:
             page: list[T] = []
             last = b""
             with self.kv.read() as txn:
+                if prefix is None:
+                    prefix = below if isinstance(below, bytes) else below(txn)
+                if prefix is None:
+                    return
+                at = at or prefix
                 for key, value in txn.scan(table, at):
                     if len(page) == PAGE_ROWS or not key.startswith(prefix):
                         break
@@ -394,7 +419,7 @@ class Catalogue:
     def _write(self, txn: Transaction, batch: Batch, epochs: Epochs) -> None:
         meta = dict(batch.meta)
         for entry, location in batch.appends:
-            txn.append("log", seq_key(entry.seq), encode(entry))
+            txn.append("entries", seq_key(entry.seq), encode(entry))
             changes.locate(txn, entry, location)
         if batch.truncate_after is not None:  # what was logged before it was asked for is cut off as well
             changes.truncate(txn, batch.truncate_after)
@@ -409,6 +434,7 @@ class Catalogue:
             txn.delete("leaving", key.encode())
         if batch.appends or batch.truncate_after is not None:
             meta["epochs"] = epochs.pairs
+            entries.note_end(txn, epochs)
         if batch.applies:
             meta["applied"] = max(changes.meta(txn, "applied", 0), batch.applied)
             meta["bytes"] = changes.meta(txn, "bytes", 0) + stored_bytes

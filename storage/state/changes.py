@@ -72,11 +72,11 @@ def withdraw(txn: Transaction, seq: int, sop_instance: str, reason: str) -> None
 
 
 def truncate(txn: Transaction, after: int) -> None:
-    dropped = [decode_entry(value) for _, value in txn.scan("log", seq_key(after + 1))]
+    dropped = [decode_entry(value) for _, value in txn.scan("entries", seq_key(after + 1))]
     for entry in dropped:
         if isinstance(entry.operation, Put):
             withdraw(txn, entry.seq, entry.operation.sop_instance, DIVERGED)
-        txn.delete("log", seq_key(entry.seq))
+        txn.delete("entries", seq_key(entry.seq))
 
 
 def lose(txn: Transaction, seq: int, why: str, was: Location) -> None:

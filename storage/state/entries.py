@@ -1,8 +1,8 @@
 """The entries of the log as the catalogue keeps them.
 
-Table `log` has those that aren't applied yet, and those that are no instances. Of an applied instance the catalogue's
-row says everything: table `kept` has its key by the entry's number. An entry that is in neither was an instance that is
-deleted or replaced now.
+Table `entries` has those that aren't applied yet, and those that are no instances. Of an applied instance the
+catalogue's row says everything: table `kept` has its key by the entry's number. An entry that is in neither was an
+instance that is deleted or replaced now. Table `log` only tells versions that had all of them there where the log ends.
 """
 
 import msgspec
@@ -10,7 +10,7 @@ import msgspec
 from storage.replication.epochs import Epochs
 from storage.state import instances
 from storage.state.kv import CatalogueDamaged, Transaction
-from storage.state.model import Entry, Operation, Put, Void, decode_entry
+from storage.state.model import Entry, Operation, Put, Void, decode_entry, encode
 
 
 def seq_key(seq: int) -> bytes:
@@ -20,7 +20,7 @@ def seq_key(seq: int) -> bytes:
 def operation_of(txn: Transaction, seq: int) -> Operation:
     """What an entry of the log says; also of a number that isn't in it: Void. Raises CatalogueDamaged."""
     key = seq_key(seq)
-    if (raw := txn.get("log", key)) is not None:
+    if (raw := txn.get("entries", key)) is not None:
         return decode_entry(raw).operation
     if (kept := txn.get("kept", key)) is None:
         return Void()
@@ -49,7 +49,7 @@ def is_put(txn: Transaction, seq: int) -> bool:
     key = seq_key(seq)
     if txn.get("kept", key) is not None:
         return True
-    raw = txn.get("log", key)
+    raw = txn.get("entries", key)
     return raw is not None and isinstance(decode_entry(raw).operation, Put)
 
 
@@ -57,10 +57,19 @@ def applied(txn: Transaction, seq: int, put: Put) -> None:
     """The catalogue's row says it from here on."""
     key = seq_key(seq)
     txn.append("kept", key, instances.key_of(put.sop_instance))
-    txn.delete("log", key)
+    txn.delete("entries", key)
 
 
 def void(txn: Transaction, seq: int) -> None:
     """Nothing is left of an instance but its number."""
     txn.delete("kept", seq_key(seq))
-    txn.delete("log", seq_key(seq))
+    txn.delete("entries", seq_key(seq))
+
+
+def note_end(txn: Transaction, epochs: Epochs) -> None:
+    """Where the log ends now."""
+    for key in [key for key, _ in txn.scan("log")]:
+        txn.delete("log", key)
+    epoch, seq = epochs.last
+    if seq:
+        txn.put("log", seq_key(seq), encode(Entry(epoch, seq, Void())))

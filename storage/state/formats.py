@@ -9,15 +9,13 @@ from typing import Final
 import structlog
 
 from storage.state import entries, instances, rows
-from storage.state.catalogue import Batch, Catalogue
+from storage.state.catalogue import FORMAT, Batch, Catalogue
+from storage.state.entries import seq_key
 from storage.state.kv import Transaction
 from storage.state.model import Put, Void, decode_entry
 
 log = structlog.get_logger()
 
-# 1: 0.1, without a number; 2: lineage, series -> study, studies that name several patients; 3: a log beside it, applied
-# instances only in their row
-FORMAT: Final = 3
 ROWS_AT_ONCE: Final = 2000
 
 Step = Callable[[Transaction, bytes], bytes | None]  # given where to begin; returns the last key it has seen to
@@ -47,7 +45,10 @@ def bring_up_to_date(catalogue: Catalogue, cluster_id: str) -> None:
     if found == 1:
         _in_steps(catalogue, _join_some)
     _in_steps(catalogue, _fold_some)
-    _in_steps(catalogue, partial(_shrink_some, applied=int(catalogue.meta("applied", 0))))
+    _in_steps(
+        catalogue, partial(_shrink_some, applied=int(catalogue.meta("applied", 0)), last=catalogue.epochs.last[1])
+    )
+    catalogue.kv.update(lambda txn: entries.note_end(txn, catalogue.epochs))
     catalogue.write(Batch(meta=facts))
 
 
@@ -82,17 +83,18 @@ def _fold_some(txn: Transaction, start: bytes) -> bytes | None:
     return found[-1][0] if found else None
 
 
-def _shrink_some(txn: Transaction, start: bytes, applied: int) -> bytes | None:
-    """What the log says of an applied instance is in its row."""
+def _shrink_some(txn: Transaction, start: bytes, applied: int, last: int) -> bytes | None:
+    """What the log says of an applied instance is in its row; the rest goes to the table `entries`."""
     found = list(islice(txn.scan("log", start), ROWS_AT_ONCE))
     for _, value in found:
         entry = decode_entry(value)
-        if entry.seq > applied:
-            return None
-        if isinstance(entry.operation, Void):
-            entries.void(txn, entry.seq)
-        elif isinstance(put := entry.operation, Put):
-            row = instances.get(txn, instances.key_of(put.sop_instance))
+        operation = entry.operation
+        if entry.seq != last:  # an older version sees that it isn't for it
+            txn.delete("log", seq_key(entry.seq))
+        if isinstance(operation, Put) and entry.seq <= applied:
+            row = instances.get(txn, instances.key_of(operation.sop_instance))
             if row is not None and row.seq == entry.seq:
-                entries.applied(txn, entry.seq, put)
+                entries.applied(txn, entry.seq, operation)
+        elif not isinstance(operation, Void):
+            txn.append("entries", seq_key(entry.seq), value)
     return found[-1][0] if found else None

@@ -58,7 +58,10 @@ def _read_all(catalogue: Path) -> None:
     env = lmdb.open(str(catalogue), map_size=MAP_BYTES, max_dbs=len(TABLES), readonly=True, lock=False)
     with env.begin() as txn:
         for name in TABLES:
-            table = env.open_db(name.encode(), txn=txn, create=False)
+            try:
+                table = env.open_db(name.encode(), txn=txn, create=False)
+            except lmdb.NotFoundError:  # of a newer format than this catalogue has
+                continue
             rows = 0
             with txn.cursor(table) as cursor:
                 for _, value in cursor:

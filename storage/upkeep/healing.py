@@ -304,12 +304,13 @@ class Healing:
         if entry is None or not isinstance(entry.operation, Put):
             return seq, None
         try:
-            found = await self._workers.run(self._lies_where_it_was, seq, entry.operation)
-            if found is not None:
-                return seq, found
+            # The log first: what a disk that failed shows may be in memory only.
             if (logged := await self._follower.from_log(entry, entry.operation)) is not None:
                 self.in_flight.add(logged.spool)
                 return seq, logged
+            found = await self._workers.run(self._lies_where_it_was, seq, entry.operation)
+            if found is not None:
+                return seq, found
             if not (self._peering.link and self._core.linked):
                 self._retry_at[seq] = self._clock() + RETRY_S
                 return seq, None

@@ -12,8 +12,8 @@ from typing import Final
 
 import structlog
 
+from storage.log.folder import LogDamaged
 from storage.log.log import Log
-from storage.log.segment import LogDamaged
 from storage.objects.volume import NoRoom, holds, set_aside
 from storage.objects.volumes import Volumes
 from storage.state.catalogue import Batch, Catalogue

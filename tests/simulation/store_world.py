@@ -15,11 +15,12 @@ from typing import Any, Final
 import xxhash
 
 from conf.settings import Settings, build
-from storage import crash, journal
+from storage import crash, environment, journal
 from storage.control import Report, Tell
 from storage.engine import Engine
 from storage.environment import Surroundings, open_log
 from storage.ingest import Conflict, NotServing
+from storage.log.log import Log
 from storage.objects import incoming
 from storage.objects.volume import NoRoom, VolumeOffline, digest_of
 from storage.replication import giving, peering
@@ -87,7 +88,7 @@ class StoreGateway:
             networks=(self.wire,),
             view=lambda archives: NoView(),
             open_catalogue=lambda: Catalogue(machine.kv),
-            open_log=lambda catalogue: open_log(machine.log, catalogue, LOG_BYTES),
+            open_log=self._open_log,
             clock=self.node.clock,
             workers=threads,
             open_volume=machine.open_volume,
@@ -108,6 +109,11 @@ class StoreGateway:
         except Exception as error:
             raise Violation(f"node {self.node.name} gives up: {type(error).__name__}: {error}") from error
 
+    def _open_log(self, catalogue: Catalogue) -> Log:
+        kept = open_log(self.node.machine.log, catalogue, LOG_BYTES)
+        self.logged_upto = kept.last[1]
+        return kept
+
     def _check_after_power(self, store: Engine, missed: set[int]) -> None:
         """A power cut takes nothing that was in the log before it: neither what recovery looks at nor what is older.
         `missed`: copies that were missing before."""
@@ -127,6 +133,8 @@ class StoreGateway:
             name = f"archive/{location.path}"
             if disk is None or not isinstance(put, Put) or (location.volume, name) in node.harmed:
                 continue
+            if seq > self.logged_upto:
+                continue  # it was being cut off: no leader has it
             if (
                 store.catalogue.is_missing(seq)
                 and seq >= store.log.first
@@ -615,6 +623,7 @@ SMALL: Final = {
     (peering, "UNCLAIMED_S"): 3.0,
     (healing, "RETRY_S"): 1.0,
     (journal, "CHECKPOINT_INTERVAL_S"): 1.0,
+    (environment, "SEGMENT_BYTES_MIN"): 0,
     (tidying, "SWEEP_S"): 2.0,
     (scrub, "REST_S"): 1.0,
 }

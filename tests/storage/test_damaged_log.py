@@ -6,18 +6,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from pydicom.uid import generate_uid
 
-from storage.environment import LOG_BYTES_MIN, open_log
-from storage.log.folder import LocalFolder
+from storage.environment import LOG_BYTES_MIN, LogAway, open_log
+from storage.log.folder import LocalFolder, LogDamaged
 from storage.log.records import ENTRY
 from storage.log.salvage import set_aside_before
-from storage.log.segment import LogDamaged
-from storage.state.catalogue import Batch, Catalogue
-from storage.state.formats import FORMAT, bring_up_to_date
+from storage.state.catalogue import FORMAT, Batch, Catalogue
+from storage.state.formats import bring_up_to_date
 from storage.state.logged import record_of
 from storage.state.model import Delete, Entry
+from tests.builders import item
 from tests.conftest import Gateway, wait_for
 from tests.storage.test_locks import files_of, rebuilt, stored, tandem
+from tools.cli.client import order
 
 
 @pytest.fixture
@@ -72,18 +74,23 @@ def test_rot_before_the_tail_is_told(folder: LocalFolder, catalogue: Catalogue, 
     assert catalogue.meta("store_id", "") == "this"
 
 
-@pytest.mark.parametrize("lost", [False, True])
-def test_in_a_pair_the_node_begins_anew_as_a_stranger(folder: LocalFolder, catalogue: Catalogue, lost: bool) -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_empty_folder_is_waited_for(folder: LocalFolder, catalogue: Catalogue, alone: bool) -> None:
+    """A disk that is mounted later."""
     filled(folder, catalogue)
-    if lost:
-        shutil.rmtree(folder.path)
-        folder = LocalFolder(folder.path)
-    else:
-        rot(folder.path, 8)
+    shutil.move(folder.path, folder.path.with_name("away"))
+    with pytest.raises(LogAway, match="another folder"):
+        open_log(LocalFolder(folder.path), catalogue, LOG_BYTES_MIN, alone=alone)
+    assert catalogue.meta("store_id", "") == "this"
+
+
+def test_in_a_pair_the_node_begins_anew_as_a_stranger(folder: LocalFolder, catalogue: Catalogue) -> None:
+    filled(folder, catalogue)
+    rot(folder.path, 8)
     kept = open_log(folder, catalogue, LOG_BYTES_MIN)
     assert kept.last == catalogue.epochs.last == (1, 5)
     assert (catalogue.meta("store_id", "?"), catalogue.meta("whole", True)) == ("", False)
-    assert len(set_aside_before(folder)) == (0 if lost else 1)
+    assert len(set_aside_before(folder)) == 1
     kept.append([record_of(entry, None) for entry in entries(7)[5:]])
     kept.close()
     assert open_log(folder, catalogue, LOG_BYTES_MIN).last == (1, 7)
@@ -155,6 +162,52 @@ def test_what_only_the_log_has_is_written_again(new_gateway: Callable[..., Gatew
     only_logged(gateway)
     gateway.start()
     wait_for(lambda: len(files_of(gateway)) == 5, "all files to be back")
+
+
+def torn(gateway: Gateway) -> None:
+    for file in files_of(gateway):
+        file.write_bytes(file.read_bytes()[:100])
+
+
+def test_a_rebuild_takes_from_the_log_what_the_power_has_torn(new_gateway: Callable[..., Gateway]) -> None:
+    gateway = new_gateway()
+    stored(gateway)
+    gateway.stop(signal.SIGKILL)
+    torn(gateway)
+    assert rebuilt(gateway)["instances"] == 5
+    gateway.start()
+    assert order(gateway.folder / "standalone.sock", "scrub", {})["bad"] == 0
+    assert gateway.status()["catch_up"]["missing"] == 0
+
+
+@pytest.mark.parametrize("deleted", [True, False])
+def test_a_rebuild_takes_the_newest_from_the_log(new_gateway: Callable[..., Gateway], deleted: bool) -> None:
+    """Stored again after a deletion, or replaced, when the old catalogue didn't see it any more."""
+    gateway = new_gateway()
+    uids = {name: str(generate_uid()) for name in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")}
+    first, again = item(PatientComments="first", **uids), item(PatientComments="second, and longer", **uids)
+    with gateway.client(first) as client:
+        assert client.store(first) == 0
+    if deleted:
+        given = {"study": uids["StudyInstanceUID"], "by": "test", "reason": "test"}
+        assert order(gateway.folder / "standalone.sock", "delete", given) == {"deleted": 1}
+    gateway.stop()
+    saved = gateway.folder / "saved"
+    shutil.copytree(gateway.folder / "state" / "catalogue", saved)
+    gateway.start()
+    with gateway.client(again) as client:
+        assert client.store(again) == 0
+    gateway.stop(signal.SIGKILL)
+    shutil.rmtree(gateway.folder / "state" / "catalogue")
+    saved.rename(gateway.folder / "state" / "catalogue")
+    for file in gateway.volume.rglob("*.dcm"):
+        if b"second" in file.read_bytes():
+            file.unlink()
+    rebuilt(gateway)
+    gateway.start()
+    wait_for(lambda: any(b"second" in file.read_bytes() for file in files_of(gateway)), "the newest to be there")
+    assert gateway.status()["instances"] == 1
+    assert gateway.status()["catch_up"]["missing"] == 0
 
 
 @pytest.mark.parametrize("catalogue_is_there", [True, False])

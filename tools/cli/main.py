@@ -76,7 +76,7 @@ def gateway(config: Path | None, data: Path | None, port: int | None, aet: str |
     With --data DIR it runs alone: no config file, no root, no etcd.
     """
     from gateway.app import run
-    from storage.log.segment import LogDamaged
+    from storage.log.folder import LogDamaged
     from storage.state.kv import CatalogueDamaged
 
     if data is None and (port is not None or aet is not None):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from storage.log.segment import LogDamaged
+from storage.log.folder import LogDamaged
 from storage.objects.locks import lock_state
 from storage.objects.volume import VolumeOffline
 from storage.state.kv import CatalogueDamaged

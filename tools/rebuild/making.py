@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,9 +27,17 @@ from conf.settings import Settings
 from storage.environment import NEW_FOLDER
 from storage.log.folder import LocalFolder
 from storage.log.salvage import Salvaged, set_aside_before
-from storage.objects.volume import FOLDERS, LocalVolume, Volume, exchange, fsync_directory, read_marker
-from storage.state.catalogue import Batch, Catalogue
-from storage.state.formats import FORMAT
+from storage.objects.volume import (
+    FOLDERS,
+    LocalVolume,
+    Volume,
+    VolumeOffline,
+    exchange,
+    fsync_directory,
+    holds,
+    read_marker,
+)
+from storage.state.catalogue import FORMAT, Batch, Catalogue
 from storage.state.kv import Transaction
 from storage.state.logged import logged
 from storage.state.model import Delete, Entry, Location, Put
@@ -60,15 +68,41 @@ def catalogue_path(settings: Settings) -> Path:
 
 
 def set_aside(settings: Settings) -> Path | None:
-    """Move the catalogue out of the way, so that the node begins anew; returns where it is now. Raises OSError."""
+    """Move the catalogue out of the way, so that the node begins anew; returns where it is now. What only the log has
+    goes to a spool folder, and from there to quarantine, unless the other node has it too. Raises OSError."""
     path = catalogue_path(settings)
     _clear(path.with_name(NEW_FOLDER))
     if not path.exists():
         return None
+    _save_logged(settings)
     aside = _aside(path)
     path.rename(aside)
     fsync_directory(path.parent)
     return aside
+
+
+def _save_logged(settings: Settings) -> None:
+    """Raises OSError."""
+    folder, old = settings.storage.log_folder, Old(catalogue_path(settings))
+    volumes = []
+    for path in dict.fromkeys((*settings.storage.volumes, *old.volume_paths())):
+        with contextlib.suppress(VolumeOffline):
+            volumes.append(LocalVolume(path))
+    try:
+        if not volumes or not folder.exists():
+            return
+        kept = Salvaged(LocalFolder(folder))
+        for seq in (record.seq for record in kept.records() if record.seq > old.checkpoint):
+            found = logged(kept.read(seq))
+            if found.data is not None and isinstance(put := found.entry.operation, Put):
+                location = written(volumes, put.digest, found.data)
+                volume = next(one for one in volumes if one.id == location.volume)
+                give_to_gateway(settings, volume.path / "spool" / location.spool)
+        kept.close()
+    finally:
+        for volume in volumes:
+            volume.close()
+        old.close()
 
 
 def _aside(path: Path) -> Path:
@@ -141,13 +175,17 @@ class Rebuilding:
             return
         self._seq += 1
         if copy is not None and location.spool:
-            entry = Entry(1, self._seq, put)
-            copy = Location(location.volume, location.spool, self._path_of(entry, location.volume))
-            self.spooled.append(copy)
-            self._aimed.add((copy.volume, copy.path))
+            copy = self._to_be_moved(location, Entry(1, self._seq, put))
         elif copy is not None:
             copy = Location(location.volume, f"rebuilt-{self._seq}", location.path)
         rows.append((Entry(1, self._seq, put), copy))
+
+    def _to_be_moved(self, location: Location, entry: Entry) -> Location:
+        """Into the tree, once the catalogue is in its place."""
+        copy = Location(location.volume, location.spool, self._path_of(entry, location.volume))
+        self.spooled.append(copy)
+        self._aimed.add((copy.volume, copy.path))
+        return copy
 
     def take_logged(self, kept: Salvaged, give: Callable[[Path], None]) -> None:
         """Bytes that only the log has: they were acknowledged, and never on a disk for certain. `give(file)` is called
@@ -159,29 +197,47 @@ class Rebuilding:
                     newest[put.sop_instance] = record.seq, put
                 case Delete() as gone:
                     newest = {uid: found for uid, found in newest.items() if not _names(gone, found[1])}
+        own = not self._old.known or kept.lineage == self._old.log
         for seq, put in sorted(newest.values(), key=lambda found: found[0]):
-            if self._is_wanted(put, seq) and (data := logged(kept.read(seq)).data) is not None:
-                location = self._written(put, data)
+            newer = own and seq > self._old.applied
+            if not self._is_wanted(put, newer=newer):
+                continue
+            found = logged(kept.read(seq))
+            if found.data is not None:
+                location = written(self._volumes.values(), put.digest, found.data)
                 give(self._volumes[location.volume].path / "spool" / location.spool)
-                self.take([Found(location, put, put.digest)])
+                self._add(put, location)
+            elif newer and found.location is not None and self._lies_at(found.location, put):
+                self._add(put, found.location)
 
-    def _is_wanted(self, put: Put, seq: int) -> bool:
+    def _lies_at(self, location: Location, put: Put) -> bool:
+        """A file that was never published, and that the old catalogue knows nothing of."""
+        volume = self._volumes.get(location.volume)
+        try:
+            return volume is not None and holds(volume, f"spool/{location.spool}", put)
+        except OSError:
+            return False
+
+    def _add(self, put: Put, location: Location) -> None:
+        """As an entry, or as the copy of one that has none."""
         there = self._catalogue.instance(put.sop_instance)
         if there is not None and there.put.digest == put.digest:
-            return False
-        if seq > self._old.applied:
+            copy = self._to_be_moved(location, Entry(1, there.seq, there.put))
+            self._catalogue.write(Batch(moved={there.seq: copy}))
+            return
+        self._seq += 1
+        entry = Entry(1, self._seq, put)
+        self._write([(entry, self._to_be_moved(location, entry))])
+
+    def _is_wanted(self, put: Put, *, newer: bool) -> bool:
+        """`newer` than all that the old catalogue shows."""
+        there = self._catalogue.instance(put.sop_instance)
+        if there is not None and there.put.digest == put.digest:
+            return self._catalogue.is_missing(there.seq)
+        if newer:
             return True
         known = self._old.put(put.sop_instance)
         return not self._old.is_deleted(put.sop_instance) and (known is None or known.digest == put.digest)
-
-    def _written(self, put: Put, data: bytes) -> Location:
-        """The volume with the most room takes it. Raises OSError."""
-        volume = max(self._volumes.values(), key=lambda one: one.free_bytes())
-        spooled = volume.create()
-        spooled.write([data])
-        spooled.finish(put.digest)
-        volume.sync_spool()
-        return Location(volume.id, spooled.name, "")
 
     def _path_of(self, entry: Entry, volume_id: str) -> str:
         """Where it belongs in the tree; under a name of its own if something lies there that was told of before."""
@@ -197,11 +253,16 @@ class Rebuilding:
             return known.digest == put.digest and before.digest != put.digest
         return put.replaces and (put.received > before.received or not before.replaces)
 
+    def _is_there(self, table: str, key: bytes) -> bool:
+        """It was stored again after it was deleted, and only the log had it."""
+        return table == "tombstone" and self._catalogue.instance(key.decode()) is not None
+
     def finish(self, lineage: str, taken: str) -> Rebuilt:
         """What the old catalogue knows besides, and the facts of the new log; `taken`: the log that need not be kept
         any more."""
         for table in COPIED:
-            self._catalogue.kv.update(partial(_put_all, table=table, rows=list(self._old.rows(table))))
+            rows = [(key, value) for key, value in self._old.rows(table) if not self._is_there(table, key)]
+            self._catalogue.kv.update(partial(_put_all, table=table, rows=rows))
         self._catalogue.write(
             Batch(
                 meta={
@@ -217,6 +278,16 @@ class Rebuilding:
         )
         self.result.instances = self._catalogue.counts()["instances"]
         return self.result
+
+
+def written(volumes: Iterable[Volume], digest: bytes, data: bytes) -> Location:
+    """Bytes of the log, durable in the spool folder of the volume with the most room. Raises OSError."""
+    volume = max(volumes, key=lambda one: one.free_bytes())
+    spooled = volume.create()
+    spooled.write([data])
+    spooled.finish(digest)
+    volume.sync_spool()
+    return Location(volume.id, spooled.name, "")
 
 
 def _names(delete: Delete, put: Put) -> bool:

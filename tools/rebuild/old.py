@@ -75,7 +75,23 @@ class Old:
     @property
     def applied(self) -> int:
         """The last entry of its log that it shows."""
-        raw = self._get("meta", b"applied")
+        return self._number("applied")
+
+    @property
+    def checkpoint(self) -> int:
+        """Up to this entry of its log the volumes had everything."""
+        return self._number("checkpoint")
+
+    @property
+    def log(self) -> str:
+        """Which log is its own, "" if that isn't known."""
+        raw = self._get("meta", b"log")
+        with contextlib.suppress(msgspec.MsgspecError):
+            return str(msgspec.msgpack.decode(raw)) if raw is not None else ""
+        return ""
+
+    def _number(self, fact: str) -> int:
+        raw = self._get("meta", fact.encode())
         with contextlib.suppress(msgspec.MsgspecError, TypeError, ValueError):
             return int(msgspec.msgpack.decode(raw)) if raw is not None else 0
         return 0

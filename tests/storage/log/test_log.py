@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.log.folder import Folder, LocalFolder
+from storage.log.folder import Folder, LocalFolder, LogDamaged
 from storage.log.log import Broken, Log
 from storage.log.records import Record
-from storage.log.segment import LogDamaged
 from tests.conftest import FUZZ
 from tests.storage.log.folders import MemoryFolder
 
@@ -102,6 +101,18 @@ def test_what_was_cut_off_stays_so(folder: Folder) -> None:
     for one in (log, opened(folder)):
         assert list(one.records(1)) == expected
         assert one.epochs == ((1, 12), (2, 20), (5, 23))
+
+
+def test_what_is_cut_off_before_the_beginning_begins_the_log_anew(folder: Folder) -> None:
+    """The entries behind which it began weren't committed."""
+    log = opened(folder)
+    log.begin("lineage", ((1, 6), (2, 9)))
+    log.append(entries(10, 2, 2))
+    log.cut(7)
+    for one in (log, opened(folder)):
+        assert (one.lineage, one.first, one.last, one.epochs) == ("lineage", 8, (2, 7), ((1, 6), (2, 7)))
+    log.append(entries(8, 3, 3))
+    assert opened(folder).last == (3, 10)
 
 
 def test_cut_to_nothing(folder: Folder) -> None:

@@ -4,6 +4,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -17,7 +18,7 @@ from storage.log.folder import Folder, LocalFolder, LogDamaged
 from storage.log.log import Log
 from storage.log.records import PAYLOAD_BYTES_MAX
 from storage.log.salvage import lineage_of, set_aside
-from storage.objects.locks import Lock, lock_state
+from storage.objects.locks import lock_state
 from storage.objects.view import Showing, View
 from storage.objects.volume import LocalVolume
 from storage.objects.volumes import OpenVolume
@@ -51,7 +52,7 @@ class Surroundings:
     clock: Callable[[], float] = boottime
     workers: WorkersFactory = Workers
     open_volume: OpenVolume = LocalVolume
-    lock: Callable[[], Lock | None] = lambda: None  # on the state folder; raises InUse
+    lock: Callable[[], ExitStack | None] = lambda: None  # on the folders of catalogue and log; raises InUse
     free_state_bytes: Callable[[], int] = lambda: 1 << 40  # where catalogue and log are; the smaller one
 
 
@@ -71,9 +72,16 @@ def real(settings: Settings) -> Surroundings:
         open_log=lambda catalogue: open_log(
             LocalFolder(settings.storage.log_folder), catalogue, log_room(settings), alone=cluster is None
         ),
-        lock=lambda: lock_state(state),
+        lock=lambda: _locks(settings),
         free_state_bytes=lambda: min(free_bytes(state), free_bytes(settings.storage.log_folder)),
     )
+
+
+def _locks(settings: Settings) -> ExitStack:
+    with ExitStack() as locks:
+        for folder in (settings.storage.state, *((settings.storage.log,) if settings.storage.log else ())):
+            locks.callback(lock_state(folder).close)
+        return locks.pop_all()
 
 
 def log_room(settings: Settings) -> int:

@@ -127,7 +127,8 @@ class Ingest:
     async def _put(self, upload: Upload, make: Callable[[bytes, int], Put]) -> bool:
         incoming = upload.incoming
         upload.complete()
-        digest = incoming.digest_at_once() if self._asks_early() or incoming.inline() else None
+        is_inline = self._journal.takes_inline and incoming.inline() is not None
+        digest = incoming.digest_at_once() if self._asks_early() or is_inline else None
         if digest is None:
             digest = await incoming.finish()
         put = make(digest, incoming.length)

@@ -11,7 +11,6 @@ import errno
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Any, Final
 
 import structlog
@@ -19,6 +18,7 @@ import structlog
 from conf.telling import reason_of
 from storage import crash
 from storage.appending import Appending, Ready
+from storage.checkpoints import Checkpoints
 from storage.log.folder import LogDamaged
 from storage.log.log import Log
 from storage.objects.incoming import Incoming
@@ -37,10 +37,6 @@ log = structlog.get_logger()
 BATCH_ENTRIES_MAX: Final = 256
 STATE_DELAY_S: Final = 0.02
 WAITING_MAX: Final = 64
-CHECKPOINT_INTERVAL_S: Final = 5.0
-LOG_USED: Final = 0.4  # share of the log's files; above it checkpoints come ten times as often
-SYNC_THREADS: Final = 8
-SYNC_LOOK_S: Final = 1.0
 UNLANDED_BYTES_MAX: Final = 128 << 20  # in memory and in the log, and on no volume yet
 BUSY_S: Final = 0.25
 
@@ -79,7 +75,6 @@ class Journal:
         self._on_failed = on_failed
         self._workers = workers
         self._thread: Threads = workers(1, "journal")
-        self._syncing: Threads = workers(SYNC_THREADS, "sync")
         self._reading: Threads = workers(1, "log-read")  # not behind a volume that hangs
         self._appending = Appending(kept, workers, on_logged=self._logged, on_failed=self._fail, clock=clock)
         self._work: Work | None = None  # under way
@@ -92,10 +87,16 @@ class Journal:
         self._broken: BaseException | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._publishing: set[asyncio.Future[None]] = set()  # one by one, beside the batches
-        self._checkpointed = int(catalogue.meta("checkpoint", 0))
-        self._checkpointed_at = asyncio.get_running_loop().time()
-        self._checkpointing: asyncio.Task[None] | None = None
-        self._sync_jobs: dict[str, asyncio.Future[bool]] = {}
+        self._checkpoints = Checkpoints(
+            catalogue,
+            kept,
+            volumes,
+            workers,
+            self._reading,
+            self,
+            logged_bytes=self._logged_bytes,
+            trim=self._appending.trim,
+        )
         self._unlanded_bytes = 0
         self._appended_at = float("-inf")
         self.applied = int(catalogue.meta("applied", 0))
@@ -115,7 +116,7 @@ class Journal:
         self._appending.stop()
         self._thread.stop()
         self._reading.leave()
-        self._syncing.leave()
+        self._checkpoints.close()
 
     @property
     def behind(self) -> bool:
@@ -262,10 +263,7 @@ class Journal:
     async def checkpoint(self) -> None:
         """Make the volumes durable up to what is applied, so that recovery is short."""
         await self.record()
-        self._checkpointed_at = float("-inf")
-        self._checkpoint_soon()
-        if self._checkpointing:
-            await self._checkpointing
+        await self._checkpoints.now()
 
     # -- the loop's side ---------------------------------------------------------------------------------------
 
@@ -331,86 +329,9 @@ class Journal:
         if work.batch.applies:
             self.applied = max(self.applied, work.batch.applied)
             self._on_applied(self.applied)
-        self._checkpoint_soon()
+        self._checkpoints.soon()
         self._kick()
         self._set_timer()
-
-    # -- checkpoints -------------------------------------------------------------------------------------------
-
-    def _checkpoint_soon(self) -> None:
-        now = asyncio.get_running_loop().time()
-        wait = CHECKPOINT_INTERVAL_S if self._log.used < LOG_USED else CHECKPOINT_INTERVAL_S / 10
-        due = self._checkpointed < self.applied and now - self._checkpointed_at > wait
-        if due and not self._broken and (self._checkpointing is None or self._checkpointing.done()):
-            self._checkpointed_at = now
-            self._checkpointing = asyncio.ensure_future(self._checkpoint())
-            self._checkpointing.add_done_callback(self._checkpoint_done)
-
-    async def _checkpoint(self) -> None:
-        """Volumes first, then the record of it, then the log may forget."""
-        applied = self.applied
-        placed = await self._syncing.run(self._placed_since, applied)
-        volumes = sorted({location.volume for _, location in placed})
-        done = await asyncio.gather(*(self._synced(volume_id) for volume_id in volumes))
-        synced = {volume_id for volume_id, good in zip(volumes, done, strict=True) if good}
-        only_here = {
-            seq: ("its disk failed before it was synced", location)
-            for seq, location in placed
-            if location.volume not in synced and await self.logged_bytes(seq) is not None
-        }
-        upto = min([applied, *(seq - 1 for seq in (*only_here, *await self._reading.run(self._only_logged, applied)))])
-        if lost := {seq: row for seq, row in only_here.items() if self._volumes.has_failed(row[1].volume)}:
-            await self.lose(lost)  # healing has them from the log
-        if upto > self._checkpointed:
-            await self.record(checkpoint=upto)
-            self._checkpointed = upto
-            await self._appending.trim(upto)
-
-    def _placed_since(self, applied: int) -> list[tuple[int, Location]]:
-        """Copies that the last checkpoint doesn't cover."""
-        rows = self._catalogue.locations(self._checkpointed + 1)
-        return list(takewhile(lambda row: row[0] <= applied, rows))
-
-    def _only_logged(self, applied: int) -> list[int]:
-        """The first entry whose bytes are nowhere on this node but in the log."""
-        start = self._checkpointed + 1
-        while found := [seq for seq in self._catalogue.missing(start, BATCH_ENTRIES_MAX) if seq <= applied]:
-            for seq in found:
-                if self._logged_bytes(seq) is not None:
-                    return [seq]
-            start = found[-1] + 1
-        return []
-
-    async def _synced(self, volume_id: str) -> bool:
-        """One that goes out of service meanwhile isn't waited for, and not asked again before it has answered."""
-        before = self._sync_jobs.get(volume_id)
-        if before and not await self._answered(volume_id, before):
-            return False
-        job = self._sync_jobs[volume_id] = self._syncing.run(self._sync, volume_id)
-        return await self._answered(volume_id, job) and job.result()
-
-    async def _answered(self, volume_id: str, job: "asyncio.Future[bool]") -> bool:
-        while not job.done():
-            if not self._volumes.serves(volume_id):
-                return False
-            await asyncio.wait([job], timeout=SYNC_LOOK_S)
-        return True
-
-    def _sync(self, volume_id: str) -> bool:
-        try:
-            self._volumes.get(volume_id).sync_all()
-        except LookupError:
-            return False
-        except OSError as error:
-            log.error("volume.not_synced", volume=volume_id, error=reason_of(error))
-            # Whatever it was: the kernel tells of it once, and what it couldn't write is gone.
-            self._volumes.failed(volume_id, OSError(errno.EIO, f"not synced: {error.strerror}"))
-            return False
-        return True
-
-    def _checkpoint_done(self, task: "asyncio.Task[None]") -> None:
-        if not task.cancelled() and (error := task.exception()):
-            log.error("checkpoint.failed", why=f"{type(error).__name__}: {error}")
 
     # -- disks that hang ---------------------------------------------------------------------------------------
 

@@ -77,9 +77,7 @@ class Service:
 
     async def _volume_list(self, _: Progress) -> dict[str, Any]:
         rows = self._engine.volumes.status()
-        held: dict[str, int] = {}
-        for _seq, location in await self._engine.disk.run(lambda: list(self._engine.catalogue.locations())):
-            held[location.volume] = held.get(location.volume, 0) + 1
+        held = await self._engine.disk.run(self._engine.catalogue.copies_on)
         return {"volumes": [{**row, "copies": held.get(row.get("id", ""), 0)} for row in rows]}
 
     async def _volume_add(self, _: Progress, path: str) -> dict[str, Any]:

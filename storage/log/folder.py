@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 ZEROS: Final = bytes(1 << 20)
+LEFT_BYTES: Final = 32 << 20  # on the disk, to those who share it: they need it before the log does
 BUFFERS_MAX: Final = 1000  # of one call; the kernel takes 1,024
 
 
@@ -112,6 +113,9 @@ class LocalFolder:
         return sorted(os.listdir(self._fd))
 
     def create(self, name: str, size: int) -> LocalFile:
+        status = os.fstatvfs(self._fd)
+        if status.f_bavail * status.f_frsize < size + LEFT_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640, dir_fd=self._fd)
         try:
             for at in range(0, size, len(ZEROS)):

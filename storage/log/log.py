@@ -65,7 +65,14 @@ class Log:
             if number is None and not name.startswith(SPARE):
                 continue
             file = self._folder.open(name)
-            raw = file.read(0, HEAD_BYTES + HEAD.size)
+            try:
+                raw = file.read(0, HEAD_BYTES + HEAD.size)
+            except LogDamaged:
+                file.close()
+                if number is not None:
+                    raise
+                self._folder.remove(name)  # nothing is in it
+                continue
             head = unpack_segment_head(raw)
             if number is not None and head is not None and head.number == number:
                 found[number] = Segment(name, file, head)

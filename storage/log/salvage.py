@@ -27,9 +27,10 @@ class Salvaged:
     def __init__(self, folder: Folder, prefix: str = "") -> None:
         """Raises OSError."""
         self._places: dict[int, _Place] = {}
-        self._segments = segments = _segments(folder, prefix)
+        segments, unreadable = _segments(folder, prefix)
+        self._segments = segments
         self.lineage = segments[-1].head.lineage if segments else ""
-        self.is_whole = True  # nothing lies behind what can't be read
+        self.is_whole = not unreadable  # and nothing lies behind what can't be read
         for segment in segments:
             self._take(segment)
 
@@ -68,24 +69,27 @@ class Salvaged:
 
 def lineage_of(folder: Folder) -> str:
     """Of the log whose segments are there, "" if there is none. Raises OSError."""
-    segments = _segments(folder, "")
+    segments, _ = _segments(folder, "")
     for segment in segments:
         segment.file.close()
     return segments[-1].head.lineage if segments else ""
 
 
-def _segments(folder: Folder, prefix: str) -> list[Segment]:
-    """Those whose heads can be read, in order."""
-    found = []
+def _segments(folder: Folder, prefix: str) -> tuple[list[Segment], int]:
+    """Those whose heads can be read, in order, and how many the disk doesn't give."""
+    found, unreadable = [], 0
     for name in folder.names():
         if name.startswith(prefix) and name.endswith(SEGMENT) and "-" not in name[len(prefix) :]:
             file = folder.open(name)
-            head = unpack_segment_head(file.read(0, HEAD_BYTES))
+            try:
+                head = unpack_segment_head(file.read(0, HEAD_BYTES))
+            except LogDamaged:
+                head, unreadable = None, unreadable + 1
             if head is None:
                 file.close()
             else:
                 found.append(Segment(name, file, head))
-    return sorted(found, key=lambda segment: segment.head.number)
+    return sorted(found, key=lambda segment: segment.head.number), unreadable
 
 
 def set_aside(folder: Folder) -> str:

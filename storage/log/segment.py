@@ -26,7 +26,7 @@ HEAD_BYTES: Final = 4096
 MAGIC: Final = b"TLS1"
 SUM_BYTES: Final = 8
 SCAN_BYTES: Final = 1 << 20
-SALVAGE_BYTES: Final = 64 << 10
+SALVAGE_BYTES, PAGE_BYTES = 64 << 10, 4 << 10
 EPOCHS_MAX: Final = 100  # that a head names; a log of more takeovers is matched from where they begin
 
 
@@ -163,13 +163,19 @@ class Segment:
 
     def _whatever_can_be_read(self) -> bytes:
         """The file, with zeros for what can't."""
-        parts = []
-        for at in range(0, self.file.size, SALVAGE_BYTES):
-            try:
-                parts.append(self.file.read(at, SALVAGE_BYTES))
-            except LogDamaged:
-                parts.append(bytes(min(SALVAGE_BYTES, self.file.size - at)))
-        return b"".join(parts)
+        return b"".join(
+            self._read_or_zeros(at, min(SALVAGE_BYTES, self.file.size - at))
+            for at in range(0, self.file.size, SALVAGE_BYTES)
+        )
+
+    def _read_or_zeros(self, at: int, length: int) -> bytes:
+        try:
+            return self.file.read(at, length)
+        except LogDamaged:
+            if length <= PAGE_BYTES:
+                return bytes(length)
+        parts = range(at, at + length, PAGE_BYTES)
+        return b"".join(self._read_or_zeros(part, min(PAGE_BYTES, at + length - part)) for part in parts)
 
     def read(self, seq: int) -> Record:
         """Raises OSError, LogDamaged."""

@@ -219,6 +219,10 @@ def fsync_directory(path: Path) -> None:
         os.close(fd)
 
 
+class NotAsked(OSError):
+    """A volume wasn't asked to sync: this process lacks what that takes, or has closed it. The disk may be well."""
+
+
 class LocalSpooled:
     def __init__(self, path: Path) -> None:
         self.name = path.name
@@ -352,8 +356,11 @@ class LocalVolume:
     def sync_all(self) -> None:
         """By the file system, which tells of what it couldn't write since the volume was opened. One that was shut down
         says so only of a file."""
-        with self._gate:
-            fd = os.dup(self._spool)  # EBADF once it is closed; the number may be another file's then
+        try:
+            with self._gate:
+                fd = os.dup(self._spool)  # EBADF once it is closed; the number may be another file's then
+        except OSError as error:
+            raise NotAsked(error.errno, error.strerror) from error
         try:
             if _libc.syncfs(fd) != 0:
                 raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(self.path))

@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from storage.replication.epochs import Epochs
-from storage.state import changes, entries, instances, rows
+from storage.state import changes, entries, instances, places, rows
 from storage.state.changes import ADOPTED, same_copy
 from storage.state.entries import seq_key
 from storage.state.kv import CatalogueDamaged, Kv, LmdbKv, Transaction
@@ -45,6 +45,7 @@ TABLES: Final = (
     "kept",  # seq -> key of the instance that an applied entry is
     "meta",
     "location",  # seq of the entry -> where this node's copy lies
+    "copies",  # UUID of a volume -> how many lie there
     "missing",  # seq -> why this node has no copy of its own now
     "leaving",  # volume/spool name -> file to be moved out of the way
     "instances",
@@ -152,25 +153,30 @@ class Catalogue:
     def location(self, seq: int) -> Location | None:
         waiting = self.tail.get(seq)  # first: what isn't there any more is in the table by then
         with self.kv.read() as txn:
-            value = txn.get("location", seq_key(seq))
-        if value is None and waiting:
-            return waiting[1]
-        return decode_location(value) if value is not None else None
+            location = places.get(txn, seq)
+        return waiting[1] if location is None and waiting else location
+
+    def copies_on(self) -> dict[str, int]:
+        """How many copies each volume has, by its UUID."""
+        with self.kv.read() as txn:
+            return places.counts(txn)
 
     def locations(self, start: int = 0, limit: int | None = None) -> Iterator[tuple[int, Location]]:
         """(seq, where the copy lies) in order of seq."""
-        rows = self._paged("location", b"", lambda txn, key, value: (key, value), start=seq_key(start))
-        for key, value in islice(rows, limit):
-            yield int.from_bytes(key, "big"), decode_location(value)
+        rows = self._paged(
+            "location", b"", lambda txn, key, raw: (key, places.decode(txn, key, raw)), start=seq_key(start)
+        )
+        for key, location in islice(rows, limit):
+            yield int.from_bytes(key, "big"), location
 
     def volume_of(self, study: str) -> str:
         """UUID of a volume that has something of a study, "" if none has."""
         with self.kv.read() as txn:
             for key in islice(rows.members(txn, study), COPIES_LOOKED_AT):
                 one = instances.get(txn, key)
-                value = txn.get("location", seq_key(one.seq)) if one is not None else None
-                if value is not None:
-                    return decode_location(value).volume
+                location = places.get(txn, one.seq) if one is not None else None
+                if location is not None:
+                    return location.volume
         return ""
 
     def missing(self, start: int = 0, limit: int | None = None) -> list[int]:
@@ -223,11 +229,9 @@ class Catalogue:
                 was = _was_at(value)  # it may be found there again
                 if was and (key := f"{was.volume}/{was.spool}") in spools:
                     found[key] = None
-            for _, value in txn.scan("location"):
-                location = decode_location(value)
-                key = f"{location.volume}/{location.spool}"
-                if key in spools:
-                    found[key] = location
+            for seq, raw in txn.scan("location"):
+                if (spool := places.spool_of(raw)) in spools:
+                    found[spool] = places.decode(txn, seq, raw)
         return found
 
     def tasks(self) -> list[Task]:

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import msgspec
 
-from storage.state import entries, instances, rows
+from storage.state import entries, instances, places, rows
 from storage.state.entries import seq_key
 from storage.state.kv import Transaction
 from storage.state.model import (
@@ -18,7 +18,6 @@ from storage.state.model import (
     TaskDone,
     Tombstone,
     decode_entry,
-    decode_location,
     encode,
 )
 
@@ -49,11 +48,10 @@ def below(txn: Transaction, table: str, prefix: bytes) -> Iterator[bytes]:
 
 
 def locate(txn: Transaction, entry: Entry, location: Location | None) -> None:
-    key = seq_key(entry.seq)
     if location is not None:
-        txn.append("location", key, encode(location))
+        places.put(txn, entry.seq, location)
     elif isinstance(entry.operation, Put):
-        txn.put("missing", key, b"no disk took it")
+        txn.put("missing", seq_key(entry.seq), b"no disk took it")
 
 
 def leave(txn: Transaction, location: Location, sop_instance: str, reason: str, *, keep: bool = True) -> None:
@@ -63,12 +61,10 @@ def leave(txn: Transaction, location: Location, sop_instance: str, reason: str, 
 
 def withdraw(txn: Transaction, seq: int, sop_instance: str, reason: str) -> None:
     """This node's copy of an entry is no longer wanted."""
-    key = seq_key(seq)
-    raw = txn.get("location", key)
-    if raw is not None:
-        leave(txn, decode_location(raw), sop_instance, reason)
-        txn.delete("location", key)
-    txn.delete("missing", key)
+    location = places.remove(txn, seq)
+    if location is not None:
+        leave(txn, location, sop_instance, reason)
+    txn.delete("missing", seq_key(seq))
 
 
 def truncate(txn: Transaction, after: int) -> None:
@@ -81,28 +77,27 @@ def truncate(txn: Transaction, after: int) -> None:
 
 def lose(txn: Transaction, seq: int, why: str, was: Location) -> None:
     """The copy of an entry that was at a certain place is gone."""
-    raw = txn.get("location", seq_key(seq))
+    now = places.get(txn, seq)
     if not entries.is_put(txn, seq):
         return  # deleted or cut off meanwhile
-    if raw is not None and not same_copy(decode_location(raw), was):
+    if now is not None and not same_copy(now, was):
         return  # it was made again elsewhere meanwhile
-    txn.delete("location", seq_key(seq))
+    places.remove(txn, seq)
     # Where it was: on a disk that comes back it is found again.
     txn.put("missing", seq_key(seq), encode(was) if was.volume else why.encode())
 
 
 def move(txn: Transaction, seq: int, location: Location) -> None:
-    key = seq_key(seq)
-    operation, old = entries.operation_of(txn, seq), txn.get("location", key)
+    operation = entries.operation_of(txn, seq)
     if not isinstance(operation, Put):
         if not location.spool.startswith(ADOPTED):  # that one's place may be somebody else's by now
             leave(txn, location, "", "deleted while it was being copied")
         return
-    before = decode_location(old) if old is not None else location
+    before = places.get(txn, seq) or location
     if before.spool != location.spool and (before.volume, before.path) != (location.volume, location.path):
         leave(txn, before, operation.sop_instance, "copied to another volume", keep=False)
-    txn.put("location", key, encode(location))
-    txn.delete("missing", key)
+    places.put(txn, seq, location)
+    txn.delete("missing", seq_key(seq))
 
 
 def apply(txn: Transaction, entry: Entry, location: Location | None) -> int:
@@ -127,10 +122,10 @@ def apply_put(txn: Transaction, seq: int, put: Put, location: Location | None) -
         supersede(txn, old.seq, old.put, "replaced by a newer version")
         if not rows.says_the_same(old.put, put):
             rows.made_anew(txn, old.put.study)
-    if location is not None and txn.get("missing", seq_key(seq)) is None:
-        txn.put("location", seq_key(seq), encode(location))
     rows.add(txn, seq, put)
     entries.applied(txn, seq, put)
+    if location is not None and txn.get("missing", seq_key(seq)) is None:
+        places.put(txn, seq, location)
     txn.delete("tombstone", put.sop_instance.encode())
     return grown
 

@@ -8,7 +8,7 @@ from typing import Final
 
 import structlog
 
-from storage.state import entries, instances, rows
+from storage.state import entries, instances, places, rows
 from storage.state.catalogue import FORMAT, Batch, Catalogue
 from storage.state.entries import seq_key
 from storage.state.kv import Transaction
@@ -48,6 +48,8 @@ def bring_up_to_date(catalogue: Catalogue, cluster_id: str) -> None:
     _in_steps(
         catalogue, partial(_shrink_some, applied=int(catalogue.meta("applied", 0)), last=catalogue.epochs.last[1])
     )
+    _in_steps(catalogue, _place_some)
+    catalogue.kv.update(places.count_anew)
     catalogue.kv.update(lambda txn: entries.note_end(txn, catalogue.epochs))
     catalogue.write(Batch(meta=facts))
 
@@ -83,6 +85,14 @@ def _fold_some(txn: Transaction, start: bytes) -> bytes | None:
     return found[-1][0] if found else None
 
 
+def _place_some(txn: Transaction, start: bytes) -> bytes | None:
+    """Where copies lie."""
+    found = list(islice(txn.scan("location", start), ROWS_AT_ONCE))
+    for key, value in found:
+        places.convert(txn, key, value)
+    return found[-1][0] if found else None
+
+
 def _shrink_some(txn: Transaction, start: bytes, applied: int, last: int) -> bytes | None:
     """What the log says of an applied instance is in its row; the rest goes to the table `entries`."""
     found = list(islice(txn.scan("log", start), ROWS_AT_ONCE))
@@ -95,6 +105,6 @@ def _shrink_some(txn: Transaction, start: bytes, applied: int, last: int) -> byt
             row = instances.get(txn, instances.key_of(operation.sop_instance))
             if row is not None and row.seq == entry.seq:
                 entries.applied(txn, entry.seq, operation)
-        elif not isinstance(operation, Void):
-            txn.append("entries", seq_key(entry.seq), value)
+        elif (entry.seq > applied or not isinstance(operation, Void)) and not txn.get("entries", seq_key(entry.seq)):
+            txn.append("entries", seq_key(entry.seq), value)  # of the last one only its number may be left in `log`
     return found[-1][0] if found else None

@@ -6,7 +6,7 @@ from typing import Any
 
 from storage import parts
 from storage.appending import Appending
-from storage.journal import Journal
+from storage.checkpoints import Checkpoints
 from storage.log.log import Log
 from storage.log.records import Record
 from storage.log.segment import Segment
@@ -50,7 +50,7 @@ def record_before_its_sync() -> contextlib.AbstractContextManager[None]:
 
 def checkpoint_before_its_sync() -> contextlib.AbstractContextManager[None]:
     """The log forgets bytes that no volume has for certain."""
-    return replaced(Journal, "_sync", lambda self, volume_id: True)
+    return replaced(Checkpoints, "_sync", lambda self, volume: True)
 
 
 def trimmed_too_early() -> contextlib.AbstractContextManager[None]:

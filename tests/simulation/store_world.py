@@ -7,6 +7,7 @@ fail for good or fill up, flipped bits, deletions and replacements, also while a
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, Final
 import xxhash
 
 from conf.settings import Settings, build
-from storage import crash, environment, journal
+from storage import checkpoints, crash, environment
 from storage.control import Report, Tell
 from storage.engine import Engine
 from storage.environment import Surroundings, open_log
@@ -603,6 +604,9 @@ class StoreWorld(World):
             if name is None or digest_of(volume, name, put.offset) != (put.digest, put.length):
                 raise Violation(f"A: the copy of {uid} on node {node.name} isn't what was acknowledged")
             held.pop(f"{location.volume}/{location.path}", None)
+        found = Counter(location.volume for _, location in catalogue.locations())
+        if catalogue.copies_on() != found:
+            raise Violation(f"{node.name} counts {catalogue.copies_on()} copies, and has {found}")
         if held and not self.careless:
             raise Violation(f"D: files on node {node.name} that the catalogue doesn't name: {sorted(held)[:2]}")
 
@@ -622,7 +626,7 @@ SMALL: Final = {
     (giving, "WINDOW_BYTES"): 8192,
     (peering, "UNCLAIMED_S"): 3.0,
     (healing, "RETRY_S"): 1.0,
-    (journal, "CHECKPOINT_INTERVAL_S"): 1.0,
+    (checkpoints, "CHECKPOINT_INTERVAL_S"): 1.0,
     (environment, "SEGMENT_BYTES_MIN"): 0,
     (tidying, "SWEEP_S"): 2.0,
     (scrub, "REST_S"): 1.0,

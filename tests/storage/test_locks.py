@@ -95,6 +95,15 @@ def test_a_newer_format_is_refused(new_gateway: Callable[..., Gateway]) -> None:
     assert f"format {FORMAT + 1}" in done.stderr
 
 
+def test_the_folder_of_a_log_is_one_nodes(new_gateway: Callable[..., Gateway], tmp_path: Path) -> None:
+    log = json.dumps(str(tmp_path / "log"))
+    stored(new_gateway(TANDEM__STORAGE__LOG=log))
+    other = Gateway(tmp_path / "other", TANDEM__STORAGE__LOG=log)
+    with pytest.raises(AssertionError, match="the gateway ended"):
+        other.start()
+    assert f"{tmp_path / 'log'} is in use by process" in other.log()
+
+
 def test_rebuild_from_files_in_a_pair_needs_a_word(new_gateway: Callable[..., Gateway]) -> None:
     gateway = new_gateway()
     stored(gateway)

@@ -23,9 +23,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
+import click
+
 from conf.settings import Settings
 from storage.environment import NEW_FOLDER
-from storage.log.folder import LocalFolder
+from storage.log.folder import LocalFolder, LogDamaged
 from storage.log.salvage import Salvaged, set_aside_before
 from storage.objects.volume import (
     FOLDERS,
@@ -82,23 +84,24 @@ def set_aside(settings: Settings) -> Path | None:
 
 
 def _save_logged(settings: Settings) -> None:
-    """Raises OSError."""
+    """As far as log and disks allow: what stays in the log is set aside with it."""
     folder, old = settings.storage.log_folder, Old(catalogue_path(settings))
     volumes = []
     for path in dict.fromkeys((*settings.storage.volumes, *old.volume_paths())):
-        with contextlib.suppress(VolumeOffline):
+        with contextlib.suppress(VolumeOffline, OSError):
             volumes.append(LocalVolume(path))
     try:
-        if not volumes or not folder.exists():
-            return
-        kept = Salvaged(LocalFolder(folder))
-        for seq in (record.seq for record in kept.records() if record.seq > old.checkpoint):
-            found = logged(kept.read(seq))
-            if found.data is not None and isinstance(put := found.entry.operation, Put):
-                location = written(volumes, put.digest, found.data)
-                volume = next(one for one in volumes if one.id == location.volume)
-                give_to_gateway(settings, volume.path / "spool" / location.spool)
-        kept.close()
+        if volumes and folder.exists():
+            kept = Salvaged(LocalFolder(folder))
+            for seq in (record.seq for record in kept.records() if record.seq > old.checkpoint):
+                found = logged(kept.read(seq))
+                if found.data is not None and isinstance(put := found.entry.operation, Put):
+                    location = written(volumes, put.digest, found.data)
+                    volume = next(one for one in volumes if one.id == location.volume)
+                    give_to_gateway(settings, volume.path / "spool" / location.spool)
+            kept.close()
+    except (OSError, LogDamaged) as error:
+        click.echo(f"not all that only the log has was taken from it, it stays there: {error}", err=True)
     finally:
         for volume in volumes:
             volume.close()

@@ -145,6 +145,8 @@ async def _answered(folder: Path, sent: list[Frame]) -> list[dict[str, object]]:
         on_down=lambda why: None,
         on_message=lambda message: None,
         on_suspect=lambda seq: None,
+        lies_on=lambda study: "",
+        from_log=lambda seq: None,
     )
     link = Link(peering._up, peering._frame, peering._down)
     try:

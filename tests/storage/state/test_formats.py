@@ -41,6 +41,7 @@ def history() -> tuple[list[tuple[Entry, Location | None]], Delete]:
         entries.append((Entry(1 + (seq > 40), seq, put(seq, rng)), place))
     gone = Delete("1.2.3", "", "", "a test", "nobody", 0.0)
     entries[99] = (Entry(2, 100, gone), None)
+    entries[124] = (Entry(2, 125, Void()), None)  # sent so by a leader that has it no more
     return entries, gone
 
 
@@ -73,6 +74,7 @@ def as_format_2(path: Path) -> Catalogue:
             if not isinstance(one, Put) or (one.study == gone.study and entry.seq < 100):
                 if isinstance(one, Put):
                     txn.put("log", seq_key(entry.seq), encode(Entry(entry.epoch, entry.seq, Void())))
+                    txn.delete("location", seq_key(entry.seq))
                 continue
             txn.put("instance", one.sop_instance.encode(), encode(Instance(entry.seq, one)))
             txn.put("member", f"{one.study}\0{one.series}\0{one.sop_instance}".encode(), b"")
@@ -89,6 +91,7 @@ def as_format_2(path: Path) -> Catalogue:
 def said(catalogue: Catalogue) -> dict[str, object]:
     """All that a catalogue answers with."""
     found: dict[str, object] = {"entries": catalogue.entries(1, 1000), "counts": catalogue.counts()}
+    found |= {"copies": catalogue.copies_on(), "locations": list(catalogue.locations())}
     for study, row in catalogue.studies():
         found[study] = row, catalogue.count_instances(study), catalogue.sop_classes(study)
         for series, one in catalogue.series_of(study):

@@ -27,6 +27,11 @@ class Studies:
         self._gate = threading.Lock()
         self._known: OrderedDict[str, tuple[str, float, bool]] = OrderedDict()  # volume, last used, looked up
 
+    def known(self, study: str) -> str:
+        """Where it was last written, "" if that isn't known."""
+        with self._gate:
+            return self._known.get(study, ("", 0.0, False))[0]
+
     def volume_of(self, study: str, lies_on: LiesOn | None) -> str:
         """ "" if it isn't known. `lies_on(study)` says what the catalogue knows; it is asked once."""
         with self._gate:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -75,6 +76,7 @@ class Volumes:
         self._open, self._clock = open_volume, clock
         self.slots: list[Slot] = [self._opened(path) for path in paths]
         self._studies = Studies(clock)
+        self._placing = threading.Lock()
         self._by_id: dict[str, Slot] = {}
         for slot in self.slots:
             if slot.volume and (twin := self._by_id.setdefault(slot.volume.id, slot)) is not slot:
@@ -169,8 +171,12 @@ class Volumes:
 
     def place(self, study: str, lies_on: LiesOn | None = None) -> Volume:
         """The volume for an object of a study; `lies_on` as in `Studies`. Raises NoRoom."""
-        volume = self.choose(self._studies.volume_of(study, lies_on))
-        self._studies.note(study, volume.id, looked_up=lies_on is not None)
+        before = self._studies.known(study)
+        found = self._studies.volume_of(study, lies_on)
+        with self._placing:
+            now = self._studies.known(study)
+            volume = self.choose(found if now == before else now)  # another thread may have decided meanwhile
+            self._studies.note(study, volume.id, looked_up=lies_on is not None)
         return volume
 
     def serves(self, volume_id: str) -> bool:

@@ -1,6 +1,7 @@
 """Which volume takes a study: spread by room, a study together, no disk that works alone."""
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -95,6 +96,23 @@ def test_what_the_catalogue_knows_is_asked_for_once(tmp_path: Path, clock: Clock
 
     assert [volumes.place("1.2", lies_on) for _ in range(3)] == [there] * 3
     assert asked == ["1.2"]
+
+
+def test_threads_that_place_a_study_at_once_agree(tmp_path: Path, clock: Clock) -> None:
+    """The event loop and the thread that lands what was logged both come to a new study."""
+    volumes = with_free(tmp_path, clock, *[500] * 8)
+    together = threading.Barrier(8)
+
+    def lies_on(_: str) -> str:
+        together.wait(30)  # each of them has seen that the study is new
+        return ""
+
+    def place(study: int) -> str:
+        return volumes.place(f"1.2.{study}", lies_on).id
+
+    with ThreadPoolExecutor(8) as pool:
+        for study in range(20):
+            assert len({job.result() for job in [pool.submit(place, study) for _ in range(8)]}) == 1
 
 
 def test_a_study_moves_on_when_its_disk_is_full(tmp_path: Path, clock: Clock) -> None:

@@ -36,7 +36,7 @@ from storage.replication.effects import (
 from storage.replication.messages import Ack, AnyMessage, Pong, Prepare
 from storage.replication.pending import Pending, Pendings
 from storage.state.formats import bring_up_to_date
-from storage.state.model import Delete, Entry, Put, Task, TaskDone, encode
+from storage.state.model import Delete, Put, Task, TaskDone, encode
 from storage.state.soundness import closed
 from storage.upkeep.disks import LOOK_THREADS
 from storage.upkeep.recovery import recover
@@ -305,13 +305,9 @@ class Engine(Parts):
 
     def _transmit(self, session: int, seq: int) -> None:
         kept = self._pendings.get(seq)
-        if kept:
-            raw, epoch, stream = encode(kept.entry), kept.entry.epoch, kept.stream
-        else:
-            raw, stream = self.catalogue.entry_bytes(seq), 0
-            epoch = msgspec.msgpack.decode(raw, type=Entry).epoch
+        entry, stream = (kept.entry, kept.stream) if kept else (self.catalogue.entry(seq), 0)
         # A stream belongs to the link it was sent on; after a reconnect the follower doesn't know it and fetches.
-        self.peering.send(Prepare(self.core.epoch, session, seq, epoch, self.core.commit, raw, stream))
+        self.peering.send(Prepare(self.core.epoch, session, seq, entry.epoch, self.core.commit, encode(entry), stream))
 
     async def _adopt(self, epoch: int, match: int, lineage: str) -> None:
         facts: dict[str, Any] = {"promised": max(epoch, self.core.promised)}

@@ -45,9 +45,6 @@ class Salvaged:
             if head.seq >= segment.head.first and (before is None or place.rank > before.rank):
                 self._places[head.seq] = place
 
-    def __len__(self) -> int:
-        return len(self._places)
-
     def records(self) -> Iterator[Record]:
         """In the order of their numbers. Raises OSError, LogDamaged."""
         for seq in sorted(self._places):

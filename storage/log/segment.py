@@ -79,9 +79,6 @@ class Segment:
         """That a record appended here would have. Known once it is scanned."""
         return self.head.first + len(self.offsets)
 
-    def has_room(self, length: int) -> bool:
-        return self.end + size_of(length) <= self.file.size
-
     def note(self, record: Record, chain: bytes) -> None:
         """A record is at the end now."""
         self.offsets.append(self.end)

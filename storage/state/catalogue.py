@@ -116,9 +116,6 @@ class Catalogue:
         with self.kv.read() as txn:
             return entries.entry_of(txn, seq, entries.epochs_of(txn))
 
-    def entry_bytes(self, seq: int) -> bytes:
-        return encode(self.entry(seq))
-
     def entries(self, start: int, limit: int) -> list[Entry]:
         """Up to `limit` entries from seq `start` on."""
         tail = self.tail.copy()  # first: what isn't there any more is in the table by then
@@ -337,7 +334,7 @@ class Catalogue:
     ) -> Iterator[T]:
         """Rows below a prefix, some hundreds from one snapshot: whoever takes his time with them holds up nobody.
         `below`: the prefix, or what finds it in the first snapshot."""
-        prefix: bytes | None = below if isinstance(below, bytes) else None
+        prefix: bytes | None = None
         at = start
         while True:
             page: list[T] = []

@@ -43,14 +43,15 @@ def _running(words: Sequence[str], folder: Path, host: str, port: int) -> Iterat
     with (folder / "output").open("wb") as output:
         process = subprocess.Popen(words, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
     try:
-        wait_for(words[0], lambda: _answers(host, port), 60)
+        wait_for(words[0], lambda: answers(host, port), 60)
         yield process.pid
     finally:
         process.terminate()
         process.wait(30)
 
 
-def _answers(host: str, port: int) -> bool:
+def answers(host: str, port: int) -> bool:
+    """Something listens there."""
     try:
         socket.create_connection((host, port), timeout=1).close()
     except OSError:

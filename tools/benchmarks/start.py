@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from storage.objects.volume import create_marker
 from storage.state.catalogue import FORMAT, Batch, Catalogue
 from storage.state.model import Entry, Location, Put
 from storage.state.soundness import OPEN_MARK
-from tools.benchmarks.peers import HERE
+from tools.benchmarks.peers import HERE, answers
 from tools.cli.client import ask, order
 from tools.lab.pair import wait_for
 
@@ -124,11 +123,7 @@ class _Gateway:
     def _listens(self) -> bool:
         if self._process and self._process.poll() is not None:
             raise click.ClickException(f"the gateway has ended; see {self._folder / 'output'}")
-        try:
-            socket.create_connection((HERE, PORT), timeout=1).close()
-        except OSError:
-            return False
-        return True
+        return answers(HERE, PORT)
 
     def end(self, number: int) -> float:
         """Seconds until it is gone."""

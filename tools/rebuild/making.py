@@ -87,14 +87,13 @@ def _save_logged(settings: Settings) -> None:
     """As far as log and disks allow: what stays in the log is set aside with it."""
     folder, old = settings.storage.log_folder, Old(catalogue_path(settings))
     volumes = []
-    for path in dict.fromkeys((*settings.storage.volumes, *old.volume_paths())):
+    for path in _volume_folders(settings, old):
         with contextlib.suppress(VolumeOffline, OSError):
             volumes.append(LocalVolume(path))
     try:
         if volumes and folder.exists():
             kept = Salvaged(LocalFolder(folder))
-            for seq in (record.seq for record in kept.records() if record.seq > old.checkpoint):
-                found = logged(kept.read(seq))
+            for found in (logged(record) for record in kept.records() if record.seq > old.checkpoint):
                 if found.data is not None and isinstance(put := found.entry.operation, Put):
                     location = written(volumes, put.digest, found.data)
                     volume = next(one for one in volumes if one.id == location.volume)
@@ -112,12 +111,17 @@ def _aside(path: Path) -> Path:
     return path.with_name(f"catalogue.before-{time.strftime('%Y%m%dT%H%M%S')}-{os.urandom(2).hex()}")
 
 
+def _volume_folders(settings: Settings, old: Old) -> list[Path]:
+    """Those of the settings and those added while the gateway ran."""
+    return list(dict.fromkeys((*settings.storage.volumes, *old.volume_paths())))
+
+
 def open_volumes(settings: Settings) -> list[LocalVolume]:
     """Those of the settings and those added while the gateway ran, for this process alone. Raises VolumeOffline if one
     isn't there: its objects would be missing in the index; InUse while a gateway has it."""
     old = Old(catalogue_path(settings))
     try:
-        folders = list(dict.fromkeys((*settings.storage.volumes, *old.volume_paths())))
+        folders = _volume_folders(settings, old)
     finally:
         old.close()
     for folder in folders:

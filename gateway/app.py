@@ -35,6 +35,7 @@ def run(settings: Settings, read_again: Callable[[], Settings]) -> int:
     """Run until SIGTERM or SIGINT; returns the exit code. SIGHUP: the settings are read anew with `read_again`."""
     # A disk thread that was handed work gets the interpreter at once, and not only when the event loop next waits.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until we listen to it: by itself it would end us
     warnings.filterwarnings("ignore", module="pydicom")  # they name values, of patients too
     logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)  # as do its tracebacks; we say ourselves what went wrong
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -47,6 +48,9 @@ async def _main(settings: Settings, read_again: Callable[[], Settings]) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    server: DicomServer
+    # Heard at the first await, when there is a server; until then it waits, and never ends us.
+    loop.add_signal_handler(signal.SIGHUP, lambda: reload(settings, read_again, server))
     engine = Engine(settings)
     store = Store(engine)
     loop.set_exception_handler(lambda _loop, context: _unhandled(engine, context))
@@ -64,7 +68,6 @@ async def _main(settings: Settings, read_again: Callable[[], Settings]) -> int:
     server.spawn(Offering(store, settings).run())
     engine.fatal.add_done_callback(lambda _: stop.set())
     server.spawn(keep_alive())
-    loop.add_signal_handler(signal.SIGHUP, lambda: reload(settings, read_again, server))
     notify("READY=1")
     await stop.wait()
     if engine.fatal.done():

@@ -37,7 +37,8 @@ def bring_up_to_date(catalogue: Catalogue, cluster_id: str) -> None:
     if found == FORMAT:
         return
     catalogue.write(Batch(meta={"converting": found, "format": FORMAT}))  # what is half converted no older one may have
-    log.info("catalogue.converting", format=found, to=FORMAT)
+    if catalogue.epochs.last[1]:  # a new one is empty
+        log.info("catalogue.converting", format=found, to=FORMAT)
     facts: dict[str, object] = {"converting": 0}
     if catalogue.epochs.last[1] and not catalogue.meta("lineage", ""):
         # Both nodes of a pair hold one log and must give it the same name.

@@ -24,6 +24,8 @@ class Gateway:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tools", "gateway", "--config", str(self.file)], stderr=self.log.open("w")
         )
+        wait_for(self.log.read_text, "the gateway's first word")
+        os.kill(self.process.pid, signal.SIGHUP)  # at no time does it end a gateway that starts
         wait_for(lambda: self.lines("dicom.listening"), "the gateway to listen")
 
     def write(self, more: str, *, port: int = 0, text: str = "") -> None:
@@ -36,6 +38,7 @@ class Gateway:
 
     def hang_up(self, event: str) -> dict[str, object]:
         """Send SIGHUP; returns the next line of this event."""
+        wait_for(lambda: self.lines("settings.reloaded"), "the hang-up of the start")
         before = len(self.lines(event))
         os.kill(self.process.pid, signal.SIGHUP)
         wait_for(lambda: len(self.lines(event)) > before, event)

@@ -393,6 +393,8 @@ def _patience_s(view: View, gateway: Report, state: State) -> float:
         return 2 * view.ttl_s if booting else 0.0
     if gateway.last != gateway.peer_last:
         return 0.0 if gateway.last > gateway.peer_last else 2 * view.ttl_s
+    if gateway.missing > gateway.peer_missing:
+        return min(3.0, view.ttl_s)  # the other node's copies are more nearly complete
     return 0.0 if state.primary == view.node else min(1.0, view.ttl_s / 3)
 
 

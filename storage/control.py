@@ -63,6 +63,8 @@ class Report(msgspec.Struct, frozen=True, tag="report"):
     foreign: bool = False  # the linked peer's log is another one
     features: int = 0  # what this gateway can carry out
     commit: int = 0  # seq up to which every node in sync has the log
+    missing: int = 0  # copies of this node that are to be made again
+    peer_missing: int = 0  # the other node's, as far as is known
 
 
 class Tell(msgspec.Struct, frozen=True, tag="tell"):

@@ -142,6 +142,7 @@ class Engine(Parts):
         count = 0
         while True:
             self.core.peer_unfit = self._peer_info().get("usable", 1) == 0
+            self.core.counted = min(self.catalogue.tail, default=self.core.durable + 1) - 1
             self.core.missing = self.catalogue.missing_count()
             self._note_pair()
             if self.peering.heard():
@@ -276,9 +277,9 @@ class Engine(Parts):
         match effect:
             case Send(message):
                 self.peering.send(self._with_info(message))
-            case Transmit(session, first, last):
-                for seq in range(first, last + 1):
-                    self._transmit(session, seq)
+            case Transmit():
+                for seq in range(effect.first, effect.last + 1):
+                    self._transmit(effect, seq)
             case Persist():
                 self.follower.persist(effect)
             case Adopt(epoch, match, lineage):
@@ -303,11 +304,12 @@ class Engine(Parts):
         }
         return msgspec.structs.replace(message, info=msgspec.msgpack.encode(info))
 
-    def _transmit(self, session: int, seq: int) -> None:
+    def _transmit(self, effect: Transmit, seq: int) -> None:
         kept = self._pendings.get(seq)
         entry, stream = (kept.entry, kept.stream) if kept else (self.catalogue.entry(seq), 0)
         # A stream belongs to the link it was sent on; after a reconnect the follower doesn't know it and fetches.
-        self.peering.send(Prepare(self.core.epoch, session, seq, entry.epoch, self.core.commit, encode(entry), stream))
+        place = (self.core.epoch, effect.session, seq, entry.epoch)
+        self.peering.send(Prepare(*place, effect.commit, encode(entry), stream))
 
     async def _adopt(self, epoch: int, match: int, lineage: str) -> None:
         facts: dict[str, Any] = {"promised": max(epoch, self.core.promised)}
@@ -372,11 +374,11 @@ class Engine(Parts):
             self.core.commit if not self.core.leading or cluster.peer in self.core.confirmed else self.core.peer_acked
         )
         other = hello.store_id != self.pair_with
-        missing = int(self._peer_info().get("missing", 0)) if self.core.leading else self.core.leader_missing
-        if other or both > self.pair_seq or missing != self.peer_missing:
+        lacks = self.core.peer_lacks
+        if other or both > self.pair_seq or lacks != self.peer_missing:
             self.pair_with, self.pair_seq = hello.store_id, both if other else max(both, self.pair_seq)
-            self.peer_missing = missing
-            self.journal.note(pair_seq=self.pair_seq, pair_with=self.pair_with, peer_missing=missing)
+            self.peer_missing = lacks
+            self.journal.note(pair_seq=self.pair_seq, pair_with=self.pair_with, peer_missing=lacks)
 
     def _abandon(self) -> None:
         """Give up entries of a lost leader that can't be completed, once the journal is at rest."""

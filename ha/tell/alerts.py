@@ -148,7 +148,7 @@ class Watch:
                 del self._since[key]
             elif now - self._gone.setdefault(key, now) >= self.settings.settle_s:
                 _, kind, text = self._told.pop(key)
-                over = "the nodes are in sync again" if kind == "solo" else text
+                over = _again(seen) if kind == "solo" else text
                 alerts.append(Alert("in sync again" if kind == "solo" else kind, over, "over", wall))
                 del self._since[key], self._gone[key]
         return alerts
@@ -186,3 +186,8 @@ class Watch:
             alerts.append(Alert("scrub repair", text, "event", wall))
         self._bad = bad
         return [] if seen.silenced else alerts
+
+
+def _again(seen: Seen) -> str:
+    single = seen.status["single_copy"] if seen.status else 0
+    return "the nodes are in sync again" + (f"; {single} objects are still to be copied" if single else "")

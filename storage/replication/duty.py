@@ -185,6 +185,8 @@ class Duty:
             foreign=core.peer_foreign,
             features=FEATURES,
             commit=core.commit,
+            missing=core.missing,
+            peer_missing=core.peer_lacks,
         )
 
     def _first_answer(self) -> float:

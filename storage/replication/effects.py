@@ -45,21 +45,25 @@ class Send:
 
 @dataclass(frozen=True)
 class Transmit:
-    """Send entries first..last (inclusive) as Prepare of this session."""
+    """Send entries first..last (inclusive) as Prepare of this session, with this commit: what is committed already, the
+    follower needn't have the bytes of before it acknowledges."""
 
     session: int
     first: int
     last: int
+    commit: int
 
 
 @dataclass(frozen=True)
 class Persist:
-    """Make this entry and its bytes durable, then call `persisted`."""
+    """Make this entry and its bytes durable, then call `persisted`. `owed`: it was committed without this node, whose
+    copy of the bytes may come later."""
 
     seq: int
     entry_epoch: int
     entry: bytes
     stream: int
+    owed: bool = False
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,9 @@ class Follower:
         if not isinstance(put, Put):
             self._keep(entry, None)
             return
+        if effect.owed and not effect.stream:
+            self._keep(entry, None)  # healing has its bytes from the other node, or from a disk that came back
+            return
         incoming = self._peering.ended(effect.stream)
         is_inline = incoming is not None and self._journal.takes_inline and incoming.inline() is not None
         if incoming and is_inline and incoming.digest_at_once() and _fits(incoming, put):

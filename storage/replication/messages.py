@@ -2,8 +2,9 @@
 
 import msgspec
 
-FEATURES = 3  # grows with what a node can carry out; what the other node can't isn't asked of it
+FEATURES = 4  # grows with what a node can carry out; what the other node can't isn't asked of it
 PLACES_STREAMS = 3  # from here on it takes the study of an object that is on its way
+COUNTS_MISSING = 4  # from here on it acknowledges old entries without their bytes, and says up to where it counts them
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
@@ -60,7 +61,7 @@ class Prepare(Message, frozen=True):
 
 
 class Ack(Message, frozen=True):
-    """Every entry up to `seq` is durable here, bytes and log."""
+    """Every entry up to `seq` is durable here, and the bytes of those that weren't committed without this node."""
 
     epoch: int
     session: int
@@ -68,15 +69,16 @@ class Ack(Message, frozen=True):
 
 
 class Ping(Message, frozen=True):
-    """Leader's heartbeat; `sent_s` is the leader's own clock and comes back unread. `echo_s` is the `at_s` of the last
-    Pong: the follower then knows that this leader led after that moment of its own clock."""
+    """A node's heartbeat; `sent_s` is its own clock and comes back unread. `echo_s`, a leader's, is the `at_s` of the
+    last Pong: the follower then knows that this leader led after that moment of its own clock."""
 
     epoch: int
     session: int
     commit: int
     sent_s: float
     echo_s: float = float("-inf")
-    missing: int = 0  # copies that the leader lacks
+    missing: int = 0  # copies that the sender lacks,
+    counted: int = 0  # of all entries up to here
 
 
 class Pong(Message, frozen=True):

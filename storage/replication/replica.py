@@ -12,7 +12,8 @@ Invariants kept here (letters of the design):
  R4 (C) Nothing committed is truncated.
  R5 (C) A leader serves nobody before it has committed all that it held when it began to lead.
  R6     Bounded: at most `window` entries are sent and not acknowledged.
- R7     A follower promises not to be promoted (`grant_s`) only to the leader that it follows, never while `withhold`.
+ R7 (A) The bytes of an entry may come after its acknowledgement only if it was committed without this follower.
+ R8     A follower promises not to be promoted (`grant_s`) only to the leader that it follows, never while `withhold`.
 """
 
 from msgspec.structs import replace
@@ -34,6 +35,7 @@ from storage.replication.effects import (
 )
 from storage.replication.epochs import Epochs
 from storage.replication.messages import (
+    COUNTS_MISSING,
     FEATURES,
     Ack,
     AnyMessage,
@@ -173,6 +175,7 @@ class Replica(ReplicaState):
         self._pinged_at = float("-inf")
         self._following = self._greeting = None
         self._f.stage = Peer.UNLINKED
+        self.peer_counted = 0
         if self.leading:
             self._greet(now)
         else:
@@ -197,7 +200,8 @@ class Replica(ReplicaState):
             elif now - self._pinged_at >= self.limits.ping_interval_s:
                 self._pinged_at = now
                 session = self._f.session if self.leading and self._f.stage is Peer.JOINED else 0
-                self._out.append(Send(Ping(self.promised, session, self.commit, now, self._echo, self.missing)))
+                counted = (self.missing, self.counted)
+                self._out.append(Send(Ping(self.promised, session, self.commit, now, self._echo, *counted)))
         if self.leading:
             self._tick_leader(now)
             if self._linked and self._f.stage is not Peer.JOINED and now - self._greeted_at > self.limits.greet_again_s:
@@ -324,7 +328,8 @@ class Replica(ReplicaState):
             return
         if prepare.seq == self.accepted + 1:
             self.epochs.append(prepare.entry_epoch, prepare.seq)
-            self._out.append(Persist(prepare.seq, prepare.entry_epoch, prepare.entry, prepare.stream))
+            owed = prepare.seq <= prepare.commit
+            self._out.append(Persist(prepare.seq, prepare.entry_epoch, prepare.entry, prepare.stream, owed))
         elif prepare.seq > self.accepted:
             self._out.append(DropLink(f"entry {prepare.seq} follows {self.accepted}"))
             self.unlinked(now)
@@ -344,9 +349,9 @@ class Replica(ReplicaState):
     def _on_ping(self, ping: Ping, now: float) -> None:
         following = self._following
         ours = following is not None and (ping.epoch, ping.session) == following.of
+        self.peer_missing, self.peer_counted = ping.missing, ping.counted
         if ours:
             self.read_from = max(self.read_from, min(ping.echo_s, now))
-            self.leader_missing = ping.missing
             self._learn_commit(ping.commit)
             if not self.withhold:
                 self.granted_until = max(self.granted_until, now + self.limits.grant_s)
@@ -405,8 +410,16 @@ class Replica(ReplicaState):
             return
         last = min(self.accepted, f.acked + self.limits.window)
         if last >= f.next_seq:
-            self._out.append(Transmit(f.session, f.next_seq, last))
+            self._note_owed(f.next_seq, min(last, self.commit))
+            self._out.append(Transmit(f.session, f.next_seq, last, self.commit))
             f.next_seq = last + 1
+
+    def _note_owed(self, first: int, last: int) -> None:
+        """The follower may take these without their bytes."""
+        if first <= last and self.peer_hello is not None and self.peer_hello.features >= COUNTS_MISSING:
+            if self._owed_upto <= self.peer_counted:
+                self._owed_from = first - 1
+            self._owed_upto = last
 
     def _learn_commit(self, commit: int) -> None:
         commit = min(commit, self.durable)

@@ -33,8 +33,10 @@ class ReplicaState:
     peer_hello: Hello | None = None
     peer_last: tuple[int, int] | None = None
     peer_info: bytes = b""
-    missing: int = 0  # copies that this node lacks, for the other one to know
-    leader_missing: int = 0  # follower: copies that its leader lacks
+    missing: int = 0  # copies that this node lacks, for the other one to know,
+    counted: int = 0  # of all entries up to here
+    peer_missing: int = 0  # copies that the peer says it lacks,
+    peer_counted: int = 0  # of all entries up to here; 0 before it has said so on this link
     peer_unfit: bool = False  # the peer says that it can't keep anything
     peer_foreign: bool = False  # the peer's log is another one: the two are never matched
     grant_until: float = float("-inf")  # leader: the follower won't promote before (own clock)
@@ -55,6 +57,7 @@ class ReplicaState:
         self._greeted_at = 0.0
         self._stalled_at: float | None = None  # since when commits wait for the follower without any progress
         self._acked_max = 0
+        self._owed_from = self._owed_upto = 0  # after the one, up to the other: sent when they were committed already
         self._adopting: Welcome | None = None
         self._following: Welcome | None = None
         self._greeting: Hello | None = None  # a leader's Hello that waits until nothing is in flight here
@@ -84,6 +87,11 @@ class ReplicaState:
     @property
     def peer_acked(self) -> int:
         return self._f.acked
+
+    @property
+    def peer_lacks(self) -> int:
+        """Copies that the peer lacks: what it says, and what was sent since without the bytes."""
+        return self.peer_missing + max(0, self._owed_upto - max(self._owed_from, self.peer_counted))
 
     @property
     def live(self) -> bool:

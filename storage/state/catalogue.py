@@ -186,6 +186,12 @@ class Catalogue:
                 found.append(int.from_bytes(key, "big"))
         return found
 
+    def newest_missing(self, before: int, limit: int) -> list[int]:
+        """Entries before this one (0: all) whose bytes this node lacks, newest first."""
+        with self.kv.read() as txn:
+            rows = txn.scan_back("missing", seq_key(before) if before else b"")
+            return [int.from_bytes(key, "big") for key, _ in islice(rows, limit)]
+
     def missing_count(self) -> int:
         with self.kv.read() as txn:
             return txn.count("missing")

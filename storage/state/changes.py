@@ -51,7 +51,7 @@ def locate(txn: Transaction, entry: Entry, location: Location | None) -> None:
     if location is not None:
         places.put(txn, entry.seq, location)
     elif isinstance(entry.operation, Put):
-        txn.put("missing", seq_key(entry.seq), b"no disk took it")
+        txn.put("missing", seq_key(entry.seq), b"no copy yet")
 
 
 def leave(txn: Transaction, location: Location, sop_instance: str, reason: str, *, keep: bool = True) -> None:

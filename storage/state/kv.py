@@ -52,6 +52,10 @@ class Transaction(Protocol):
         """Rows in the order of their keys, from `start` on. The table may not be changed meanwhile."""
         ...
 
+    def scan_back(self, table: str, before: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """Rows in the opposite order, those that come before a key, or all. The table may not be changed meanwhile."""
+        ...
+
     def last_key(self, table: str) -> bytes | None: ...
     def count(self, table: str) -> int: ...
 
@@ -91,6 +95,13 @@ class _LmdbTransaction:
         with self._txn.cursor(self._tables[table]) as cursor:
             if cursor.set_range(start) if start else cursor.first():
                 yield from cursor
+
+    def scan_back(self, table: str, before: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        with self._txn.cursor(self._tables[table]) as cursor:
+            there = cursor.prev() if before and cursor.set_range(before) else cursor.last()
+            while there:
+                yield cursor.item()
+                there = cursor.prev()
 
     def last_key(self, table: str) -> bytes | None:
         with self._txn.cursor(self._tables[table]) as cursor:

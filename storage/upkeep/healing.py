@@ -1,4 +1,4 @@
-"""Makes the copies again that this node has lost: oldest first, from the peer, giving way to what comes in.
+"""Makes the copies again that this node has lost: newest first, from the peer, giving way to what comes in.
 
 A copy that is lost or no good is noted in `missing`; whatever is there is fetched, checked by digest and placed on any
 volume with room. A volume that fails is written off: all that lay on it is missing from then on.
@@ -31,6 +31,7 @@ BATCH: Final = 128
 WRITE_OFF_BATCH: Final = 2000
 POLL_S: Final = 0.5
 RETRY_S: Final = 5.0
+ROUND_S: Final = 60.0  # the list of what is missing is begun anew
 SKIPPED: Final = -1  # there was nothing to do in this part of the list
 BUSY_SHARE: Final = 3.0  # while images come in: this much rest for each second of healing
 RATE_WINDOW_S: Final = 30.0
@@ -65,7 +66,7 @@ class Healing:
         self._suspects: set[int] = set()
         self._retry_at: dict[int, float] = {}
         self._healed: list[tuple[float, int]] = []
-        self._at = 0
+        self._before, self._round_at = 0, clock()
         self._recording: asyncio.Future[int] | None = None
         self._unreadable: set[int] = set()  # copies that the peer lacks as well
         self.in_flight: set[str] = set()  # spool files of copies that were made and aren't recorded yet
@@ -249,9 +250,12 @@ class Healing:
         those are had again that lie here, on a disk that came back."""
         now = self._clock()
         self._retry_at = {seq: at for seq, at in self._retry_at.items() if at > now}
-        wanted = await self._workers.run(self._catalogue.missing, self._at, BATCH)
+        if now - self._round_at > ROUND_S:
+            self._before, self._round_at = 0, now  # what is newer by now comes first
+        wanted = await self._workers.run(self._catalogue.newest_missing, self._before, BATCH)
         due = [seq for seq in wanted if seq not in self._retry_at]
-        self._at = wanted[-1] + 1 if len(wanted) == BATCH else 0  # round and round: none that fails holds up the others
+        # Round and round: none that fails holds up the others.
+        self._before = wanted[-1] if len(wanted) == BATCH else 0
         if not wanted:
             self._unreadable.clear()
         made = 0
@@ -264,9 +268,9 @@ class Healing:
             )
             if self._journal.busy:
                 await asyncio.sleep(min(1.0, BUSY_SHARE * (self._clock() - start)))
-        if self._at == 0 or not due or self._journal.busy:
+        if self._before == 0 or not due or self._journal.busy:
             made += await self._recorded()
-        return made or (0 if self._at == 0 else SKIPPED)
+        return made or (0 if self._before == 0 else SKIPPED)
 
     def _groups(self, due: list[int]) -> list[list[int]]:
         """While images come in: one copy at a time."""

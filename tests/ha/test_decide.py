@@ -96,6 +96,15 @@ def test_first_stops_promising() -> None:
     assert "Acquire" not in kinds(view(report()))
 
 
+def test_the_node_that_lacks_less_comes_first() -> None:
+    """Where both may lead and one is only in sync for the log."""
+    both = {"withhold": True, "linked": True, "peer_last": (5, 10)}
+    just_now = {"leader_absent_since": NOW - 2, "started_at": NOW - 100}
+    assert "Acquire" in kinds(view(report(**both, missing=0, peer_missing=7), **just_now))
+    assert "Acquire" not in kinds(view(report(**both, missing=7, peer_missing=0), **just_now))
+    assert "Acquire" in kinds(view(report(**both, missing=7, peer_missing=0), leader_absent_since=NOW - 9))
+
+
 def test_waits_out_its_promise() -> None:
     assert "Acquire" not in kinds(view(report(withhold=True, granted_until=NOW + 0.1)))
 

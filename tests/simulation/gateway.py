@@ -110,13 +110,12 @@ class SimGateway:
         match effect:
             case Send(message):
                 self._send(message)
-            case Transmit(session, first, last):
+            case Transmit(session, first, last, commit):
                 for seq in range(first, last + 1):
                     epoch, payload = self._memory.get(seq) or self.disk.log[seq]
-                    commit = self.core.commit
                     self._send(Prepare(self.core.epoch, session, seq, epoch, commit, payload, 0))
-            case Persist(seq, entry_epoch, entry, _stream):
-                self._write(seq, entry_epoch, entry)
+            case Persist():
+                self._write(effect.seq, effect.entry_epoch, effect.entry, owed=effect.owed)
             case Adopt(epoch, match):
                 self._adopt(epoch, match)
             case Publish(seq):
@@ -139,7 +138,7 @@ class SimGateway:
         self._disk_free_at = max(now, self._disk_free_at) + self._disk_delay()
         return self._disk_free_at - now
 
-    def _write(self, seq: int, epoch: int, payload: bytes) -> None:
+    def _write(self, seq: int, epoch: int, payload: bytes, *, owed: bool = False) -> None:
         self._writing += 1
 
         def written() -> None:
@@ -148,6 +147,7 @@ class SimGateway:
             if self.disk.log and seq > max(self.disk.log) + 1:
                 raise AssertionError("hole in the log")
             self.disk.log[seq] = (epoch, payload)
+            (self.disk.owed.add if owed else self.disk.owed.discard)(seq)
             self._completed(done)
 
         def done() -> None:
@@ -187,6 +187,8 @@ class SimGateway:
             self.published = seq
             reply = self._waiting.pop(seq, None)
             if reply:
+                if self.core.required == {self.node.name, self.node.peer}:
+                    self.world.checker.acknowledges(seq, self.node.peer, self.world.nodes[self.node.peer].disk)
                 reply(True)
         applied = self.published
 

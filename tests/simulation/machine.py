@@ -68,6 +68,11 @@ class MemoryTransaction:
         for key in keys[bisect.bisect_left(keys, start) :]:
             yield key, self._tables[table][key]
 
+    def scan_back(self, table: str, before: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        keys = self._keys.get(table, [])
+        for key in reversed(keys[: bisect.bisect_left(keys, before)] if before else keys[:]):
+            yield key, self._tables[table][key]
+
     def last_key(self, table: str) -> bytes | None:
         keys = self._keys.get(table)
         return keys[-1] if keys else None

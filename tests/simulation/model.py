@@ -16,6 +16,7 @@ class Disk:
 
     store_id: str
     log: dict[int, tuple[int, bytes]] = field(default_factory=dict)
+    owed: set[int] = field(default_factory=set)  # entries of the log that came without their bytes
     promised: int = 0
     incarnation: int = 0
     applied: int = 0

@@ -1,12 +1,13 @@
 """Deliberate bugs. The simulation must catch each of them; that shows that its checks see something."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from ha import decide
 from storage.control import Tell
 from storage.replication.duty import Duty
-from storage.replication.effects import Publish
-from storage.replication.messages import Ping
+from storage.replication.effects import Persist, Publish
+from storage.replication.messages import Ping, Prepare
 from storage.replication.replica import Replica
 from tests.simulation.gateway import SimGateway
 
@@ -79,6 +80,18 @@ class GrantForgotten(SimGateway):
     core_class = _AlwaysGrant
 
 
+class _OwesAll(Replica):
+    def _on_prepare(self, prepare: Prepare, now: float) -> None:
+        super()._on_prepare(prepare, now)
+        self._out = [replace(one, owed=True) if isinstance(one, Persist) else one for one in self._out]
+
+
+class BytesLaterThanAcknowledged(SimGateway):
+    """A follower acknowledges before it has the bytes also what wasn't committed without it."""
+
+    core_class = _OwesAll
+
+
 class ReadingWithoutKey(SimGateway):
     """A node brings the addresses for reading up without holding their key in etcd."""
 
@@ -93,5 +106,6 @@ MUTANTS = (
     RollForwardSkipped,
     ServePastLease,
     GrantForgotten,
+    BytesLaterThanAcknowledged,
     ReadingWithoutKey,
 )

@@ -52,6 +52,11 @@ class Checker:
         if self.writers.setdefault(epoch, writer) != writer:
             raise Violation(f"B: epoch {epoch} written by {self.writers[epoch]} and {writer}")
 
+    def acknowledges(self, seq: int, other: str, disk: Disk) -> None:
+        """The primary says Success; `other` is in sync too."""
+        if seq not in disk.log or seq in disk.owed:
+            raise Violation(f"A: entry {seq} is acknowledged, and node {other} lacks it or its bytes")
+
 
 class Connection:
     """A TCP connection: in order, until a cable or an end fails."""

@@ -100,7 +100,7 @@ def mend_disks(lab: Lab) -> None:
 
 def healed(lab: Lab) -> bool:
     found = [lab.node_status(node) for node in NODES]
-    return all(status is not None and status["healing"]["missing"] == 0 for status in found)
+    return all(status and status["healing"]["missing"] == 0 and status["single_copy"] == 0 for status in found)
 
 
 def volume_states(lab: Lab, node: str) -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import wait_for
 from tests.system.checkers import Watched
-from tests.system.conftest import TTL_S, heal, other_than, pid_of, primary_of
+from tests.system.conftest import TTL_S, heal, healed, other_than, pid_of, primary_of
 from tests.system.test_switchover import asked, tandem
 from tools.lab.network import ADDRESSES, ETCD_CLIENT_PORT, MEMBERS
 from tools.lab.pair import Lab
@@ -263,7 +263,7 @@ def restart_with(lab: Lab, node: str, *prefix: str) -> None:
     path.write_text(json.dumps(commands))
     lab.power_off(node)
     lab.power_on(node)
-    wait_for(lab.in_sync, "the pair to be in sync", 120)
+    wait_for(lambda: lab.in_sync() and healed(lab), "the pair to be in sync and complete", 120)
 
 
 @pytest.mark.parametrize("hours", [pytest.param("+1h", marks=pytest.mark.soak), "-1h"])

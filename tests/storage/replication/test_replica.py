@@ -15,6 +15,7 @@ class Node:
 
     def __init__(self, name: str, peer: str) -> None:
         self.core = Replica(name, peer, "c", f"store-{name}", 1, 0, Epochs(), 0, 0, limits=Limits())
+        self.owed: list[int] = []
         self.entries: dict[int, int] = {}
         self.published = 0
         self.held = False
@@ -26,14 +27,16 @@ class Node:
                 case Send(message) if self.other and self.core._linked:
                     self.other.core.receive(message, now)
                     self.other.run(now)
-                case Transmit(session, first, last):
+                case Transmit(session, first, last, commit):
                     for seq in range(first, last + 1):
-                        entry = Prepare(self.core.epoch, session, seq, self.entries[seq], self.core.commit, b"", 0)
+                        entry = Prepare(self.core.epoch, session, seq, self.entries[seq], commit, b"", 0)
                         if self.other:
                             self.other.core.receive(entry, now)
                             self.other.run(now)
-                case Persist(seq, epoch, _, _):
+                case Persist(seq, epoch):
                     self.entries[seq] = epoch
+                    if effect.owed:
+                        self.owed.append(seq)
                     if not self.held:
                         self.core.persisted(seq)
                 case Adopt(epoch, match):
@@ -90,6 +93,31 @@ def test_nothing_is_committed_before_the_peer_has_it() -> None:
     b.run()
     a.run()
     assert a.published == seq
+
+
+def test_only_what_was_committed_without_it_may_come_without_its_bytes() -> None:
+    a, b = pair()
+    a.core.lead(1, ALONE, 0.0)
+    for _ in range(3):
+        a.propose()
+    for node in (a, b):
+        node.core.linked_up(0.0)
+    b.held = True
+    for node in (a, b, a):
+        node.run()
+    assert b.owed == [1, 2, 3]
+    assert a.core.peer_lacks == 3
+    b.core.persisted(3)
+    b.run()
+    a.run()
+    assert a.core.ask is not None
+    a.core.answered(a.core.ask.token)
+    a.propose()
+    assert b.owed == [1, 2, 3]
+    b.core.missing, b.core.counted = 1, 3
+    b.core.tick(0.3)
+    b.run(0.3)
+    assert a.core.peer_lacks == 1
 
 
 def test_lost_peer_holds_commits_until_etcd_agreed() -> None:

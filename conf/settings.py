@@ -158,6 +158,9 @@ class ClusterSettings(Section):
     links: tuple[LinkSettings, ...] = Field((), strict=False, description="Further networks between the nodes")
     tls: TlsSettings | None = Field(None, description="Between the nodes, and to etcd where its URLs say https")
     watchdog: str = Field("", description="Watchdog device, /dev/watchdog: resets a primary that can't renew its lease")
+    state_after: int = Field(
+        20_000, ge=0, description="A node that is more entries of the log behind takes the other one's state"
+    )
     gateway_starts: int = Field(5, ge=1, description="A gateway that starts more often in a minute isn't trusted")
 
     @field_validator("vips", mode="before")

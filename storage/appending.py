@@ -99,6 +99,11 @@ class Appending:
         """Forget the log's entries behind `after`, durably; nothing is being written. Raises OSError."""
         await self._thread.run(self._log.cut, after)
 
+    async def begin(self, epochs: tuple[tuple[int, int], ...]) -> None:
+        """Begin the log anew behind what `epochs` tells of; nothing is being written. Raises OSError."""
+        await self._thread.run(self._log.begin, self._log.lineage, epochs)
+        self.rewind(epochs[-1][1] if epochs else 0)
+
     async def trim(self, upto: int) -> None:
         """What entries up to `upto` say and bring is durable elsewhere. Raises OSError."""
         if gone := await self._thread.run(self._log.detach, upto):

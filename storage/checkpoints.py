@@ -56,6 +56,15 @@ class Checkpoints:
         self._task: asyncio.Task[None] | None = None
         self._sync_jobs: dict[Volume, asyncio.Future[bool]] = {}
 
+    @property
+    def upto(self) -> int:
+        """The last entry that is covered."""
+        return self._checkpointed
+
+    def begin(self, upto: int) -> None:
+        """The catalogue is another one, which is covered up to there."""
+        self._checkpointed = upto
+
     def close(self) -> None:
         self._syncing.leave()
 

@@ -15,6 +15,8 @@ POINTS: Final = (
     "journal.before_commit",
     "journal.after_commit",
     "journal.after_publish",
+    "journal.before_become",
+    "journal.after_become",
     "primary.before_prepare",
     "primary.before_answer",
     "standby.before_ack",

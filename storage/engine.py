@@ -153,6 +153,7 @@ class Engine(Parts):
             count += 1
             if count % STATE_LOOK_TICKS == 0:
                 self.peering.expire()
+                self.state_giver.expire()
                 self._spawn(self._look_at_state())
             if count % 2 == 0:
                 self.on_change()
@@ -282,8 +283,8 @@ class Engine(Parts):
                     self._transmit(effect, seq)
             case Persist():
                 self.follower.persist(effect)
-            case Adopt(epoch, match, lineage):
-                self._spawn(self._adopt(epoch, match, lineage))
+            case Adopt():
+                self._spawn(self._adopt(effect))
             case Publish(seq):
                 self._publish(seq)
             case SteppedDown():
@@ -311,15 +312,26 @@ class Engine(Parts):
         place = (self.core.epoch, effect.session, seq, entry.epoch)
         self.peering.send(Prepare(*place, effect.commit, encode(entry), stream))
 
-    async def _adopt(self, epoch: int, match: int, lineage: str) -> None:
-        facts: dict[str, Any] = {"promised": max(epoch, self.core.promised)}
-        if lineage and not self.core.lineage:
-            facts["lineage"] = lineage
-        await self.journal.record(truncate_after=match, **facts)
-        self._forget_after(match)
-        self.core.adopted(epoch, match)
+    async def _adopt(self, effect: Adopt) -> None:
+        facts: dict[str, Any] = {"promised": max(effect.epoch, self.core.promised)}
+        if effect.lineage and not self.core.lineage:
+            facts["lineage"] = effect.lineage
+        await self.journal.record(truncate_after=effect.match, **facts)
+        self._forget_after(effect.match)
+        state = await self._take_state(effect.match) if effect.state else None
+        self.core.adopted(effect.epoch, effect.match, state)
         self.flush()
         await self.healing.check_whole()
+
+    async def _take_state(self, match: int) -> tuple[tuple[int, int], ...] | None:
+        await self.settled()
+        if self.journal.applied < match:
+            return None
+        state = await self.state_taker.take(match)
+        if state is not None:
+            self._queued = self.journal.applied
+            self.follower.entries.clear()
+        return state
 
     def _publish(self, upto: int) -> None:
         self._queue_applies(upto)
@@ -417,6 +429,7 @@ class Engine(Parts):
 
     def _link_down(self, why: str) -> None:
         log.warning("link.down", why=why)
+        self.state_giver.close()
         self.core.unlinked(self.clock())
         if not self.core.leading:
             self.follower.restart(self.core.durable)

@@ -1,6 +1,7 @@
 """What a store stands on: clock, threads, disks, database and network. The simulation gives it others."""
 
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from storage.objects.volume import LocalVolume
 from storage.objects.volumes import OpenVolume
 from storage.replication.network import Network, Tcp
 from storage.state.catalogue import Batch, Catalogue
-from storage.state.kv import CatalogueDamaged
+from storage.state.kv import TAKEN_FOLDER, CatalogueDamaged
 from storage.state.logged import logged
 from storage.state.soundness import is_sound, is_unclean, opened
 from storage.workers import Workers, WorkersFactory
@@ -125,6 +126,9 @@ def _open_log(folder: Folder, catalogue: Catalogue, log_bytes: int) -> Log:
             raise (LogDamaged if kept.lineage else LogAway)(
                 "its segments aren't where they were; is `[storage] log` another folder now, or its disk away?"
             )
+        if kept.last[1] < int(catalogue.meta("checkpoint", 0)):
+            # A state was taken from the other node; all that the log has is older.
+            kept.begin(name, catalogue.epochs.pairs)
         if kept.first > last + 1:
             raise LogDamaged(f"it begins with entry {kept.first}, and the catalogue ends with {last}")
         for record in kept.records(last + 1):  # what will be replayed can be read
@@ -175,6 +179,7 @@ def open_or_set_aside(settings: Settings) -> Catalogue:
     and OSError.
     """
     path, size = settings.storage.state / "catalogue", settings.storage.map_size_bytes
+    shutil.rmtree(path.with_name(TAKEN_FOLDER), ignore_errors=True)  # its taking was broken off
     if not path.exists() and path.with_name(NEW_FOLDER).exists():
         raise CatalogueDamaged(f"{path}: `tandem rebuild-index` was interrupted; run it again")
     try:

@@ -27,8 +27,10 @@ from storage.objects.volume import NoRoom
 from storage.objects.volumes import Volumes
 from storage.publishing import Publishing
 from storage.state.catalogue import Batch, Catalogue, same_copy
+from storage.state.kv import Kv
 from storage.state.logged import Logged, logged
 from storage.state.model import Entry, Location, Put
+from storage.state.transfer import Head, StateUnusable
 from storage.turns import Turns
 from storage.workers import Threads, WorkersFactory
 
@@ -86,7 +88,7 @@ class Journal:
         self._due = False  # what is committed is to be published with the next batch
         self._broken: BaseException | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._publishing: set[asyncio.Future[None]] = set()  # one by one, beside the batches
+        self._apart: set[asyncio.Future[None]] = set()  # what the thread does besides its batches
         self._checkpoints = Checkpoints(
             catalogue,
             kept,
@@ -232,12 +234,15 @@ class Journal:
 
     async def publish_again(self, location: Location) -> None:
         """Move a copy into the tree that is recorded there and wasn't moved. Raises OSError if its disk hangs."""
-        job = self._thread.run(self._publish_again, location, self._turns.now)
-        self._publishing.add(job)
+        await self._beside(self._thread.run(self._publish_again, location, self._turns.now))
+
+    async def _beside(self, job: "asyncio.Future[None]") -> None:
+        """What the thread does besides its batches isn't done anew where the thread is left behind."""
+        self._apart.add(job)
         try:
             await job
         finally:
-            self._publishing.discard(job)
+            self._apart.discard(job)
 
     async def lose(self, lost: dict[int, tuple[str, Location]]) -> None:
         """Note that copies of this node are gone: seq -> (why, where it was)."""
@@ -264,6 +269,26 @@ class Journal:
         """Make the volumes durable up to what is applied, so that recovery is short."""
         await self.record()
         await self._checkpoints.now()
+
+    async def become(self, new: Kv, head: Head) -> None:
+        """The catalogue is to be a state that was taken from the other node, and the log begins anew behind it. Nothing
+        is being logged, and all that is logged is applied. Raises StateUnusable, OSError if nothing has changed,
+        CatalogueDamaged if that isn't known."""
+        await self.checkpoint()
+        if self._checkpoints.upto < self.applied:
+            raise StateUnusable("not all copies of this node are durable now")
+        await self._beside(self._thread.run(self._become, new, head, self._turns.now))
+        await self._appending.begin(head.epochs)
+        self.applied = head.applied
+        self._checkpoints.begin(head.applied)
+        self._on_applied(head.applied)
+
+    def _become(self, new: Kv, head: Head, turn: int) -> None:
+        self._turns.check(turn)
+        crash.point("journal.before_become")
+        self._catalogue.become(new, head, lambda: self._turns.committing(turn))
+        self._turns.done(turn)
+        crash.point("journal.after_become")
 
     # -- the loop's side ---------------------------------------------------------------------------------------
 
@@ -348,10 +373,10 @@ class Journal:
         log.error("journal.left_thread", entries=len(work.ready) if work else 0)
         self._thread.leave()
         self._thread = self._workers(1, "journal")
-        for job in self._publishing:
+        for job in self._apart:
             if not job.done():
                 job.set_exception(OSError(errno.ETIMEDOUT, "the disk doesn't answer"))
-        self._publishing.clear()
+        self._apart.clear()
         if work is None:
             return
         if work.committed:  # only names in the tree are still to be made; the sweep makes them

@@ -25,6 +25,7 @@ from storage.replication.network import Network
 from storage.replication.peering import Peering
 from storage.replication.pending import Pendings
 from storage.replication.replica import Replica
+from storage.replication.state_transfer import StateGiver, StateTaker
 from storage.state.catalogue import Batch, Catalogue
 from storage.state.model import Entry, Put
 from storage.upkeep.disks import DiskWatch
@@ -80,6 +81,11 @@ class Parts:
         self.copies = Copies(*kept, self.disk, self._pendings, self._is_awaited)
         self.peering = self._new_peering(around.networks)
         self.follower = Follower(self.peering, self.journal, *kept, self.disk, self._stuck)
+        self.state_giver = StateGiver(
+            self.catalogue, self.disk, self.clock, on_given=lambda: self.core.taking(self.clock())
+        )
+        self.peering.give_state = self.state_giver.part
+        self.state_taker = StateTaker(self.peering, self.catalogue, self.journal, self.disk)
         self.healing = Healing(
             self.core,
             *kept,
@@ -155,7 +161,11 @@ class Parts:
         cluster = self.settings.cluster
         limits = Limits()
         if cluster:
-            limits = Limits(peer_timeout_s=cluster.peer_timeout_s, ack_timeout_s=cluster.ack_timeout_s)
+            limits = Limits(
+                peer_timeout_s=cluster.peer_timeout_s,
+                ack_timeout_s=cluster.ack_timeout_s,
+                state_after=cluster.state_after,
+            )
         core = Replica(
             self.settings.node.name,
             cluster.peer if cluster else None,

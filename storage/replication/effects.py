@@ -33,6 +33,7 @@ class Limits:
     grant_margin_s: float = 0.2
     greet_again_s: float = 3.0
     window: int = 256
+    state_after: int = 20_000  # a follower that is more entries behind takes the state
 
 
 # Effects, to be carried out in order.
@@ -69,11 +70,12 @@ class Persist:
 @dataclass(frozen=True)
 class Adopt:
     """Durably promise `epoch`, note `lineage` where none is known and drop the log after `match`, then call `adopted`
-    with the first two."""
+    with the first two. `state`: take the leader's state first, if that can be done."""
 
     epoch: int
     match: int
     lineage: str = ""
+    state: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,3 +119,4 @@ class FollowerState:
     joined_at: int = 0
     whole: bool = False
     progress_at: float = 0.0
+    taking_at: float = float("-inf")  # when it last took something of the state

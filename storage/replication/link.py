@@ -61,6 +61,8 @@ class Kind(IntEnum):
     CLIENTS = 13  # payload: msgpack, the primary's TCP connections to the virtual addresses
     CONTROL = 14  # payload: Greeting; this connection carries the messages that belong to the one in use
     PLACE = 16  # payload: the study of the object in this stream
+    STATE = 17  # payload: msgpack transfer.Ask, or nil for the head; STATE_PART with this number answers
+    STATE_PART = 18  # payload: msgpack transfer.Head or Answer; empty if it can't be given now
     CREDIT = 15  # payload: so many bytes of this stream were taken, and as many more may come
 
 

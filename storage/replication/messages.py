@@ -5,6 +5,7 @@ import msgspec
 FEATURES = 4  # grows with what a node can carry out; what the other node can't isn't asked of it
 PLACES_STREAMS = 3  # from here on it takes the study of an object that is on its way
 COUNTS_MISSING = 4  # from here on it acknowledges old entries without their bytes, and says up to where it counts them
+TAKES_STATE = 4  # from here on it takes the state where it is far behind
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
@@ -29,13 +30,15 @@ class Hello(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """Leader to follower: cut your log after `match`, then follow me. `commit` is what a whole copy must reach."""
+    """Leader to follower: cut your log after `match`, then follow me. `commit` is what a whole copy must reach.
+    `state`: you are far behind; take my state, if you can, and what my log has behind it."""
 
     epoch: int
     session: int
     match: int
     commit: int
     lineage: str = ""
+    state: bool = False
 
     @property
     def of(self) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -70,7 +70,8 @@ class Peering:
         self._on_message, self._on_suspect = on_message, on_suspect
         self._lies_on = lies_on
         self.on_clients: Callable[[bytes], None] = lambda _: None
-        self._listings: dict[int, asyncio.Future[list[Row]]] = {}
+        self.give_state: Callable[[bytes], Awaitable[bytes]] | None = None
+        self._asked: dict[int, asyncio.Future[bytes]] = {}
         self.link: Link | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._incoming: dict[int, Incoming] = {}
@@ -141,10 +142,10 @@ class Peering:
                 self._spawn(future.result().discard())
         for incoming in self._incoming.values():
             self._spawn(incoming.discard())
-        for waiting in self._listings.values():
+        for waiting in self._asked.values():
             if not waiting.done():
                 waiting.set_exception(FetchFailed(link.why_closed))
-        self._listings.clear()
+        self._asked.clear()
         self._incoming.clear()
         self._ended.clear()
         self._held.clear()
@@ -347,10 +348,12 @@ class Peering:
             case Kind.LIST:
                 asked = msgspec.msgpack.decode(payload, type=tuple[int, bool, tuple[int, ...]])
                 self._spawn(self._giving.listing(link, stream, *asked))
-            case Kind.LISTING:
-                waiting = self._listings.get(stream)
+            case Kind.STATE:
+                self._spawn(self._give_state(link, stream, bytes(payload)))
+            case Kind.LISTING | Kind.STATE_PART:
+                waiting = self._asked.get(stream)
                 if waiting and not waiting.done():
-                    waiting.set_result(msgspec.msgpack.decode(payload, type=list[Row]))
+                    waiting.set_result(bytes(payload))
             case Kind.CLIENTS:
                 self.on_clients(bytes(payload))
             case Kind.CREDIT:
@@ -421,18 +424,30 @@ class Peering:
 
     async def listing(self, start: int, *, read: bool, only: Sequence[int] = ()) -> list[Row]:
         """What the peer holds from entry `start` on, some hundreds, or of `only` these; raises FetchFailed."""
+        asked = msgspec.msgpack.encode((start, read, tuple(only)))
+        try:
+            return msgspec.msgpack.decode(await self.ask(Kind.LIST, asked, LISTING_S), type=list[Row])
+        except msgspec.DecodeError as error:
+            raise FetchFailed(f"no list: {error}") from error
+
+    async def ask(self, kind: Kind, payload: bytes, patience_s: float) -> bytes:
+        """What the peer answers to that; raises FetchFailed."""
         link = self.link
         if link is None:
             raise FetchFailed("no link to the other node")
         self._next_stream += 1
         stream = self._next_stream
-        waiting: asyncio.Future[list[Row]] = asyncio.get_running_loop().create_future()
-        self._listings[stream] = waiting
-        link.send(Kind.LIST, stream, msgspec.msgpack.encode((start, read, tuple(only))))
+        waiting: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._asked[stream] = waiting
+        link.send(kind, stream, payload)
         try:
-            async with asyncio.timeout(LISTING_S):
+            async with asyncio.timeout(patience_s):
                 return await waiting
         except TimeoutError:
             raise FetchFailed("the other node doesn't answer in time") from None
         finally:
-            self._listings.pop(stream, None)
+            self._asked.pop(stream, None)
+
+    async def _give_state(self, link: Link, stream: int, asked: bytes) -> None:
+        answer = await self.give_state(asked) if self.give_state else b""
+        link.send(Kind.STATE_PART, stream, answer)

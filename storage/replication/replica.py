@@ -37,6 +37,7 @@ from storage.replication.epochs import Epochs
 from storage.replication.messages import (
     COUNTS_MISSING,
     FEATURES,
+    TAKES_STATE,
     Ack,
     AnyMessage,
     Deny,
@@ -132,7 +133,9 @@ class Replica(ReplicaState):
         self._following = None
         self._answer_greeting()
 
-    def adopted(self, epoch: int, match: int) -> None:
+    def adopted(self, epoch: int, match: int, state: tuple[tuple[int, int], ...] | None = None) -> None:
+        """`state`: the leader's was taken; the epochs of the log up to its end. All of it is durable here, and was
+        committed."""
         welcome = self._adopting
         if welcome is None or welcome.epoch != epoch or welcome.match != match:
             return
@@ -141,10 +144,23 @@ class Replica(ReplicaState):
         self.promised = max(self.promised, epoch)
         self.epochs.truncate(match)
         self.durable = min(self.durable, match)
+        if state is not None:
+            self._took(Epochs(state), match)
         if self._linked and epoch == self.promised:
             self._following = welcome
-            self._out.append(Send(Joined(epoch, welcome.session, match)))
+            self._out.append(Send(Joined(epoch, welcome.session, self.durable)))
         self._answer_greeting()
+
+    def _took(self, epochs: Epochs, match: int) -> None:
+        end = epochs.last[1]
+        if end < self.commit or epochs.common(self.epochs) < min(match, end):
+            raise InvariantBroken(f"a state that ends at {epochs.last} isn't of the log that ends at {self.last}")
+        self.epochs = epochs
+        self.durable = self.commit = end
+
+    def taking(self, now: float) -> None:
+        """The follower takes the state of this leader."""
+        self._f.taking_at = now
 
     def alive(self, now: float) -> None:
         """Something came from the peer on the present link, if only a part of a message."""
@@ -204,7 +220,8 @@ class Replica(ReplicaState):
                 self._out.append(Send(Ping(self.promised, session, self.commit, now, self._echo, *counted)))
         if self.leading:
             self._tick_leader(now)
-            if self._linked and self._f.stage is not Peer.JOINED and now - self._greeted_at > self.limits.greet_again_s:
+            waited = now - max(self._greeted_at, self._f.taking_at)
+            if self._linked and self._f.stage is not Peer.JOINED and waited > self.limits.greet_again_s:
                 self._greet(now)
 
     def _allow_for_pause(self, now: float) -> None:
@@ -293,7 +310,9 @@ class Replica(ReplicaState):
         behind = match < self.commit or not hello.whole
         if behind and self.peer in self.required:
             self._ask_to_go_alone()
-        self._out.append(Send(Welcome(self.epoch, self._f.session, match, self.commit, self.lineage)))
+        far = self.rolled_forward and self.commit - match > self.limits.state_after
+        state = far and hello.features >= TAKES_STATE
+        self._out.append(Send(Welcome(self.epoch, self._f.session, match, self.commit, self.lineage, state)))
 
     def _on_welcome(self, welcome: Welcome) -> None:
         if self.leading or welcome.epoch < self.promised:
@@ -308,11 +327,17 @@ class Replica(ReplicaState):
             self.peer_foreign = True
             return
         self._adopting = welcome
-        self._out.append(Adopt(welcome.epoch, welcome.match, welcome.lineage))
+        if welcome.state:
+            self._learn_commit(min(welcome.match, welcome.commit))  # a state is added to what is applied
+        self._out.append(Adopt(welcome.epoch, welcome.match, welcome.lineage, welcome.state))
 
     def _on_joined(self, joined: Joined, now: float) -> None:
         f = self._f
         if self.leading and joined.session == f.session and joined.epoch == self.epoch and f.stage is Peer.GREETED:
+            if joined.seq >= f.next_seq:  # by taking the state
+                if joined.seq > self.commit:
+                    raise InvariantBroken(f"the peer has taken {joined.seq} entries, {self.commit} are committed")
+                self._note_owed(f.next_seq, joined.seq)
             f.stage, f.next_seq, f.acked, f.progress_at = Peer.JOINED, joined.seq + 1, joined.seq, now
             f.joined_at = joined.seq
             self._advance()

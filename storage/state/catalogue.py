@@ -4,6 +4,7 @@ One writer thread, `write`, one transaction and one sync a batch. Readers open s
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from storage.replication.epochs import Epochs
-from storage.state import changes, entries, instances, places, rows
+from storage.state import changes, entries, instances, places, rows, transfer
 from storage.state.changes import ADOPTED, same_copy
 from storage.state.entries import seq_key
 from storage.state.kv import CatalogueDamaged, Kv, LmdbKv, Transaction
@@ -30,6 +31,7 @@ from storage.state.model import (
     encode,
 )
 from storage.state.rows import SeriesRow, StudyRow, identity_of, patient_key, series_row, study_row
+from storage.state.transfer import Head, StateUnusable
 
 __all__ = ["ADOPTED", "Batch", "Catalogue", "same_copy", "seq_key"]
 
@@ -422,6 +424,22 @@ class Catalogue:
             epochs.truncate(batch.truncate_after)
         self.kv.update(lambda txn: self._write(txn, batch, epochs))
         self.epochs = epochs
+
+    def become(self, new: Kv, head: Head, commit: Callable[[], AbstractContextManager[None]]) -> None:
+        """From now on this is a state that was taken from the other node, and what is known here of this node's copies.
+        All that is logged here is applied. `commit()` is entered for the last step. Raises StateUnusable and OSError if
+        nothing has changed, CatalogueDamaged if that isn't known."""
+        transfer.complete(self.kv, new, head)
+        try:
+            Catalogue(new)
+        except CatalogueDamaged as error:
+            raise StateUnusable(str(error)) from error
+        with commit():
+            try:
+                self.kv.become(new)
+            except OSError as error:
+                raise CatalogueDamaged(f"the state that was taken: {error.strerror}") from error
+            self.epochs = Epochs(head.epochs)
 
     def _write(self, txn: Transaction, batch: Batch, epochs: Epochs) -> None:
         meta = dict(batch.meta)

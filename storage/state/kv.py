@@ -6,6 +6,7 @@ The map grows by itself. On a full disk a reserve file is given up once, so that
 import contextlib
 import errno
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -26,11 +27,17 @@ DAMAGE: Final = (
     lmdb.InvalidError,
     lmdb.PanicError,
 )
+DATA_FILE: Final = "data.mdb"
+TAKEN_FOLDER: Final = "catalogue.taken"  # beside the catalogue's: one that is being taken from the other node
 GROWN_AT_START: Final = 0.5  # a map fuller than this is doubled before anybody reads from it
 
 
 class CatalogueDamaged(Exception):
     """The store can't be read or contradicts itself."""
+
+
+class SnapshotLost(Exception):
+    """What is being written needed the room that the snapshot held."""
 
 
 class CatalogueFull(OSError):
@@ -60,10 +67,34 @@ class Transaction(Protocol):
     def count(self, table: str) -> int: ...
 
 
+class Snapshot(Protocol):
+    """The tables as they were when it was made, for as long as it is kept; any thread may look."""
+
+    def read(self, look: Callable[[Transaction], T]) -> T:
+        """Raises SnapshotLost."""
+        ...
+
+    def close(self) -> None: ...
+
+
 class Kv(Protocol):
     def read(self) -> AbstractContextManager[Transaction]: ...
     def update(self, change: Callable[[Transaction], T]) -> T:
         """Run `change` in a write transaction and make it durable. Whatever it raises, nothing of it was done."""
+        ...
+
+    def snapshot(self) -> Snapshot: ...
+    def beside(self) -> "Kv":
+        """An empty one, to be filled and then to take this one's place. What is written to it isn't durable before
+        that. Blocks; raises OSError."""
+        ...
+
+    def become(self, other: "Kv") -> None:
+        """Take over all tables of one that was made with `beside`, durably and at once. Blocks; raises OSError."""
+        ...
+
+    def discard(self) -> None:
+        """Close one that was made with `beside` and isn't wanted, and remove it. Blocks."""
         ...
 
     def keep_reserve(self) -> None:
@@ -111,17 +142,50 @@ class _LmdbTransaction:
         return int(self._txn.stat(self._tables[table])["entries"])
 
 
+class _LmdbSnapshot:
+    def __init__(self, txn: Any, tables: dict[str, Any]) -> None:
+        self._txn, self._tables = txn, tables
+        self._lock = threading.Lock()
+
+    def read(self, look: Callable[[Transaction], T]) -> T:
+        with self._lock:
+            if self._txn is None:
+                raise SnapshotLost
+            return look(_LmdbTransaction(self._txn, self._tables))
+
+    def close(self) -> None:
+        with self._lock:
+            if self._txn is not None:
+                self._txn.abort()
+                self._txn = None
+
+
 class LmdbKv:
-    def __init__(self, path: Path, map_size_bytes: int, tables: Sequence[str]) -> None:
-        """Raises CatalogueDamaged."""
+    def __init__(self, path: Path, map_size_bytes: int, tables: Sequence[str], *, durable: bool = True) -> None:
+        """`durable`: each transaction is, when it ends. Raises CatalogueDamaged, OSError."""
         path.mkdir(parents=True, exist_ok=True)
+        self._path, self._map_size_bytes, self._durable = path, map_size_bytes, durable
         self._reserve = path / "reserve"
         self._gate = threading.Condition()
         self._readers = 0
         self._growing = False
+        self._snapshots: set[_LmdbSnapshot] = set()
+        self._names = tuple(tables)
+        self._open()
+        if durable:
+            self.keep_reserve()
+
+    def _open(self) -> None:
+        path = self._path
         try:
-            self._env = lmdb.open(str(path), map_size=map_size_bytes, max_dbs=len(tables), max_readers=READERS_MAX)
-            self._tables = {name: self._env.open_db(name.encode()) for name in tables}
+            self._env = lmdb.open(
+                str(path),
+                map_size=self._map_size_bytes,
+                max_dbs=len(self._names),
+                max_readers=READERS_MAX,
+                sync=self._durable,
+            )
+            self._tables = {name: self._env.open_db(name.encode()) for name in self._names}
             info = self._env.info()
             if info["last_pgno"] * self._env.stat()["psize"] > GROWN_AT_START * info["map_size"]:
                 self._env.set_mapsize(2 * info["map_size"])
@@ -131,9 +195,9 @@ class LmdbKv:
             raise OSError(0, f"{path}: another version of LMDB has written it; install that one again") from error
         except lmdb.Error as error:
             raise OSError(errno.EIO, f"{path}: {error}") from error
-        self.keep_reserve()
 
     def close(self) -> None:
+        self._drop_snapshots()
         self._env.close()
 
     @contextmanager
@@ -166,15 +230,60 @@ class LmdbKv:
 
     def _grow(self) -> None:
         """LMDB's map can only change while nobody reads."""
+        with self._alone():
+            size = 2 * self._env.info()["map_size"]
+            self._env.set_mapsize(size)
+        log.info("catalogue.grown", map_size_bytes=size)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody reads meanwhile, and no snapshot is left."""
         with self._gate:
             self._growing = True
             while self._readers:
                 self._gate.wait()
-            size = 2 * self._env.info()["map_size"]
-            self._env.set_mapsize(size)
-            self._growing = False
-            self._gate.notify_all()
-        log.info("catalogue.grown", map_size_bytes=size)
+            try:
+                self._drop_snapshots()
+                yield
+            finally:
+                self._growing = False
+                self._gate.notify_all()
+
+    def _drop_snapshots(self) -> None:
+        snapshots, self._snapshots = self._snapshots, set()
+        for snapshot in snapshots:
+            snapshot.close()
+
+    def snapshot(self) -> Snapshot:
+        with self._gate:
+            while self._growing:
+                self._gate.wait()
+            found = _LmdbSnapshot(self._env.begin(), self._tables)
+            self._snapshots.add(found)
+        return found
+
+    def beside(self) -> "LmdbKv":
+        path = self._path.with_name(TAKEN_FOLDER)
+        shutil.rmtree(path, ignore_errors=True)
+        return LmdbKv(path, self._map_size_bytes, self._names, durable=False)
+
+    def become(self, other: Kv) -> None:
+        if not isinstance(other, LmdbKv):
+            raise TypeError("not made with `beside`")
+        other._env.sync(force=True)
+        other.close()
+        with self._alone():
+            self._env.close()
+            try:
+                (other._path / DATA_FILE).rename(self._path / DATA_FILE)
+                _sync_folder(self._path)
+            finally:
+                self._open()
+        shutil.rmtree(other._path, ignore_errors=True)
+
+    def discard(self) -> None:
+        self.close()
+        shutil.rmtree(self._path, ignore_errors=True)
 
     def keep_reserve(self) -> None:
         """Have the reserve file, where there is room for it. Blocks."""
@@ -192,3 +301,11 @@ class LmdbKv:
         log.error("catalogue.disk_full", reserve="given up")
         self._reserve.unlink()
         return True
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

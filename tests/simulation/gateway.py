@@ -15,7 +15,7 @@ from tests.simulation.virtual import Process
 if TYPE_CHECKING:
     from tests.simulation.world import Connection, Node, World
 
-LIMITS = Limits()
+LIMITS = Limits(state_after=25)
 
 
 class SimGateway:
@@ -116,8 +116,8 @@ class SimGateway:
                     self._send(Prepare(self.core.epoch, session, seq, epoch, commit, payload, 0))
             case Persist():
                 self._write(effect.seq, effect.entry_epoch, effect.entry, owed=effect.owed)
-            case Adopt(epoch, match):
-                self._adopt(epoch, match)
+            case Adopt():
+                self._adopt(effect)
             case Publish(seq):
                 self._publish(seq)
             case SteppedDown():
@@ -164,20 +164,48 @@ class SimGateway:
         self._told_at = max(self._told_at + 1e-6, now + rng.choice((0.0002, 0.0005, 0.02)))
         self.world.loop.post(self.process, self._told_at - now, done)
 
-    def _adopt(self, epoch: int, match: int) -> None:
+    def _adopt(self, effect: Adopt) -> None:
         def written() -> None:
             if self.process.dead:
                 return
-            self.disk.promised = max(self.disk.promised, epoch)
-            for seq in [seq for seq in self.disk.log if seq > match]:
+            self.disk.promised = max(self.disk.promised, effect.epoch)
+            for seq in [seq for seq in self.disk.log if seq > effect.match]:
                 del self.disk.log[seq]
-            self._completed(done)
+            self._completed(lambda: self._take_state(effect) if effect.state else done(None))
 
-        def done() -> None:
-            self.core.adopted(epoch, match)
+        def done(state: tuple[tuple[int, int], ...] | None) -> None:
+            self.core.adopted(effect.epoch, effect.match, state)
             self.flush()
 
         self.world.loop.post(self.node.kernel, self._in_order(), written)
+
+    def _take_state(self, effect: Adopt) -> None:
+        """What the leader has published by now, in one step, some time later; or nothing, if it can't be had."""
+        leader, connection = self.world.nodes[self.node.peer].gateway, self.connection
+        taken = {seq: leader.disk.log[seq] for seq in range(1, leader.published + 1)} if leader else {}
+        epochs = Epochs()
+        for seq, (epoch, _) in taken.items():
+            epochs.append(epoch, seq)
+
+        def written() -> None:
+            there = leader is not None and not leader.process.dead and connection is not None
+            if self.process.dead:
+                return
+            if not there or connection is not self.connection or epochs.last[1] < effect.match:
+                self._completed(lambda: done(None))
+                return
+            self.disk.owed |= {seq for seq in taken if seq > effect.match}
+            self.disk.log = dict(taken)
+            self.disk.applied = epochs.last[1]
+            self._completed(lambda: done(tuple(epochs.pairs)))
+
+        def done(state: tuple[tuple[int, int], ...] | None) -> None:
+            if state is not None:
+                self._publish(epochs.last[1])
+            self.core.adopted(effect.epoch, effect.match, state)
+            self.flush()
+
+        self.world.loop.post(self.node.kernel, self._in_order() + self.world.rng.random() * 2, written)
 
     def _publish(self, upto: int) -> None:
         for seq in range(self.published + 1, upto + 1):

@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from storage.objects.incoming import Incoming
 from storage.objects.volume import Reader, VolumeOffline
-from storage.state.kv import Transaction
+from storage.state.kv import Kv, Snapshot, Transaction
 from storage.state.model import Location
 from storage.workers import resolve
 from tests.simulation.virtual import Process, VirtualLoop
 from tests.storage.log.folders import MemoryFolder
+
+T = TypeVar("T")
 
 
 class Hang(BaseException):
@@ -81,6 +83,18 @@ class MemoryTransaction:
         return len(self._tables.get(table, ()))
 
 
+class MemorySnapshot:
+    def __init__(self, tables: dict[str, dict[bytes, bytes]], keys: dict[str, list[bytes]]) -> None:
+        self._tables = {name: dict(rows) for name, rows in tables.items()}
+        self._keys = {name: list(rows) for name, rows in keys.items()}
+
+    def read(self, look: Callable[[Transaction], T]) -> T:
+        return look(MemoryTransaction(self._tables, self._keys))
+
+    def close(self) -> None:
+        pass
+
+
 class MemoryKv:
     """Every update is atomic and durable, as LMDB's are."""
 
@@ -110,6 +124,23 @@ class MemoryKv:
         if self._power:
             self._power.draw()
         return result
+
+    def snapshot(self) -> Snapshot:
+        return MemorySnapshot(self._tables, self._keys)
+
+    def beside(self) -> "MemoryKv":
+        return MemoryKv()
+
+    def become(self, other: Kv) -> None:
+        if self._power:
+            self._power.draw()
+        assert isinstance(other, MemoryKv)
+        self._tables, self._keys = other._tables, other._keys
+        if self._power:
+            self._power.draw()
+
+    def discard(self) -> None:
+        pass
 
     def keep_reserve(self) -> None:
         pass

@@ -1,7 +1,7 @@
 """Deliberate bugs in the store. The simulation must catch each of them; that shows that its checks see something."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from storage import parts
@@ -12,7 +12,7 @@ from storage.log.records import Record
 from storage.log.segment import Segment
 from storage.objects.incoming import Incoming
 from storage.replication import follower
-from storage.state import changes, entries
+from storage.state import changes, entries, transfer
 from storage.state.catalogue import Catalogue
 from storage.state.kv import Transaction
 from storage.state.model import Delete
@@ -101,6 +101,30 @@ def heal_from_the_worse_copy() -> contextlib.AbstractContextManager[None]:
     return replaced(follower, "_fits", lambda incoming, put: True)
 
 
+def state_range_skipped() -> contextlib.AbstractContextManager[None]:
+    """Of a state that is taken, what comes in the second half of a part is left out, and nobody counts."""
+    add = transfer.add
+
+    def some(txn: Transaction, table: str, rows: Sequence[transfer.Row]) -> None:
+        whole = table in ("entries", "kept", "instances")
+        add(txn, table, rows if whole else rows[: len(rows) // 2])
+
+    stack = contextlib.ExitStack()
+    stack.enter_context(replaced(transfer, "add", some))
+    stack.enter_context(replaced(transfer, "counts", lambda txn, applied: {}))
+    return stack
+
+
+def state_without_what_is_missing() -> contextlib.AbstractContextManager[None]:
+    """Whoever takes a state doesn't note that it has no copies of what is new to it."""
+    own_rows = transfer._own_rows
+
+    def silent(before: Transaction, kept: Iterable[transfer.Row]) -> Iterator[tuple[str, bytes, bytes]]:
+        return (row for row in own_rows(before, kept) if row[0] != "missing")
+
+    return replaced(transfer, "_own_rows", silent)
+
+
 def ack_before_the_peer() -> contextlib.AbstractContextManager[None]:
     return replaced(parts, "Replica", AckBeforePeer.core_class)
 
@@ -127,5 +151,7 @@ MUTANTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
         roll_forward_skipped,
         shrink_without_the_compare,
         heal_from_the_worse_copy,
+        state_range_skipped,
+        state_without_what_is_missing,
     )
 }

@@ -25,6 +25,7 @@ from storage.log.log import Log
 from storage.objects import incoming
 from storage.objects.volume import NoRoom, VolumeOffline, digest_of
 from storage.replication import giving, peering
+from storage.state import transfer
 from storage.state.catalogue import Catalogue
 from storage.state.logged import logged
 from storage.state.model import Delete, Put, Task, TaskDone, Void
@@ -41,7 +42,7 @@ CHAOS_S = 14.0
 SETTLE_S = 240.0
 
 
-def settings(name: str, peer: str, volumes: list[Path]) -> Settings:
+def settings(name: str, peer: str, volumes: list[Path], state_after: int) -> Settings:
     return build(
         {
             "node": {"name": name},
@@ -58,6 +59,7 @@ def settings(name: str, peer: str, volumes: list[Path]) -> Settings:
                 "peer": peer,
                 "peer_address": "10.0.0.2",
                 "etcd": ["http://etcd"],
+                "state_after": state_after,
             },
         },
         "simulation",
@@ -96,7 +98,7 @@ class StoreGateway:
         )
         missed = set(Catalogue(machine.kv).missing())
         try:
-            store = Engine(settings(self.node.name, self.node.peer, list(machine.disks)), around)
+            store = Engine(settings(self.node.name, self.node.peer, list(machine.disks), world.state_after), around)
             self._check_after_power(store, missed)
             await store.start()
         except PowerCut:
@@ -272,6 +274,7 @@ class StoreWorld(World):
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed, StoreGateway)  # type: ignore[arg-type]
+        self.state_after = (0, 8, 1_000_000)[seed % 3]
         self.objects: dict[str, Object] = {}
         self.tasks: dict[str, str] = {}  # ID -> "promised" (answered), "ending" (asked for), "over" (answered)
         self.chaos_s, self.settle_s = CHAOS_S, SETTLE_S
@@ -626,6 +629,7 @@ SMALL: Final = {
     (giving, "WINDOW_BYTES"): 8192,
     (peering, "UNCLAIMED_S"): 3.0,
     (healing, "RETRY_S"): 1.0,
+    (transfer, "ROWS_AT_ONCE"): 3,
     (checkpoints, "CHECKPOINT_INTERVAL_S"): 1.0,
     (environment, "SEGMENT_BYTES_MIN"): 0,
     (tidying, "SWEEP_S"): 2.0,

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from tools.benchmarks import failover as bench_failover
+from tools.benchmarks import newcomer as bench_newcomer
 from tools.benchmarks import upkeep as bench_upkeep
 from tools.benchmarks.log import log
 from tools.benchmarks.start import start
@@ -23,6 +24,12 @@ where = click.option("--dir", "folder", type=click.Path(path_type=Path), help="W
 for run, count in ((bench_upkeep.heal, 600), (bench_upkeep.scrub, 600), (bench_upkeep.rebuild, 4000)):
     command = click.command(run.__name__, help=run.__doc__)(run)
     main.add_command(where(click.option("--count", default=count, show_default=True, help="Objects.")(command)))
+
+newcomer = click.command("newcomer", help=bench_newcomer.newcomer.__doc__)(bench_newcomer.newcomer)
+newcomer = click.option("--json", "as_json", is_flag=True, help="One JSON object.")(newcomer)
+main.add_command(
+    where(click.option("--instances", default=100_000, show_default=True, help="Of the archive.")(newcomer))
+)
 
 runs_option = click.option("--runs", default=5, show_default=True, help="Of each kind of fault.")
 failover = click.command("failover", help=bench_failover.failover.__doc__)(bench_failover.failover)

@@ -40,7 +40,7 @@ def made(folder: Path, instances: int) -> None:
     catalogue = Catalogue.open(folder / "state" / "catalogue", MAP_BYTES)
     rows: list[tuple[Entry, Location | None]] = []
     with click.progressbar(length=instances, label="making the catalogue", file=sys.stderr) as bar:
-        for entry, location in _synthetic(volume, instances):
+        for entry, location in synthetic(volume, instances):
             rows.append((entry, location))
             if len(rows) == PER_SERIES * BATCH_SERIES:
                 catalogue.write(Batch(appends=rows, applies=rows))
@@ -63,7 +63,7 @@ def made(folder: Path, instances: int) -> None:
     catalogue.close()
 
 
-def _synthetic(volume: str, instances: int) -> Iterator[tuple[Entry, Location]]:
+def synthetic(volume: str, instances: int) -> Iterator[tuple[Entry, Location]]:
     uid = str(generate_uid(prefix="1.2.826.0.1.3680043.8.498."))[:54]
     keys = {
         "PatientName": "Name^Given",

@@ -1,8 +1,9 @@
 """The status document of a node for people, and what else is printed for them."""
 
-import contextlib
 import json
+import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -85,12 +86,14 @@ def watch_status(settings: Settings, as_json: bool) -> None:
         before = (now, count)
         return f"{render(found)}\n{time.strftime('%H:%M:%S')}  {pace:.0f} instances/s"
 
-    with contextlib.suppress(KeyboardInterrupt):
-        if as_json:
-            while True:
-                click.echo(looked())
-                time.sleep(WATCH_S)
-        with Live(Text(looked()), auto_refresh=False, screen=sys.stdout.isatty()) as live:
-            while True:
-                time.sleep(WATCH_S)
-                live.update(Text(looked()), refresh=True)
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    if as_json:
+        while not ended.is_set():
+            click.echo(looked())
+            ended.wait(WATCH_S)
+        return
+    with Live(Text(looked()), auto_refresh=False, screen=sys.stdout.isatty()) as live:
+        while not ended.wait(WATCH_S):
+            live.update(Text(looked()), refresh=True)

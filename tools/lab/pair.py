@@ -48,6 +48,7 @@ VOLUMES_MAX: Final = 24  # of each node
 LAST: Final = Path("/run/tandem-lab.json")
 CERTIFICATES: Final = {"ca_file": "ca.crt", "certificate": "node.crt", "key": "node.key"}
 UP_TIMEOUT_S: Final = 90.0
+STATE_AFTER: Final = 50  # entries: a node that was away for so long takes the state, one that wasn't the log
 
 
 def wait_for(what: str, condition: Callable[[], bool], timeout_s: float, interval_s: float = 0.1) -> None:
@@ -184,6 +185,7 @@ class Lab:
             f'[storage]\nstate = "{folder / "state"}"\nvolumes = [{paths}]\nreserve_bytes = {64 << 20}\n\n'
             f'[cluster]\nname = "lab"\naddress = "{PRIVATE[node]}"\npeer = "{peer}"\n'
             f'peer_address = "{PRIVATE[peer]}"\netcd = [{etcd}]\nlease_ttl_s = {float(ttl_s)}\n'
+            f"state_after = {STATE_AFTER}\n"
             f'links = [{{ address = "{ADDRESSES[node]}", peer_address = "{ADDRESSES[peer]}" }}]\n'
             f'vips = ["{VIP}/{SUBNET.prefixlen}", "{VIP6}/{SUBNET6.prefixlen}", '
             f'{{ address = "{READ_VIP}/{SUBNET.prefixlen}", prefer = "standby" }}]\n'

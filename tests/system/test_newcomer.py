@@ -1,0 +1,70 @@
+"""A node that was away for long, and one with nothing in it: the state is taken, new images are protected at once, old
+ones are copied after that, what was deleted stays so.
+"""
+
+import shutil
+
+import pytest
+
+from tests.conftest import wait_for
+from tests.system.conftest import REPLICATION_PORT, SYNC_S, VOLUMES, heal, healed, other_than, pid_of, primary_of
+from tests.system.test_disks import verified
+from tests.system.writer import Writer
+from tools.lab.pair import STATE_AFTER, Lab
+
+
+def taken(lab: Lab, node: str) -> int:
+    """How often it has taken the state of the other one."""
+    return (lab.node_dir(node) / "log" / "gateway.log").read_text().count('"state.taken"')
+
+
+@pytest.mark.parametrize("point", ["", "journal.before_become", "journal.after_become"])
+def test_a_node_that_was_away_for_long_takes_the_state(lab: Lab, point: str) -> None:
+    node = other_than(primary_of(lab))
+    before, pid = taken(lab, node), lab.pid(node, "gateway")
+    with Writer(lab) as writer:
+        writer.wait_for_more(30)
+        lab.cut_port(node, REPLICATION_PORT)
+        writer.wait_for_more(STATE_AFTER + 20)
+        if point:
+            lab.order(node, "crash", point=point)
+        lab.join_port(node, REPLICATION_PORT)
+        if point:
+            wait_for(lambda: pid_of(lab, node) not in (pid, None), "the gateway to be killed and started again")
+        else:
+            wait_for(lambda: taken(lab, node) > before, "the state to be taken")
+        writer.wait_for_more(20)
+    heal(lab)
+    writer.check()
+    verified(lab)
+
+
+def test_an_empty_node_joins_and_takes_over(lab: Lab) -> None:
+    node = other_than(primary_of(lab))
+    with Writer(lab) as writer:
+        writer.wait_for_more(STATE_AFTER + 20)
+        lab.power_off(node)
+        gone = list(writer.acknowledged)[:5]
+        for uid in gone:
+            lab.order(primary_of(lab), "delete", study=writer.study, sop_instance=uid, reason="test", by="test")
+            del writer.acknowledged[uid]
+        writer.wait_for_more(5)
+    shutil.rmtree(lab.node_dir(node) / "images")
+    for point in (*lab.volumes(node), lab.node_dir(node) / "state"):
+        point.mkdir(exist_ok=True)
+    lab.disks(node).create(VOLUMES)
+    before = taken(lab, node)
+    with Writer(lab) as later:
+        lab.power_on(node)
+        wait_for(lambda: taken(lab, node) > before, "the state to be taken")
+        wait_for(lab.in_sync, "the pair to be in sync", SYNC_S)
+        later.wait_for_more(20)
+        wait_for(lambda: healed(lab), "every copy to be there", SYNC_S)
+        lab.power_off(other_than(node))
+        later.wait_for_more(20)
+    assert primary_of(lab) == node
+    assert writer.found() == set(writer.acknowledged)
+    heal(lab)
+    writer.check()
+    later.check()
+    verified(lab)

@@ -5,6 +5,7 @@ committed and visible; anything else is an exception. Reading: `settled()` and t
 """
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,7 @@ from storage.replication.effects import (
 from storage.replication.messages import Ack, AnyMessage, Pong, Prepare
 from storage.replication.pending import Pending, Pendings
 from storage.state.formats import bring_up_to_date
-from storage.state.model import Delete, Put, Task, TaskDone, encode
+from storage.state.model import Delete, Forget, Put, Task, TaskDone, encode
 from storage.state.soundness import closed
 from storage.upkeep.disks import LOOK_THREADS
 from storage.upkeep.recovery import recover
@@ -98,6 +99,7 @@ class Engine(Parts):
         self._spawn(self.disks.run())
         self._spawn(self.tidying.run())
         self._spawn(self.scrub.run())
+        self._spawn(self.forgetting.run())
 
     async def _lead_alone(self) -> None:
         """Without another node this one is primary for ever, in a new epoch after each start and each failure."""
@@ -232,6 +234,10 @@ class Engine(Parts):
         """Have both nodes note a task, or its end. Raises NotServing."""
         await self.ingest.commit(operation)
 
+    async def _commit_forget(self, forget: Forget) -> None:
+        with contextlib.suppress(NotServing):
+            await self.ingest.commit(forget)
+
     def _peer_info(self) -> dict[str, Any]:
         """What the peer last said of its volumes."""
         return msgspec.msgpack.decode(self.core.peer_info) if self.core.peer_info else {}
@@ -331,6 +337,7 @@ class Engine(Parts):
         if state is not None:
             self._queued = self.journal.applied
             self.follower.entries.clear()
+            self.core.forgotten = int(self.catalogue.meta("forgotten", 0))
         return state
 
     def _publish(self, upto: int) -> None:
@@ -346,6 +353,8 @@ class Engine(Parts):
                 # Until it is in the catalogue, a repeated UID must find it here, also what an earlier leader committed.
                 pending = Pending(entry, location)
                 self._pendings.add(pending)
+            if isinstance(pending.entry.operation, Forget):
+                self.core.forget(pending.entry.operation.upto, self.clock())
             self.journal.apply(pending.entry, pending.location)
             self._queued = seq
 
@@ -383,7 +392,9 @@ class Engine(Parts):
         if cluster is None or hello is None:
             return
         both = (
-            self.core.commit if not self.core.leading or cluster.peer in self.core.confirmed else self.core.peer_acked
+            self.core.commit
+            if not self.core.leading or cluster.peer in self.core.in_sync.confirmed
+            else self.core.peer_acked
         )
         other = hello.store_id != self.pair_with
         lacks = self.core.peer_lacks

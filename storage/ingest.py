@@ -27,7 +27,7 @@ from storage.replication.peering import Peering
 from storage.replication.pending import Pending, Pendings
 from storage.replication.replica import Replica
 from storage.state.catalogue import Catalogue
-from storage.state.model import Delete, Entry, Operation, Put, Task, TaskDone
+from storage.state.model import Delete, Entry, Forget, Operation, Put, Task, TaskDone
 from storage.workers import Threads
 
 COMMIT_S: Final = 60.0  # longer than any change of the in-sync set takes
@@ -95,13 +95,13 @@ class Ingest:
             self._peering.place_stream(stream, study)
 
     def _peer_is_full(self) -> bool:
-        return self._core.peer in self._core.required and self._peer_room() <= 0
+        return self._core.peer in self._core.in_sync.required and self._peer_room() <= 0
 
     def _degraded(self) -> bool:
         cluster = self._cluster
-        return cluster is not None and cluster.degraded == "refuse" and self._core.required == {self._core.node}
+        return cluster is not None and cluster.degraded == "refuse" and self._core.in_sync.required == {self._core.node}
 
-    async def commit(self, operation: Delete | Task | TaskDone) -> None:
+    async def commit(self, operation: Delete | Task | TaskDone | Forget) -> None:
         """Commit a change that brings no bytes; returns when both nodes will carry it out. Raises NotServing."""
         if not self._duty.may_serve:
             raise NotServing("not the primary")
@@ -154,7 +154,7 @@ class Ingest:
 
     def _asks_early(self) -> bool:
         """The peer may be asked while this node's own disk still works: it keeps the object whatever happens here."""
-        return self._core.live and self._core.peer in self._core.required
+        return self._core.live and self._core.peer in self._core.in_sync.required
 
     def _known(self, put: Put) -> tuple[Put, int] | None:
         """(record, seq) of an instance with this UID that is published or on its way."""
@@ -216,7 +216,7 @@ class Ingest:
         except TimeoutError:
             raise NoRoom("not committed in time; send it again") from None
         core = self._core
-        if core.peer is not None and core.required == {core.node} and not self._duty.may_serve:
+        if core.peer is not None and core.in_sync.alone and not self._duty.may_serve:
             # Nobody else has it, and by now another node may have taken over without it.
             raise NotServing("the lease ran out before it could be acknowledged")
 

@@ -27,8 +27,9 @@ from storage.replication.pending import Pendings
 from storage.replication.replica import Replica
 from storage.replication.state_transfer import StateGiver, StateTaker
 from storage.state.catalogue import Batch, Catalogue
-from storage.state.model import Entry, Put
+from storage.state.model import Entry, Forget, Put
 from storage.upkeep.disks import DiskWatch
+from storage.upkeep.forgetting import Forgetting
 from storage.upkeep.healing import Healing
 from storage.upkeep.scrub import Scrub
 from storage.upkeep.tidying import Tidying
@@ -153,6 +154,14 @@ class Parts:
             not_kept=self._not_kept,
             state_is_full=lambda: self._state_full,
         )
+        self.forgetting = Forgetting(
+            self.core,
+            self.duty,
+            self.catalogue,
+            self.disk,
+            applied=lambda: self.journal.applied,
+            commit=self._commit_forget,
+        )
 
     def _new_core(self, whole: bool) -> Replica:
         store_id = self.catalogue.meta("store_id", "") or str(uuid.uuid4())
@@ -180,8 +189,9 @@ class Parts:
             limits,
             str(self.catalogue.meta("lineage", "")),
         )
+        core.forgotten = int(self.catalogue.meta("forgotten", 0))
         if cluster:
-            core.granted_until = self.clock() + limits.grant_s  # a promise given before a restart still holds
+            core.grants.given_until = self.clock() + limits.grant_s  # a promise given before a restart still holds
         return core
 
     def _is_awaited(self, entry: Entry) -> bool:
@@ -219,6 +229,9 @@ class Parts:
         raise NotImplementedError
 
     def flush(self) -> None:
+        raise NotImplementedError
+
+    async def _commit_forget(self, forget: Forget) -> None:
         raise NotImplementedError
 
     def _durable(self, seq: int) -> None:

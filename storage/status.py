@@ -18,9 +18,9 @@ def mode(engine: Engine) -> str:
             return "PROMOTING"
         if not engine.may_serve:
             return "READONLY"
-        if peer not in core.required:
+        if peer not in core.in_sync.required:
             return "SOLO"
-        return "PAIR" if core.joined and core.confirmed == core.required else "HELD"
+        return "PAIR" if core.joined and core.in_sync.confirmed == core.in_sync.required else "HELD"
     if core.joined and core.whole_at is not None:
         return "SYNC" if core.whole and core.durable >= core.whole_at else "CATCHUP"
     return "RECOVERING"
@@ -35,7 +35,7 @@ def node_status(engine: Engine) -> dict[str, Any]:
         nodes[core.peer] = _peer(engine)
     behind = max(0, core.commit - core.peer_acked) if core.leading and core.peer else 0
     single = _single_copy(engine, counts["instances"])
-    in_sync = sorted(core.confirmed) if core.leading else sorted(engine.told.members)
+    in_sync = sorted(core.in_sync.confirmed) if core.leading else sorted(engine.told.members)
     return {
         "cluster": settings.cluster.name if settings.cluster else "",
         "node": core.node,
@@ -116,7 +116,7 @@ def _single_copy(engine: Engine, instances: int) -> int:
     core = engine.core
     if core.peer is None:
         return instances
-    in_sync = core.peer in core.confirmed if core.leading else core.joined
+    in_sync = core.peer in core.in_sync.confirmed if core.leading else core.joined
     unsent = 0 if in_sync else max(0, core.commit - _known_of_peer(engine))
     return min(instances, unsent + engine.peer_missing)
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Awaitable, Callable
 
 from storage.control import NEVER, Asked, Member, Report, Tell
-from storage.replication.effects import Ask
+from storage.replication.in_sync import Ask
 from storage.replication.messages import FEATURES
 from storage.replication.replica import Replica
 
@@ -83,13 +83,13 @@ class Duty:
         self.serve_until = tell.serve_until
         if tell.role == "follow":
             self._told = 0
-            core.withhold = tell.withhold
+            core.grants.withhold = tell.withhold
             core.follow(resign=tell.resign)
             if tell.released and tell.released == core.promised:
-                core.granted_until = float("-inf")
+                core.grants.given_until = float("-inf")
         elif core.leading and core.epoch == tell.epoch:
-            if core.ask and tell.answered == self._nonce(core.ask):
-                core.answered(core.ask.token)
+            if core.in_sync.ask and tell.answered == self._nonce(core.in_sync.ask):
+                core.answered(core.in_sync.ask.token)
             if tell.lineage and not core.lineage:
                 self._note_lineage(tell.lineage)
         elif tell.epoch > core.promised and tell.epoch != self._told and tell.in_sync:
@@ -113,11 +113,11 @@ class Duty:
     async def _lead(self, epoch: int, in_sync: frozenset[str]) -> None:
         core = self._core
         core.follow()
-        core.withhold = True
+        core.grants.withhold = True
         core.promise(epoch)
         self._flush()
         await self._persist_promise(epoch)
-        while not core.idle or self._clock() < core.granted_until:
+        while not core.idle or self._clock() < core.grants.given_until:
             self._abandon()
             self._flush()
             await asyncio.sleep(POLL_S)
@@ -137,16 +137,16 @@ class Duty:
     def standing(self) -> tuple[object, ...]:
         """What the HA agent should hear of at once when it changes; the rest it hears a few times a second."""
         core = self._core
-        bound = core.granted_until > NEVER
+        bound = core.grants.given_until > NEVER
         return (
             core.role,
             core.promised,
             core.whole,
             core.linked,
-            core.withhold,
+            core.grants.withhold,
             bound,
             core.peer_foreign,
-            core.ask,
+            core.in_sync.ask,
             self.serving,
             self._fit(),
         )
@@ -156,7 +156,9 @@ class Duty:
         hello = core.peer_hello
         peer = Member(hello.node, hello.store_id, hello.incarnation) if hello else None
         has_all = core.leading and core.joined and core.peer_acked == core.last[1]
-        asked = Asked(tuple(sorted(core.ask.members)), self._nonce(core.ask)) if core.ask else None
+        asked = (
+            Asked(tuple(sorted(core.in_sync.ask.members)), self._nonce(core.in_sync.ask)) if core.in_sync.ask else None
+        )
         return Report(
             store_id=core.store_id,
             incarnation=core.incarnation,
@@ -169,9 +171,9 @@ class Duty:
             linked=core.linked,
             peer=peer,
             peer_last=core.last if has_all else core.peer_last,
-            grant_until=max(core.grant_until, NEVER),
-            granted_until=max(core.granted_until, NEVER),
-            withhold=core.withhold,
+            grant_until=max(core.grants.had_until, NEVER),
+            granted_until=max(core.grants.given_until, NEVER),
+            withhold=core.grants.withhold,
             asked=asked,
             fit=self._fit(),
             peer_whole=hello.whole if hello else True,

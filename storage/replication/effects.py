@@ -15,14 +15,6 @@ class Role(Enum):
     LEADER = "leader"
 
 
-class Peer(Enum):
-    """What a leader knows of the other node's log."""
-
-    UNLINKED = "unlinked"
-    GREETED = "greeted"  # Welcome sent, waiting for Joined
-    JOINED = "joined"  # entries flow
-
-
 @dataclass(frozen=True)
 class Limits:
     peer_timeout_s: float = 1.5
@@ -98,25 +90,3 @@ class DropLink:
 
 
 Effect = Send | Transmit | Persist | Adopt | Publish | SteppedDown | DropLink
-
-
-@dataclass(frozen=True)
-class Ask:
-    """The in-sync set this leader wants to be in force; `token` names the request."""
-
-    token: int
-    members: frozenset[str]
-
-
-@dataclass
-class FollowerState:
-    """Leader's state of the other node."""
-
-    stage: Peer = Peer.UNLINKED
-    session: int = 0
-    next_seq: int = 1
-    acked: int = 0
-    joined_at: int = 0
-    whole: bool = False
-    progress_at: float = 0.0
-    taking_at: float = float("-inf")  # when it last took something of the state

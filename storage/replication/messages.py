@@ -2,10 +2,11 @@
 
 import msgspec
 
-FEATURES = 4  # grows with what a node can carry out; what the other node can't isn't asked of it
+FEATURES = 5  # grows with what a node can carry out; what the other node can't isn't asked of it
 PLACES_STREAMS = 3  # from here on it takes the study of an object that is on its way
 COUNTS_MISSING = 4  # from here on it acknowledges old entries without their bytes, and says up to where it counts them
 TAKES_STATE = 4  # from here on it takes the state where it is far behind
+FORGETS = 5  # from here on it knows the entry that has both nodes forget what is over
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
@@ -31,7 +32,8 @@ class Hello(Message, frozen=True):
 
 class Welcome(Message, frozen=True):
     """Leader to follower: cut your log after `match`, then follow me. `commit` is what a whole copy must reach.
-    `state`: you are far behind; take my state, if you can, and what my log has behind it."""
+    `state`: you are far behind; take my state, if you can, and what my log has behind it. `must`: you can't do without
+    it, since the log has forgotten what you haven't heard of."""
 
     epoch: int
     session: int
@@ -39,6 +41,7 @@ class Welcome(Message, frozen=True):
     commit: int
     lineage: str = ""
     state: bool = False
+    must: bool = False
 
     @property
     def of(self) -> tuple[int, int]:

@@ -20,12 +20,9 @@ from msgspec.structs import replace
 
 from storage.replication.effects import (
     Adopt,
-    Ask,
     DropLink,
     Effect,
-    FollowerState,
     InvariantBroken,
-    Peer,
     Persist,
     Publish,
     Role,
@@ -49,13 +46,23 @@ from storage.replication.messages import (
     Resign,
     Welcome,
 )
+from storage.replication.progress import Progress, Stage
 from storage.replication.replica_state import ReplicaState
 
 
 class Replica(ReplicaState):
     def take(self) -> list[Effect]:
+        """What is to be done now, after one input or several. Raises InvariantBroken."""
+        self._check()
         out, self._out = self._out, []
         return out
+
+    def _check(self) -> None:
+        if not self.commit <= self.durable <= self.accepted:
+            raise InvariantBroken(f"committed {self.commit}, durable {self.durable}, accepted {self.accepted}")
+        self.in_sync.check(leading=self.leading)
+        if self.leading:
+            self._f.check(self.limits.window)
 
     # -- roles -------------------------------------------------------------------------------------------------
 
@@ -69,16 +76,15 @@ class Replica(ReplicaState):
             raise InvariantBroken(f"can't lead in epoch {epoch}: promised {self.promised}, log ends in {self.last}")
         if not self.idle or not self.good_enough(in_sync):
             raise InvariantBroken("can't lead with entries in flight, or with an incomplete copy beside another")
-        if now < self.granted_until:
+        if now < self.grants.given_until:
             raise InvariantBroken("can't lead while a promise not to is in force")
         if self.node not in in_sync:
             raise InvariantBroken("can't lead from outside the in-sync set")
         self.role, self.epoch, self.promised = Role.LEADER, epoch, epoch
-        self.required, self.confirmed, self.ask = in_sync, in_sync, None
-        self.withhold = False
+        self.in_sync.begin(in_sync)
+        self.grants.begin()
         self._following = self._greeting = None
-        self._f = FollowerState()
-        self.grant_until = float("-inf")
+        self._f = Progress()
         self._lost_at = None if self.linked else now
         self._lead_from = self.accepted
         self._stalled_at, self._acked_max = None, 0
@@ -92,8 +98,8 @@ class Replica(ReplicaState):
             if resign:
                 self._out.append(Send(Resign(self.epoch, self._f.session)))
             self.role = Role.FOLLOWER
-            self.required, self.ask = frozenset(), None
-            self._f = FollowerState()
+            self.in_sync.end()
+            self._f = Progress()
             self._out.append(SteppedDown(self.promised))
 
     # -- log ---------------------------------------------------------------------------------------------------
@@ -105,7 +111,7 @@ class Replica(ReplicaState):
         seq = self.accepted + 1
         self.epochs.append(self.epoch, seq)
         if self._f.acked == seq - 1:
-            self._f.progress_at = now
+            self._f.moved_at = now
         self._transmit()
         return seq
 
@@ -128,8 +134,7 @@ class Replica(ReplicaState):
             raise InvariantBroken("a leader doesn't abandon entries")
         self.epochs.truncate(self.durable)
         if self._linked and self._following:  # its leader would wait for acknowledgements that never come
-            self._out.append(DropLink("entries of this link were given up"))
-            self.unlinked(self.heard_at)
+            self._end_link("entries of this link were given up", self.heard_at)
         self._following = None
         self._answer_greeting()
 
@@ -146,6 +151,8 @@ class Replica(ReplicaState):
         self.durable = min(self.durable, match)
         if state is not None:
             self._took(Epochs(state), match)
+        elif welcome.must:
+            self._end_link("the state of the other node can't be had, and its log alone won't do", self.heard_at)
         if self._linked and epoch == self.promised:
             self._following = welcome
             self._out.append(Send(Joined(epoch, welcome.session, self.durable)))
@@ -158,6 +165,16 @@ class Replica(ReplicaState):
         self.epochs = epochs
         self.durable = self.commit = end
 
+    def forget(self, upto: int, now: float) -> None:
+        """Entries up to there are about to lose what they say. Whoever is about to be sent them takes the state."""
+        self.forgotten = max(self.forgotten, upto)
+        if self.leading and self._f.stage is not Stage.UNLINKED and self._f.acked < upto:
+            self._end_link("it hasn't got what is forgotten from now on", now)
+
+    def _end_link(self, why: str, now: float) -> None:
+        self._out.append(DropLink(why))
+        self.unlinked(now)
+
     def taking(self, now: float) -> None:
         """The follower takes the state of this leader."""
         self._f.taking_at = now
@@ -169,7 +186,7 @@ class Replica(ReplicaState):
 
     def progress(self, now: float) -> None:
         """The follower has taken bytes: it is slow, not stuck."""
-        self._f.progress_at = now
+        self._f.moved_at = now
         if self._stalled_at is not None:
             self._stalled_at = now
 
@@ -179,9 +196,7 @@ class Replica(ReplicaState):
 
     def answered(self, token: int) -> None:
         """The set asked for under `token` is in force in etcd, by a write that came after the asking."""
-        if self.ask and self.ask.token == token:
-            self.required = self.confirmed = self.ask.members
-            self.ask = None
+        if self.in_sync.answered(token):
             self._advance()
 
     # -- the link ----------------------------------------------------------------------------------------------
@@ -190,7 +205,7 @@ class Replica(ReplicaState):
         self._linked, self.heard_at = True, now
         self._pinged_at = float("-inf")
         self._following = self._greeting = None
-        self._f.stage = Peer.UNLINKED
+        self._f.stage = Stage.UNLINKED
         self.peer_counted = 0
         if self.leading:
             self._greet(now)
@@ -204,24 +219,23 @@ class Replica(ReplicaState):
         self._lost_at = now if self._lost_at is None else self._lost_at
         self._following = self._greeting = None
         self.peer_hello = self.peer_last = None
-        self._f.stage = Peer.UNLINKED
+        self._f.stage = Stage.UNLINKED
 
     def tick(self, now: float) -> None:
         """To be called several times a second; that it wasn't is no fault of the peer."""
         self._allow_for_pause(now)
         if self._linked:
             if now - self.heard_at > self.limits.peer_timeout_s:
-                self._out.append(DropLink("the peer is silent"))
-                self.unlinked(self.heard_at)
+                self._end_link("the peer is silent", self.heard_at)
             elif now - self._pinged_at >= self.limits.ping_interval_s:
                 self._pinged_at = now
-                session = self._f.session if self.leading and self._f.stage is Peer.JOINED else 0
+                session = self._f.session if self.leading and self._f.joined else 0
                 counted = (self.missing, self.counted)
                 self._out.append(Send(Ping(self.promised, session, self.commit, now, self._echo, *counted)))
         if self.leading:
             self._tick_leader(now)
             waited = now - max(self._greeted_at, self._f.taking_at)
-            if self._linked and self._f.stage is not Peer.JOINED and waited > self.limits.greet_again_s:
+            if self._linked and not self._f.joined and waited > self.limits.greet_again_s:
                 self._greet(now)
 
     def _allow_for_pause(self, now: float) -> None:
@@ -231,25 +245,24 @@ class Replica(ReplicaState):
         if not self.limits.pause_s < paused < float("inf"):
             return
         self.heard_at += paused
-        self._f.progress_at += paused
+        self._f.moved_at += paused
         if self._lost_at is not None:
             self._lost_at += paused
         if self._stalled_at is not None:
             self._stalled_at += paused
 
     def _tick_leader(self, now: float) -> None:
-        waiting = self._f.stage is Peer.JOINED and self._f.acked < self._f.next_seq - 1
-        if waiting and now - self._f.progress_at > self.limits.ack_timeout_s:
-            self._out.append(DropLink("the peer answers but doesn't acknowledge"))
-            self.unlinked(now - self.limits.peer_timeout_s)
-        if self.commit == self.durable or self._f.acked > self._acked_max or self.peer not in self.required:
+        if self._f.waiting and now - self._f.moved_at > self.limits.ack_timeout_s:
+            self._end_link("the peer answers but doesn't acknowledge", now - self.limits.peer_timeout_s)
+        required = self.in_sync.required
+        if self.commit == self.durable or self._f.acked > self._acked_max or self.peer not in required:
             self._stalled_at = None
             self._acked_max = max(self._acked_max, self._f.acked)
         elif self._stalled_at is None:
             self._stalled_at = now
         stalled = self._stalled_at is not None and now - self._stalled_at > self.limits.ack_timeout_s
         lost = self._lost_at is not None and now - self._lost_at >= self.limits.peer_timeout_s
-        if (lost or stalled or self.peer_unfit) and self.peer in self.required:
+        if (lost or stalled or self.peer_unfit) and self.peer in required:
             self._ask_to_go_alone()
         self._expand()
 
@@ -274,20 +287,19 @@ class Replica(ReplicaState):
                 self._on_pong(message)
             case Resign():
                 if self._following and (message.epoch, message.session) == self._following.of:
-                    self.granted_until = float("-inf")
+                    self.grants.release()
             case Deny():
                 self._on_deny(message.promised)
 
     def _on_hello(self, hello: Hello, now: float) -> None:
         if hello.cluster != self.cluster or hello.node != self.peer:
-            self._out.append(DropLink(f"the other side is {hello.node} of cluster {hello.cluster}"))
-            self.unlinked(now)
+            self._end_link(f"the other side is {hello.node} of cluster {hello.cluster}", now)
             return
         self.peer_hello = hello
         self.peer_last = hello.epochs[-1] if hello.epochs else (0, 0)
         self.peer_foreign = bool(self.lineage and hello.lineage and self.lineage != hello.lineage)
         if self.peer_foreign:
-            if self.leading and self.peer in self.required:
+            if self.leading and self.peer in self.in_sync.required:
                 self._ask_to_go_alone()
             return
         if hello.leading:
@@ -306,13 +318,13 @@ class Replica(ReplicaState):
 
     def _welcome(self, hello: Hello, now: float) -> None:
         match = self.epochs.common(Epochs(hello.epochs))
-        self._f = FollowerState(Peer.GREETED, self._f.session, match + 1, match, match, hello.whole, now)
+        self._f = Progress(Stage.GREETED, self._f.session, match + 1, match, match, hello.whole, now)
         behind = match < self.commit or not hello.whole
-        if behind and self.peer in self.required:
+        if behind and self.peer in self.in_sync.required:
             self._ask_to_go_alone()
-        far = self.rolled_forward and self.commit - match > self.limits.state_after
-        state = far and hello.features >= TAKES_STATE
-        self._out.append(Send(Welcome(self.epoch, self._f.session, match, self.commit, self.lineage, state)))
+        far, must = self.rolled_forward and self.commit - match > self.limits.state_after, match < self.forgotten
+        state = (far or must) and hello.features >= TAKES_STATE
+        self._out.append(Send(Welcome(self.epoch, self._f.session, match, self.commit, self.lineage, state, must)))
 
     def _on_welcome(self, welcome: Welcome) -> None:
         if self.leading or welcome.epoch < self.promised:
@@ -333,13 +345,16 @@ class Replica(ReplicaState):
 
     def _on_joined(self, joined: Joined, now: float) -> None:
         f = self._f
-        if self.leading and joined.session == f.session and joined.epoch == self.epoch and f.stage is Peer.GREETED:
+        ours = (joined.epoch, joined.session) == (self.epoch, f.session)
+        if self.leading and ours and f.stage is Stage.GREETED:
+            if joined.seq < self.forgotten:
+                self._end_link("it has to take the state, and hasn't", now)
+                return
             if joined.seq >= f.next_seq:  # by taking the state
                 if joined.seq > self.commit:
                     raise InvariantBroken(f"the peer has taken {joined.seq} entries, {self.commit} are committed")
                 self._note_owed(f.next_seq, joined.seq)
-            f.stage, f.next_seq, f.acked, f.progress_at = Peer.JOINED, joined.seq + 1, joined.seq, now
-            f.joined_at = joined.seq
+            f.join(joined.seq, now)
             self._advance()
             self._transmit()
             self._expand()
@@ -356,17 +371,15 @@ class Replica(ReplicaState):
             owed = prepare.seq <= prepare.commit
             self._out.append(Persist(prepare.seq, prepare.entry_epoch, prepare.entry, prepare.stream, owed))
         elif prepare.seq > self.accepted:
-            self._out.append(DropLink(f"entry {prepare.seq} follows {self.accepted}"))
-            self.unlinked(now)
+            self._end_link(f"entry {prepare.seq} follows {self.accepted}", now)
             return
         self._learn_commit(prepare.commit)
 
     def _on_ack(self, ack: Ack, now: float) -> None:
         f = self._f
-        if not self.leading or (ack.epoch, ack.session) != (self.epoch, f.session) or f.stage is not Peer.JOINED:
+        if not self.leading or (ack.epoch, ack.session) != (self.epoch, f.session) or not f.joined:
             return
-        if f.acked < ack.seq < f.next_seq:
-            f.acked, f.progress_at = ack.seq, now
+        if f.acknowledge(ack.seq, now):
             self._advance()
             self._transmit()
             self._expand()
@@ -378,11 +391,9 @@ class Replica(ReplicaState):
         if ours:
             self.read_from = max(self.read_from, min(ping.echo_s, now))
             self._learn_commit(ping.commit)
-            if not self.withhold:
-                self.granted_until = max(self.granted_until, now + self.limits.grant_s)
         elif ping.session and ping.epoch < self.promised:
             self._out.append(Send(Deny(self.promised)))
-        grant = ours and not self.withhold
+        grant = ours and self.grants.give(now + self.limits.grant_s)
         self._out.append(
             Send(Pong(ping.epoch, ping.session, ping.sent_s, grant, self.whole, self._settled().last, b"", now))
         )
@@ -392,11 +403,10 @@ class Replica(ReplicaState):
         self.peer_hello = self.peer_hello and replace(self.peer_hello, whole=pong.whole)
         ours = (pong.epoch, pong.session) == (self.epoch, self._f.session)
         self._echo = pong.at_s if ours else self._echo
-        if self.leading and self._f.stage is Peer.JOINED and ours:
+        if self.leading and self._f.joined and ours:
             self._f.whole = pong.whole
             if pong.grant:
-                until = pong.sent_s + self.limits.grant_s - self.limits.grant_margin_s
-                self.grant_until = max(self.grant_until, until)
+                self.grants.take(pong.sent_s + self.limits.grant_s - self.limits.grant_margin_s)
             self._expand()
 
     def _on_deny(self, promised: int) -> None:
@@ -420,7 +430,7 @@ class Replica(ReplicaState):
         self._session += 1
         self._greeted_at = now
         acked = self._f.acked
-        self._f = FollowerState(session=self._session, acked=acked)
+        self._f = Progress(session=self._session, acked=acked)
         self._out.append(Send(self._hello(self._session)))
 
     def _answer_greeting(self) -> None:
@@ -431,7 +441,7 @@ class Replica(ReplicaState):
 
     def _transmit(self) -> None:
         f = self._f
-        if f.stage is not Peer.JOINED:
+        if not f.joined:
             return
         last = min(self.accepted, f.acked + self.limits.window)
         if last >= f.next_seq:
@@ -456,23 +466,15 @@ class Replica(ReplicaState):
         if not self.leading:
             return
         floor = self.durable
-        if self.required != {self.node}:
+        if not self.in_sync.alone:
             floor = min(floor, self._f.acked)
         if floor > self.commit:
             self.commit = floor
             self._out.append(Publish(floor))
 
-    def _asked(self) -> frozenset[str]:
-        return self.ask.members if self.ask else self.required
-
     def _ask_to_go_alone(self) -> None:
-        if self._asked() != (alone := frozenset({self.node})):
-            self._ask_for(alone)
-
-    def _ask_for(self, members: frozenset[str]) -> None:
-        self._token += 1
-        self.required = self.required | members
-        self.ask = Ask(self._token, members)
+        if self.in_sync.wanted != (alone := frozenset({self.node})):
+            self.in_sync.ask_for(alone)
 
     def _expand(self) -> None:
         """Bring a follower that keeps up into the in-sync set.
@@ -481,11 +483,11 @@ class Replica(ReplicaState):
         """
         if self.peer is None or self.peer_unfit or not (self.live and self._f.whole):
             return
-        if self._f.acked == self._f.joined_at < self.accepted:
+        if not self._f.proven and self._f.joined_at < self.accepted:
             return  # linked, but it hasn't shown yet that it can keep anything
         both = frozenset({self.node, self.peer})
-        if self._asked() == both and (self.ask or self.confirmed == both):
+        if self.in_sync.wanted == both and (self.in_sync.ask or self.in_sync.confirmed == both):
             return
-        self.required = both
+        self.in_sync.wait_for(both)
         if self._f.acked >= self.commit:
-            self._ask_for(both)
+            self.in_sync.ask_for(both)

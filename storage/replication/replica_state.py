@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from storage.replication.effects import Ask, Effect, FollowerState, InvariantBroken, Limits, Peer, Role
+from storage.replication.effects import Effect, InvariantBroken, Limits, Role
 from storage.replication.epochs import Epochs
+from storage.replication.grants import Grants
+from storage.replication.in_sync import InSyncSet
 from storage.replication.messages import Hello, Welcome
+from storage.replication.progress import Progress
 
 
 @dataclass
@@ -26,23 +29,20 @@ class ReplicaState:
 
     role: Role = Role.FOLLOWER
     epoch: int = 0  # as leader
-    required: frozenset[str] = frozenset()
-    confirmed: frozenset[str] = frozenset()  # the in-sync set last known to be in force in etcd
-    ask: Ask | None = None
-    withhold: bool = False
     peer_hello: Hello | None = None
     peer_last: tuple[int, int] | None = None
     peer_info: bytes = b""
     missing: int = 0  # copies that this node lacks, for the other one to know,
     counted: int = 0  # of all entries up to here
+    forgotten: int = 0  # entries up to here may be Void though they said something: who lacks them takes the state
     peer_missing: int = 0  # copies that the peer says it lacks,
     peer_counted: int = 0  # of all entries up to here; 0 before it has said so on this link
     peer_unfit: bool = False  # the peer says that it can't keep anything
     peer_foreign: bool = False  # the peer's log is another one: the two are never matched
-    grant_until: float = float("-inf")  # leader: the follower won't promote before (own clock)
-    granted_until: float = float("-inf")  # follower: promised not to promote before (own clock)
+    grants: Grants = field(default_factory=Grants)
 
     def __post_init__(self) -> None:
+        self.in_sync = InSyncSet(self.node)
         self._out: list[Effect] = []
         self._linked = False
         self.heard_at = 0.0
@@ -50,8 +50,7 @@ class ReplicaState:
         self._ticked_at = self._pinged_at = float("-inf")
         self._echo = float("-inf")  # leader: the `at_s` of the follower's last Pong, for it to see in the next Ping
         self._lost_at: float | None = float("-inf")  # when the peer was last known to be there; None while it is
-        self._f = FollowerState()
-        self._token = 0
+        self._f = Progress()
         self._session = 0
         self._lead_from = 0
         self._greeted_at = 0.0
@@ -96,12 +95,12 @@ class ReplicaState:
     @property
     def live(self) -> bool:
         """Leader: the follower has been sent everything, so bytes may be streamed to it as they arrive."""
-        return self.leading and self._f.stage is Peer.JOINED and self._f.next_seq > self.accepted
+        return self.leading and self._f.joined and self._f.next_seq > self.accepted
 
     @property
     def joined(self) -> bool:
         """Follower: following a leader's log; leader: being followed."""
-        return self._f.stage is Peer.JOINED if self.leading else self._following is not None
+        return self._f.joined if self.leading else self._following is not None
 
     @property
     def rolled_forward(self) -> bool:

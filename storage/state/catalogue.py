@@ -15,11 +15,12 @@ import msgspec
 from storage.replication.epochs import Epochs
 from storage.state import changes, entries, instances, places, rows, transfer
 from storage.state.changes import ADOPTED, same_copy
-from storage.state.entries import seq_key
+from storage.state.entries import seq_key, seq_of
 from storage.state.kv import CatalogueDamaged, Kv, LmdbKv, Transaction
 from storage.state.model import (
     Delete,
     Entry,
+    Forget,
     Instance,
     Leaving,
     Location,
@@ -238,6 +239,15 @@ class Catalogue:
                 if (spool := places.spool_of(raw)) in spools:
                     found[spool] = places.decode(txn, seq, raw)
         return found
+
+    def forgettable(self, upto: int) -> bool:
+        """There is something that `Forget` up to there would make an end of."""
+        with self.kv.read() as txn:
+            if next(changes.buried(txn, upto), None) is not None:
+                return True
+            return any(
+                not isinstance(entries.operation_of(txn, seq_of(key)), Forget) for key in changes.over(txn, upto)
+            )
 
     def tasks(self) -> list[Task]:
         """Promised and not over, oldest first."""

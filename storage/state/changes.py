@@ -11,6 +11,7 @@ from storage.state.kv import Transaction
 from storage.state.model import (
     Delete,
     Entry,
+    Forget,
     Leaving,
     Location,
     Put,
@@ -18,6 +19,7 @@ from storage.state.model import (
     TaskDone,
     Tombstone,
     decode_entry,
+    decode_tombstone,
     encode,
 )
 
@@ -111,7 +113,34 @@ def apply(txn: Transaction, entry: Entry, location: Location | None) -> int:
         txn.put("task", operation.id.encode(), encode(operation))
     elif isinstance(operation, TaskDone):
         txn.delete("task", operation.id.encode())
+    elif isinstance(operation, Forget):
+        forget(txn, operation.upto)
     return 0
+
+
+def over(txn: Transaction, upto: int) -> Iterator[bytes]:
+    """Keys of applied entries up to `upto` that say nothing any more once both nodes have them."""
+    end = seq_key(upto + 1)
+    for key, raw in txn.scan("entries"):
+        if key >= end:
+            return
+        operation = decode_entry(raw).operation
+        if not isinstance(operation, Task) or txn.get("task", operation.id.encode()) is None:
+            yield key
+
+
+def buried(txn: Transaction, upto: int) -> Iterator[bytes]:
+    """Keys of the tombstones of deletions up to `upto`."""
+    return (key for key, raw in txn.scan("tombstone") if decode_tombstone(raw).seq <= upto)
+
+
+def forget(txn: Transaction, upto: int) -> None:
+    """What both nodes know to be over is kept no longer."""
+    for key in list(over(txn, upto)):
+        txn.delete("entries", key)
+    for key in list(buried(txn, upto)):
+        txn.delete("tombstone", key)
+    put_meta(txn, {"forgotten": max(upto, meta(txn, "forgotten", 0))})
 
 
 def apply_put(txn: Transaction, seq: int, put: Put, location: Location | None) -> int:

@@ -17,6 +17,10 @@ def seq_key(seq: int) -> bytes:
     return seq.to_bytes(8, "big")
 
 
+def seq_of(key: bytes) -> int:
+    return int.from_bytes(key, "big")
+
+
 def operation_of(txn: Transaction, seq: int) -> Operation:
     """What an entry of the log says; also of a number that isn't in it: Void. Raises CatalogueDamaged."""
     key = seq_key(seq)

@@ -32,7 +32,7 @@ class Delete(msgspec.Struct, frozen=True, tag="delete"):
 
 
 class Void(msgspec.Struct, frozen=True, tag="void"):
-    """What is left in the log of an instance that was deleted or replaced: its number."""
+    """What is left in the log of an instance that was deleted or replaced, or of what was forgotten: its number."""
 
 
 class Task(msgspec.Struct, frozen=True, tag="task"):
@@ -52,7 +52,13 @@ class TaskDone(msgspec.Struct, frozen=True, tag="task-done"):
     outcome: str
 
 
-Operation = Put | Delete | Void | Task | TaskDone
+class Forget(msgspec.Struct, frozen=True, tag="forget"):
+    """Both nodes have the log up to `upto`: deletions, ended tasks and tombstones up to there leave nothing."""
+
+    upto: int
+
+
+Operation = Put | Delete | Void | Task | TaskDone | Forget
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -100,9 +106,11 @@ _entry = msgspec.msgpack.Decoder(Entry)
 _location = msgspec.msgpack.Decoder(Location)
 _task = msgspec.msgpack.Decoder(Task)
 _leaving = msgspec.msgpack.Decoder(Leaving)
+_tombstone = msgspec.msgpack.Decoder(Tombstone)
 
 encode = _encoder.encode
 decode_entry = _entry.decode
 decode_location = _location.decode
 decode_task = _task.decode
 decode_leaving = _leaving.decode
+decode_tombstone = _tombstone.decode

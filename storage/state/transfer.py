@@ -56,6 +56,7 @@ class Head(msgspec.Struct, frozen=True, array_like=True):
     epochs: tuple[tuple[int, int], ...]
     bytes: int  # of all files
     rows: dict[str, int]  # how many each table has
+    forgotten: int = 0  # up to which entry what is over was forgotten
 
     @property
     def applied(self) -> int:
@@ -119,7 +120,8 @@ def head(txn: Transaction, format_: int) -> Head:
     epochs = Epochs(entries.epochs_of(txn).pairs)
     epochs.truncate(int(changes.meta(txn, "applied", 0)))
     size = int(changes.meta(txn, "bytes", 0))
-    return Head(format_, str(changes.meta(txn, "lineage", "")), tuple(epochs.pairs), size, counts(txn, epochs.last[1]))
+    lineage, rows = str(changes.meta(txn, "lineage", "")), counts(txn, epochs.last[1])
+    return Head(format_, lineage, tuple(epochs.pairs), size, rows, int(changes.meta(txn, "forgotten", 0)))
 
 
 def counts(txn: Transaction, applied: int) -> dict[str, int]:
@@ -187,6 +189,7 @@ def complete(old: Kv, new: Kv, head: Head) -> None:
             new.update(partial(_put_all, rows))
         facts: dict[str, Any] = {key.decode(): msgspec.msgpack.decode(value) for key, value in before.scan("meta")}
     facts |= {"epochs": head.epochs, "applied": applied, "checkpoint": applied, "bytes": head.bytes}
+    facts["forgotten"] = head.forgotten
     if head.lineage:
         facts["lineage"] = head.lineage
 

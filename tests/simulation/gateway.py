@@ -41,7 +41,7 @@ class SimGateway:
             disk.applied,
             limits=LIMITS,
         )
-        self.core.granted_until = node.clock() + LIMITS.grant_s  # as the store does
+        self.core.grants.given_until = node.clock() + LIMITS.grant_s  # as the store does
         self.published = disk.applied
         self.contents = {disk.log[seq][1] for seq in range(1, disk.applied + 1)}
         self.duty = Duty(
@@ -215,7 +215,7 @@ class SimGateway:
             self.published = seq
             reply = self._waiting.pop(seq, None)
             if reply:
-                if self.core.required == {self.node.name, self.node.peer}:
+                if self.core.in_sync.required == {self.node.name, self.node.peer}:
                     self.world.checker.acknowledges(seq, self.node.peer, self.world.nodes[self.node.peer].disk)
                 reply(True)
         applied = self.published

@@ -1,6 +1,5 @@
 """Deliberate bugs. The simulation must catch each of them; that shows that its checks see something."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from ha import decide
@@ -26,11 +25,10 @@ class AckBeforePeer(SimGateway):
 
 
 class _ShrinkWithoutCompare(Replica):
-    def _ask_for(self, members: Iterable[str]) -> None:
-        super()._ask_for(frozenset(members))
-        if frozenset(members) == {self.node}:
-            self.required = self.confirmed = frozenset({self.node})
-            self._advance()
+    def _ask_to_go_alone(self) -> None:
+        super()._ask_to_go_alone()
+        self.in_sync.required = self.in_sync.confirmed = frozenset({self.node})
+        self._advance()
 
 
 class ShrinkWithoutCompare(SimGateway):
@@ -68,10 +66,10 @@ class ServePastLease(SimGateway):
 
 class _AlwaysGrant(Replica):
     def _on_ping(self, ping: Ping, now: float) -> None:
-        withhold, self.withhold = self.withhold, False
-        before = self.granted_until
+        withhold, self.grants.withhold = self.grants.withhold, False
+        before = self.grants.given_until
         super()._on_ping(ping, now)
-        self.withhold, self.granted_until = withhold, before
+        self.grants.withhold, self.grants.given_until = withhold, before
 
 
 class GrantForgotten(SimGateway):

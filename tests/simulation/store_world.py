@@ -29,7 +29,7 @@ from storage.state import transfer
 from storage.state.catalogue import Catalogue
 from storage.state.logged import logged
 from storage.state.model import Delete, Put, Task, TaskDone, Void
-from storage.upkeep import healing, scrub, tidying
+from storage.upkeep import forgetting, healing, scrub, tidying
 from tests.simulation.machine import Machine, MemoryDisk, PowerCut, VirtualThreads
 from tests.simulation.virtual import Process
 from tests.simulation.wire import Wire
@@ -541,7 +541,11 @@ class StoreWorld(World):
         if any(not slot.usable for store in stores for slot in store.volumes.slots):
             return False  # it comes back, or is taken back
         leader = leaders[0]
-        if not (leader.confirmed == leader.required == {"a", "b"} and leader.ask is None and leader.live):
+        if not (
+            leader.in_sync.confirmed == leader.in_sync.required == {"a", "b"}
+            and leader.in_sync.ask is None
+            and leader.live
+        ):
             return False
         if leader.commit < leader.accepted:
             return False  # one of the two connections lost something; the leader will notice
@@ -630,6 +634,7 @@ SMALL: Final = {
     (peering, "UNCLAIMED_S"): 3.0,
     (healing, "RETRY_S"): 1.0,
     (transfer, "ROWS_AT_ONCE"): 3,
+    (forgetting, "FORGET_S"): 2.0,
     (checkpoints, "CHECKPOINT_INTERVAL_S"): 1.0,
     (environment, "SEGMENT_BYTES_MIN"): 0,
     (tidying, "SWEEP_S"): 2.0,

@@ -26,7 +26,7 @@ class SlowWorld(StoreWorld):
             store = node.gateway.store if isinstance(node.gateway, StoreGateway) else None
             if store is not None and store.core.leading and self.loop.now > 30:
                 self.looked += 1
-                self.alone += store.core.required != {"a", "b"}
+                self.alone += store.core.in_sync.required != {"a", "b"}
 
     async def _clients(self) -> None:
         await asyncio.sleep(15.0)

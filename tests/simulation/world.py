@@ -470,7 +470,11 @@ class World:
         leader = leaders[0]
         if leader.commit < leader.accepted:
             return False  # something was lost on the way; the leader notices within `ack_timeout_s`
-        return leader.confirmed == leader.required == {"a", "b"} and leader.ask is None and leader.live
+        return (
+            leader.in_sync.confirmed == leader.in_sync.required == {"a", "b"}
+            and leader.in_sync.ask is None
+            and leader.live
+        )
 
     def _where(self) -> str:
         return "; ".join(

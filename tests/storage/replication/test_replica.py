@@ -78,9 +78,9 @@ def joined() -> tuple[Node, Node]:
         node.core.linked_up(0.0)
     for node in (a, b, a):
         node.run()
-    assert a.core.ask is not None
-    a.core.answered(a.core.ask.token)
-    assert a.core.confirmed == BOTH
+    assert a.core.in_sync.ask is not None
+    a.core.answered(a.core.in_sync.ask.token)
+    assert a.core.in_sync.confirmed == BOTH
     return a, b
 
 
@@ -110,8 +110,8 @@ def test_only_what_was_committed_without_it_may_come_without_its_bytes() -> None
     b.core.persisted(3)
     b.run()
     a.run()
-    assert a.core.ask is not None
-    a.core.answered(a.core.ask.token)
+    assert a.core.in_sync.ask is not None
+    a.core.answered(a.core.in_sync.ask.token)
     a.propose()
     assert b.owed == [1, 2, 3]
     b.core.missing, b.core.counted = 1, 3
@@ -126,12 +126,12 @@ def test_lost_peer_holds_commits_until_etcd_agreed() -> None:
     a.core.unlinked(1.0)
     seq = a.propose(1.0)
     a.tick_until(2.0, 1.0)
-    assert a.core.ask is None
+    assert a.core.in_sync.ask is None
     a.tick_until(3.0, 2.0)
     a.run(3.0)
-    assert a.core.ask is not None
+    assert a.core.in_sync.ask is not None
     assert a.published < seq
-    a.core.answered(a.core.ask.token)
+    a.core.answered(a.core.in_sync.ask.token)
     a.run(3.0)
     assert a.published == seq
 
@@ -147,9 +147,9 @@ def test_a_node_that_stood_still_gives_its_peer_the_whole_time(linked: bool) -> 
     for now in (31.0, 31.2, 32.0):
         a.core.tick(now)
         a.run(now)
-        assert a.core.ask is None
+        assert a.core.in_sync.ask is None
     a.tick_until(34.0, 32.0)
-    assert a.core.ask is not None
+    assert a.core.in_sync.ask is not None
 
 
 def test_answer_to_an_older_question_changes_nothing() -> None:
@@ -157,9 +157,9 @@ def test_answer_to_an_older_question_changes_nothing() -> None:
     for node in (a, b):
         node.core.unlinked(1.0)
     a.tick_until(3.0, 1.0)
-    assert a.core.ask is not None
-    a.core.answered(a.core.ask.token - 1)
-    assert a.core.required == BOTH
+    assert a.core.in_sync.ask is not None
+    a.core.answered(a.core.in_sync.ask.token - 1)
+    assert a.core.in_sync.required == BOTH
 
 
 def test_diverged_tail_is_cut_when_following() -> None:
@@ -196,10 +196,10 @@ def test_follower_does_not_lead_while_its_promise_runs() -> None:
     a, b = joined()
     a.core.tick(1.0)
     a.run(1.0)
-    assert b.core.granted_until > 1.0
+    assert b.core.grants.given_until > 1.0
     with pytest.raises(InvariantBroken, match="promise"):
         b.core.lead(2, BOTH, 1.0)
-    assert a.core.grant_until < b.core.granted_until
+    assert a.core.grants.had_until < b.core.grants.given_until
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
@@ -215,7 +215,7 @@ def test_follower_that_can_not_keep_an_entry_leaves_the_set() -> None:
     b.held = True
     a.propose(1.0)
     now = 1.0
-    while a.core.ask is None and now < 30.0:
+    while a.core.in_sync.ask is None and now < 30.0:
         now += 0.2
         b.core.abandon()
         for node in (a, b):
@@ -225,18 +225,18 @@ def test_follower_that_can_not_keep_an_entry_leaves_the_set() -> None:
             node.run(now)
         a.core.tick(now)
         a.run(now)
-    assert a.core.ask is not None
-    assert a.core.ask.members == ALONE
+    assert a.core.in_sync.ask is not None
+    assert a.core.in_sync.ask.members == ALONE
     assert now > a.core.limits.ack_timeout_s
-    a.core.answered(a.core.ask.token)
+    a.core.answered(a.core.in_sync.ask.token)
     a.run(now)
     assert a.published == 1
-    assert a.core.required == ALONE
+    assert a.core.in_sync.required == ALONE
 
 
 def test_peer_without_a_disk_leaves_the_set() -> None:
     a, _ = joined()
     a.core.peer_unfit = True
     a.core.tick(0.5)
-    assert a.core.ask is not None
-    assert a.core.ask.members == ALONE
+    assert a.core.in_sync.ask is not None
+    assert a.core.in_sync.ask.members == ALONE

@@ -7,6 +7,7 @@ import pytest
 
 from storage.control import Tell
 from storage.replication.duty import Duty
+from storage.replication.grants import Grants
 
 CAUGHT_UP = {
     "leading": False,
@@ -22,6 +23,7 @@ CAUGHT_UP = {
 def duty(isolated_reads: bool = False, **changes: Any) -> Duty:
     core: Any = SimpleNamespace(**{**CAUGHT_UP, **changes}, limits=SimpleNamespace(peer_timeout_s=1.5))
     core.rolled_forward, core.follow = core.leading, lambda **_: None
+    core.grants = Grants()
     nothing: Any = None
     return Duty(
         core,

@@ -145,7 +145,7 @@ class Engine(Parts):
         while True:
             self.core.peer_unfit = self._peer_info().get("usable", 1) == 0
             self.core.counted = min(self.catalogue.tail, default=self.core.durable + 1) - 1
-            self.core.missing = self.catalogue.missing_count()
+            self.core.missing, self.core.instances = self.catalogue.sizes()
             self._note_pair()
             if self.peering.heard():
                 self.core.alive(self.clock())
@@ -172,6 +172,8 @@ class Engine(Parts):
         if full != self._state_full:
             log.error("state.full", free_bytes=free) if full else log.info("state.has_room", free_bytes=free)
         self._state_full = full
+        if full:
+            self.state_giver.close()  # which keeps what was freed from being used again
         if not full:
             await self.disk.run(self.catalogue.kv.keep_reserve)
 
@@ -245,7 +247,6 @@ class Engine(Parts):
     async def take_volume(self, path: Path) -> str:
         """Take a volume into service while running; returns its UUID. Raises OSError or VolumeOffline."""
         volume = await self.disk.run(self.volumes.add, path)
-        self.follower.may_lie_here = True  # a disk that was here before brings its files back
         paths = {str(slot.path) for slot in self.volumes.slots}
         known = self.catalogue.known_volumes | {volume.id}
         await self.journal.record(volume_paths=sorted(paths), volumes=sorted(known))

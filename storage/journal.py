@@ -27,7 +27,7 @@ from storage.objects.volume import NoRoom
 from storage.objects.volumes import Volumes
 from storage.publishing import Publishing
 from storage.state.catalogue import Batch, Catalogue, same_copy
-from storage.state.kv import Kv
+from storage.state.kv import CatalogueDamaged, Kv
 from storage.state.logged import Logged, logged
 from storage.state.model import Entry, Location, Put
 from storage.state.transfer import Head, StateUnusable
@@ -274,19 +274,26 @@ class Journal:
         """The catalogue is to be a state that was taken from the other node, and the log begins anew behind it. Nothing
         is being logged, and all that is logged is applied. Raises StateUnusable, OSError if nothing has changed,
         CatalogueDamaged if that isn't known."""
+        await self.settle()
+        await self._beside(self._thread.run(self._become, new, head, self._turns.now))
+        try:
+            await self._appending.begin(head.epochs)
+        except OSError as error:  # the next start begins it
+            raise CatalogueDamaged(f"the log can't be begun anew: {error.strerror}") from error
+        self._on_applied(head.applied)
+
+    async def settle(self) -> None:
+        """Have all copies durable on their volumes, so that the log is needed no more. Raises StateUnusable."""
         await self.checkpoint()
         if self._checkpoints.upto < self.applied:
             raise StateUnusable("not all copies of this node are durable now")
-        await self._beside(self._thread.run(self._become, new, head, self._turns.now))
-        await self._appending.begin(head.epochs)
-        self.applied = head.applied
-        self._checkpoints.begin(head.applied)
-        self._on_applied(head.applied)
 
     def _become(self, new: Kv, head: Head, turn: int) -> None:
         self._turns.check(turn)
         crash.point("journal.before_become")
         self._catalogue.become(new, head, lambda: self._turns.committing(turn))
+        self.applied = head.applied  # at once: what is moved from here on has its place in the tree
+        self._checkpoints.begin(head.applied)
         self._turns.done(turn)
         crash.point("journal.after_become")
 

@@ -13,6 +13,7 @@ from storage.log.log import Log
 from storage.objects.copies import Copies
 from storage.objects.reading import Reading
 from storage.objects.view import Showing
+from storage.objects.volume import Volume
 from storage.objects.volumes import Volumes
 from storage.replication.duty import Duty
 from storage.replication.effects import (
@@ -82,11 +83,9 @@ class Parts:
         self.copies = Copies(*kept, self.disk, self._pendings, self._is_awaited)
         self.peering = self._new_peering(around.networks)
         self.follower = Follower(self.peering, self.journal, *kept, self.disk, self._stuck)
-        self.state_giver = StateGiver(
-            self.catalogue, self.disk, self.clock, on_given=lambda: self.core.taking(self.clock())
-        )
+        self.state_giver = StateGiver(self.catalogue, self.disk, self.clock)
         self.peering.give_state = self.state_giver.part
-        self.state_taker = StateTaker(self.peering, self.catalogue, self.journal, self.disk)
+        self.state_taker = StateTaker(self.peering, self.catalogue, self.journal, self.disk, around.free_state_bytes)
         self.healing = Healing(
             self.core,
             *kept,
@@ -215,6 +214,7 @@ class Parts:
             on_suspect=lambda seq: self.healing.suspect(seq),
             lies_on=self.catalogue.volume_of,
             from_log=self._from_log,
+            look=self._look,
         )
 
     def _from_log(self, seq: int) -> tuple[Put, bytes] | None:
@@ -224,6 +224,19 @@ class Parts:
             return None
         kept = self.journal.logged_now(seq)
         return None if kept is None or kept.data is None else (entry.operation, kept.data)
+
+    def _look(self, seq: int) -> tuple[Volume, str, Put] | None:
+        """A copy of a missing entry that lies here all the same. Blocks."""
+        entry = self.copies.entry(seq)
+        if entry is None or not isinstance(entry.operation, Put) or not self.catalogue.is_missing(seq):
+            return None
+        try:
+            location = self.follower.lies_here(entry, entry.operation)
+            volume = self.volumes.get(location.volume) if location else None
+            name = volume.locate(location) if volume and location else None
+        except (OSError, LookupError):
+            return None
+        return (volume, name, entry.operation) if volume and name else None
 
     def _spawn(self, coroutine: Any) -> None:
         raise NotImplementedError

@@ -61,7 +61,14 @@ def node_status(engine: Engine) -> dict[str, Any]:
         "whole": core.whole,
         "lineage": core.lineage,
         "foreign": core.peer_foreign,
-        "catch_up": {"behind": behind, "linked": core.linked, "missing": counts["missing"]},
+        "catch_up": {
+            "behind": behind,
+            "linked": core.linked,
+            "missing": counts["missing"],
+            "state": dict(zip(("rows", "of"), engine.state_taker.rows, strict=True))
+            if engine.state_taker.rows
+            else None,
+        },
         "healing": {
             "missing": counts["missing"],
             "unreadable": engine.healing.unreadable,

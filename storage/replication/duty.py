@@ -55,8 +55,12 @@ class Duty:
 
     @property
     def follows(self) -> bool:
-        """This node is a complete standby, has caught up with what its primary had when it joined, and hears it now."""
+        """This node is a standby with most of the copies, has caught up with what its primary had when it joined, and
+        hears it now. What it lacks it has from the primary when somebody wants it; where that would be most of all, the
+        primary is to be asked."""
         core = self._core
+        if 2 * core.missing > core.instances:
+            return False
         if core.leading or not (core.joined and core.linked and core.whole) or core.whole_at is None:
             return False
         # By round trip: what lay in a buffer while this process was stopped says nothing of now.

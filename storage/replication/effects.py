@@ -25,7 +25,7 @@ class Limits:
     grant_margin_s: float = 0.2
     greet_again_s: float = 3.0
     window: int = 256
-    state_after: int = 20_000  # a follower that is more entries behind takes the state
+    state_after: int = 20_000  # a follower that isn't more entries behind takes the log
 
 
 # Effects, to be carried out in order.

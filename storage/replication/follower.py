@@ -18,13 +18,14 @@ from storage.replication.effects import Persist
 from storage.replication.peering import FetchFailed, Peering, PeerLacksIt
 from storage.state.catalogue import ADOPTED, Catalogue
 from storage.state.model import Delete, Entry, Location, Put, decode_entry
-from storage.workers import Threads
+from storage.workers import Threads, within
 
 log = structlog.get_logger()
 
 FETCHES_MAX: Final = 24
 RETRIES: Final = 3
 RETRY_S: Final = 0.5
+LOOK_S: Final = 30.0
 
 
 class Follower:
@@ -43,8 +44,6 @@ class Follower:
         self._volumes, self._workers, self._on_stuck = volumes, workers, on_stuck
         self._fetching = asyncio.Semaphore(FETCHES_MAX)
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        # Files that the catalogue doesn't name are to be expected: it was made anew, or a disk is back.
-        self.may_lie_here = catalogue.epochs.last[1] == 0 or not catalogue.meta("whole", True)
         self.entries: dict[int, tuple[Entry, Location | None]] = {}  # accepted here and not yet published
 
     def restart(self, durable: int) -> None:
@@ -118,12 +117,21 @@ class Follower:
                 return await self._checked(await self._peering.received(stream), put)
             except (FetchFailed, NoRoom, OSError) as error:
                 log.warning("stream.unusable", sop_instance=put.sop_instance, error=reason_of(error))
-        elif self.may_lie_here and (found := await self._workers.run(self._lies_here, entry, put)):
+        elif found := await self.lying_here(entry, put):
             return found
+        return await self.fetched(entry, put)
+
+    async def lying_here(self, entry: Entry, put: Put) -> Location | None:
+        """A good copy that the catalogue doesn't name: a disk came back, or the catalogue was made anew. Raises OSError
+        if a disk hangs."""
+        return await within(self._workers.run(self.lies_here, entry, put), LOOK_S)
+
+    async def fetched(self, entry: Entry, put: Put) -> Location:
+        """Durable bytes from the peer. Raises FetchFailed, NoRoom or OSError."""
         for attempt in range(RETRIES):
             async with self._fetching:
                 try:
-                    return await self._fetched(entry, put)
+                    return await self._fetch(entry, put)
                 except PeerLacksIt:
                     raise
                 except (FetchFailed, OSError) as error:
@@ -144,7 +152,7 @@ class Follower:
         incoming.feed(memoryview(data)[put.offset :])
         return await self._checked(incoming, put)
 
-    async def _fetched(self, entry: Entry, put: Put) -> Location:
+    async def _fetch(self, entry: Entry, put: Put) -> Location:
         incoming = await self._peering.fetch(entry.seq, put.study)
         try:
             return await self._checked(incoming, put)
@@ -167,9 +175,8 @@ class Follower:
         self._volumes.on_their_way.discard(incoming)  # its entry names it from here on
         return incoming.location
 
-    def _lies_here(self, entry: Entry, put: Put) -> Location | None:
-        """A good file in its place in the tree that the catalogue doesn't name: a disk came back, or the catalogue was
-        rebuilt. Blocks."""
+    def lies_here(self, entry: Entry, put: Put) -> Location | None:
+        """A good file in its place in the tree that the catalogue doesn't name. Blocks."""
         if self._catalogue.leavings(1):
             return None  # what lies there may be on its way out
         path = self._catalogue.path_of(entry, {})

@@ -43,11 +43,12 @@ class Giving:
         list_copies: Callable[[int, bool, tuple[int, ...]], list[Row]],
         on_suspect: Callable[[int], None],
         from_log: Callable[[int], tuple[Put, bytes] | None],
+        look: Callable[[int], tuple[Volume, str, Put] | None],
     ) -> None:
         """As in `Peering`."""
         self._workers, self._volumes, self._windows, self._stream_room = workers, volumes, windows, stream_room
         self._find, self._lacks, self._list, self._on_suspect = find, lacks, list_copies, on_suspect
-        self._from_log = from_log
+        self._from_log, self._look = from_log, look
         self._serving = asyncio.Semaphore(FETCHES_SERVED_MAX)
 
     async def listing(self, link: Link, stream: int, start: int, read: bool, only: tuple[int, ...]) -> None:
@@ -98,7 +99,7 @@ class Giving:
 
     def _begin_reading(self, seq: int) -> Begun | Kind:
         """Header, first bytes, and the file if there is more of it; or what to answer instead. In one thread hop."""
-        found = self._find(seq)
+        found = self._find(seq) or self._look(seq)
         if found is None and (kept := self._from_log(seq)) is not None:
             put, data = kept
             return None, data[: put.offset], data[put.offset :], None

@@ -85,6 +85,7 @@ class Ping(Message, frozen=True):
     echo_s: float = float("-inf")
     missing: int = 0  # copies that the sender lacks,
     counted: int = 0  # of all entries up to here
+    adopting: int = 0  # session of the Welcome that the sender is about to carry out
 
 
 class Pong(Message, frozen=True):

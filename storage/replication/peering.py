@@ -60,10 +60,12 @@ class Peering:
         on_suspect: Callable[[int], None],
         lies_on: Callable[[str], str],
         from_log: Callable[[int], tuple[Put, bytes] | None],
+        look: Callable[[int], tuple[Volume, str, Put] | None],
     ) -> None:
         """`find(seq)` gives this node's copy of an entry, `lacks(seq)` says that there is none and won't be one soon;
         `on_suspect(seq)`: the peer found that copy to be damaged, or it isn't where it should be; `lies_on(study)`
-        names a volume that has something of it, `from_log(seq)` gives bytes that are on no volume."""
+        names a volume that has something of it, `from_log(seq)` gives bytes that are on no volume, `look(seq)` a copy
+        that lies here without being known."""
         self.routes = Routes(dial=dial, networks=networks, on_up=self._up, on_frame=self._frame, on_down=self._down)
         self._volumes, self._workers = volumes, workers
         self._on_up, self._on_down = on_up, on_down
@@ -94,6 +96,7 @@ class Peering:
             list_copies=list_copies,
             on_suspect=on_suspect,
             from_log=from_log,
+            look=look,
         )
         self._received = 0
         self.on_progress: Callable[[], None] = lambda: None  # the peer has taken bytes

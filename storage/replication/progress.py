@@ -25,7 +25,7 @@ class Progress:
     joined_at: int = 0  # where its log ended when it joined
     whole: bool = False
     moved_at: float = NEVER  # when it last took or acknowledged something
-    taking_at: float = NEVER  # when it last took something of the state
+    adopting_at: float = NEVER  # when it last said that it is about to carry out this session's Welcome
 
     @property
     def joined(self) -> bool:

@@ -16,14 +16,13 @@ Invariants kept here (letters of the design):
  R8     A follower promises not to be promoted (`grant_s`) only to the leader that it follows, never while `withhold`.
 """
 
+from typing import Final
+
 from msgspec.structs import replace
 
 from storage.replication.effects import (
-    Adopt,
-    DropLink,
     Effect,
     InvariantBroken,
-    Persist,
     Publish,
     Role,
     Send,
@@ -31,9 +30,9 @@ from storage.replication.effects import (
     Transmit,
 )
 from storage.replication.epochs import Epochs
+from storage.replication.following import Following
 from storage.replication.messages import (
     COUNTS_MISSING,
-    FEATURES,
     TAKES_STATE,
     Ack,
     AnyMessage,
@@ -47,10 +46,11 @@ from storage.replication.messages import (
     Welcome,
 )
 from storage.replication.progress import Progress, Stage
-from storage.replication.replica_state import ReplicaState
+
+STATE_SHARE: Final = 16  # the state is had quicker than the log if so much of it has changed, one part in so many
 
 
-class Replica(ReplicaState):
+class Replica(Following):
     def take(self) -> list[Effect]:
         """What is to be done now, after one input or several. Raises InvariantBroken."""
         self._check()
@@ -128,56 +128,11 @@ class Replica(ReplicaState):
             self._out.append(Send(Ack(self._following.epoch, self._following.session, seq)))
         self._answer_greeting()
 
-    def abandon(self) -> None:
-        """Follower: entries that were accepted and can't be made durable are forgotten again."""
-        if self.leading:
-            raise InvariantBroken("a leader doesn't abandon entries")
-        self.epochs.truncate(self.durable)
-        if self._linked and self._following:  # its leader would wait for acknowledgements that never come
-            self._end_link("entries of this link were given up", self.heard_at)
-        self._following = None
-        self._answer_greeting()
-
-    def adopted(self, epoch: int, match: int, state: tuple[tuple[int, int], ...] | None = None) -> None:
-        """`state`: the leader's was taken; the epochs of the log up to its end. All of it is durable here, and was
-        committed."""
-        welcome = self._adopting
-        if welcome is None or welcome.epoch != epoch or welcome.match != match:
-            return
-        self._adopting = None
-        self.lineage = self.lineage or welcome.lineage
-        self.promised = max(self.promised, epoch)
-        self.epochs.truncate(match)
-        self.durable = min(self.durable, match)
-        if state is not None:
-            self._took(Epochs(state), match)
-        elif welcome.must:
-            self._end_link("the state of the other node can't be had, and its log alone won't do", self.heard_at)
-        if self._linked and epoch == self.promised:
-            self._following = welcome
-            self._out.append(Send(Joined(epoch, welcome.session, self.durable)))
-        self._answer_greeting()
-
-    def _took(self, epochs: Epochs, match: int) -> None:
-        end = epochs.last[1]
-        if end < self.commit or epochs.common(self.epochs) < min(match, end):
-            raise InvariantBroken(f"a state that ends at {epochs.last} isn't of the log that ends at {self.last}")
-        self.epochs = epochs
-        self.durable = self.commit = end
-
     def forget(self, upto: int, now: float) -> None:
         """Entries up to there are about to lose what they say. Whoever is about to be sent them takes the state."""
         self.forgotten = max(self.forgotten, upto)
         if self.leading and self._f.stage is not Stage.UNLINKED and self._f.acked < upto:
             self._end_link("it hasn't got what is forgotten from now on", now)
-
-    def _end_link(self, why: str, now: float) -> None:
-        self._out.append(DropLink(why))
-        self.unlinked(now)
-
-    def taking(self, now: float) -> None:
-        """The follower takes the state of this leader."""
-        self._f.taking_at = now
 
     def alive(self, now: float) -> None:
         """Something came from the peer on the present link, if only a part of a message."""
@@ -212,15 +167,6 @@ class Replica(ReplicaState):
         else:
             self._out.append(Send(self._hello(0)))
 
-    def unlinked(self, now: float) -> None:
-        if not self._linked:
-            return
-        self._linked = False
-        self._lost_at = now if self._lost_at is None else self._lost_at
-        self._following = self._greeting = None
-        self.peer_hello = self.peer_last = None
-        self._f.stage = Stage.UNLINKED
-
     def tick(self, now: float) -> None:
         """To be called several times a second; that it wasn't is no fault of the peer."""
         self._allow_for_pause(now)
@@ -230,11 +176,11 @@ class Replica(ReplicaState):
             elif now - self._pinged_at >= self.limits.ping_interval_s:
                 self._pinged_at = now
                 session = self._f.session if self.leading and self._f.joined else 0
-                counted = (self.missing, self.counted)
+                counted = (self.missing, self.counted, self._adopting.session if self._adopting else 0)
                 self._out.append(Send(Ping(self.promised, session, self.commit, now, self._echo, *counted)))
         if self.leading:
             self._tick_leader(now)
-            waited = now - max(self._greeted_at, self._f.taking_at)
+            waited = now - max(self._greeted_at, self._f.adopting_at)
             if self._linked and not self._f.joined and waited > self.limits.greet_again_s:
                 self._greet(now)
 
@@ -295,6 +241,8 @@ class Replica(ReplicaState):
         if hello.cluster != self.cluster or hello.node != self.peer:
             self._end_link(f"the other side is {hello.node} of cluster {hello.cluster}", now)
             return
+        if hello.store_id != self._peer_store:
+            self._peer_store, self._owed_from, self._owed_upto = hello.store_id, 0, 0
         self.peer_hello = hello
         self.peer_last = hello.epochs[-1] if hello.epochs else (0, 0)
         self.peer_foreign = bool(self.lineage and hello.lineage and self.lineage != hello.lineage)
@@ -322,26 +270,10 @@ class Replica(ReplicaState):
         behind = match < self.commit or not hello.whole
         if behind and self.peer in self.in_sync.required:
             self._ask_to_go_alone()
-        far, must = self.rolled_forward and self.commit - match > self.limits.state_after, match < self.forgotten
+        behind_by, must = self.commit - match, match < self.forgotten
+        far = self.rolled_forward and behind_by > max(self.limits.state_after, self.instances // STATE_SHARE)
         state = (far or must) and hello.features >= TAKES_STATE
         self._out.append(Send(Welcome(self.epoch, self._f.session, match, self.commit, self.lineage, state, must)))
-
-    def _on_welcome(self, welcome: Welcome) -> None:
-        if self.leading or welcome.epoch < self.promised:
-            if welcome.epoch < self.promised:
-                self._out.append(Send(Deny(self.promised)))
-            return
-        if not self.idle or self._following is not None:
-            return  # not the answer to our last Hello; the leader's next one restarts the exchange
-        if welcome.match < self.commit:
-            raise InvariantBroken(f"leader of epoch {welcome.epoch} shares {welcome.match}, {self.commit} is committed")
-        if self.lineage and welcome.lineage and welcome.lineage != self.lineage:
-            self.peer_foreign = True
-            return
-        self._adopting = welcome
-        if welcome.state:
-            self._learn_commit(min(welcome.match, welcome.commit))  # a state is added to what is applied
-        self._out.append(Adopt(welcome.epoch, welcome.match, welcome.lineage, welcome.state))
 
     def _on_joined(self, joined: Joined, now: float) -> None:
         f = self._f
@@ -359,22 +291,6 @@ class Replica(ReplicaState):
             self._transmit()
             self._expand()
 
-    def _on_prepare(self, prepare: Prepare, now: float) -> None:
-        following = self._following
-        if prepare.epoch < self.promised:
-            self._out.append(Send(Deny(self.promised)))
-            return
-        if following is None or (prepare.epoch, prepare.session) != (following.epoch, following.session):
-            return
-        if prepare.seq == self.accepted + 1:
-            self.epochs.append(prepare.entry_epoch, prepare.seq)
-            owed = prepare.seq <= prepare.commit
-            self._out.append(Persist(prepare.seq, prepare.entry_epoch, prepare.entry, prepare.stream, owed))
-        elif prepare.seq > self.accepted:
-            self._end_link(f"entry {prepare.seq} follows {self.accepted}", now)
-            return
-        self._learn_commit(prepare.commit)
-
     def _on_ack(self, ack: Ack, now: float) -> None:
         f = self._f
         if not self.leading or (ack.epoch, ack.session) != (self.epoch, f.session) or not f.joined:
@@ -388,6 +304,8 @@ class Replica(ReplicaState):
         following = self._following
         ours = following is not None and (ping.epoch, ping.session) == following.of
         self.peer_missing, self.peer_counted = ping.missing, ping.counted
+        if self.leading and ping.adopting == self._f.session:
+            self._f.adopting_at = now
         if ours:
             self.read_from = max(self.read_from, min(ping.echo_s, now))
             self._learn_commit(ping.commit)
@@ -415,29 +333,12 @@ class Replica(ReplicaState):
 
     # -- helpers -----------------------------------------------------------------------------------------------
 
-    def _settled(self) -> Epochs:
-        """The durable part of the log."""
-        settled = Epochs(self.epochs.pairs)
-        settled.truncate(self.durable)
-        return settled
-
-    def _hello(self, session: int) -> Hello:
-        me = (self.cluster, self.node, self.store_id, self.incarnation)
-        log = (self._settled().pairs, self.commit, self.whole)
-        return Hello(*me, self.promised, self.leading, session, *log, self.lineage, FEATURES)
-
     def _greet(self, now: float) -> None:
         self._session += 1
         self._greeted_at = now
         acked = self._f.acked
         self._f = Progress(session=self._session, acked=acked)
         self._out.append(Send(self._hello(self._session)))
-
-    def _answer_greeting(self) -> None:
-        if self._greeting and self._linked and self.idle and not self.leading:
-            greeting, self._greeting = self._greeting, None
-            self._following = None
-            self._out.append(Send(self._hello(greeting.session)))
 
     def _transmit(self) -> None:
         f = self._f
@@ -452,15 +353,9 @@ class Replica(ReplicaState):
     def _note_owed(self, first: int, last: int) -> None:
         """The follower may take these without their bytes."""
         if first <= last and self.peer_hello is not None and self.peer_hello.features >= COUNTS_MISSING:
-            if self._owed_upto <= self.peer_counted:
-                self._owed_from = first - 1
+            outstanding = self._owed_upto > self.peer_counted
+            self._owed_from = min(self._owed_from, first - 1) if outstanding else first - 1
             self._owed_upto = last
-
-    def _learn_commit(self, commit: int) -> None:
-        commit = min(commit, self.durable)
-        if commit > self.commit:
-            self.commit = commit
-            self._out.append(Publish(commit))
 
     def _advance(self) -> None:
         if not self.leading:

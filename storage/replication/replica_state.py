@@ -34,6 +34,7 @@ class ReplicaState:
     peer_info: bytes = b""
     missing: int = 0  # copies that this node lacks, for the other one to know,
     counted: int = 0  # of all entries up to here
+    instances: int = 0  # how many this node has, applied
     forgotten: int = 0  # entries up to here may be Void though they said something: who lacks them takes the state
     peer_missing: int = 0  # copies that the peer says it lacks,
     peer_counted: int = 0  # of all entries up to here; 0 before it has said so on this link
@@ -56,6 +57,7 @@ class ReplicaState:
         self._greeted_at = 0.0
         self._stalled_at: float | None = None  # since when commits wait for the follower without any progress
         self._acked_max = 0
+        self._peer_store = ""  # what follows is of this store
         self._owed_from = self._owed_upto = 0  # after the one, up to the other: sent when they were committed already
         self._adopting: Welcome | None = None
         self._following: Welcome | None = None

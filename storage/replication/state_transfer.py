@@ -12,6 +12,7 @@ import structlog
 
 from conf.telling import reason_of
 from storage.journal import Journal
+from storage.replication.epochs import Epochs
 from storage.replication.link import Kind
 from storage.replication.peering import FetchFailed, Peering
 from storage.state import transfer
@@ -25,16 +26,13 @@ log = structlog.get_logger()
 
 PART_S: Final = 60.0
 TRIES: Final = 3
+ROOM: Final = 1.5  # free bytes wanted for each that the other node's catalogue takes
 UNUSED_S: Final = 60.0  # then the snapshot is let go of
 
 
 class StateGiver:
-    """`on_given()`: the follower has been given something."""
-
-    def __init__(
-        self, catalogue: Catalogue, workers: Threads, clock: Callable[[], float], on_given: Callable[[], None]
-    ) -> None:
-        self._catalogue, self._workers, self._clock, self._on_given = catalogue, workers, clock, on_given
+    def __init__(self, catalogue: Catalogue, workers: Threads, clock: Callable[[], float]) -> None:
+        self._catalogue, self._workers, self._clock = catalogue, workers, clock
         self._snapshot: Snapshot | None = None
         self._applied = 0
         self._used_at = float("-inf")
@@ -43,19 +41,18 @@ class StateGiver:
         """What was asked for; empty if it can't be given now. Raises msgspec.DecodeError."""
         asked = transfer.decode_ask(payload)
         try:
-            answer = await self._workers.run(self._part, asked)
+            return await self._workers.run(self._part, asked)
         except (SnapshotLost, StateUnusable) as error:
             log.warning("state.not_given", why=str(error) or "the catalogue has grown")
             return b""
-        self._on_given()
-        return answer
 
     def _part(self, asked: Ask | None) -> bytes:
         self._used_at = self._clock()
         if asked is None:
             self.close()
             snapshot = self._snapshot = self._catalogue.kv.snapshot()
-            head = snapshot.read(lambda txn: transfer.head(txn, FORMAT))
+            on_disk = self._catalogue.kv.size_bytes
+            head = snapshot.read(lambda txn: transfer.head(txn, FORMAT, on_disk))
             self._applied = head.applied
             return transfer.encode(head)
         kept = self._snapshot
@@ -75,8 +72,17 @@ class StateGiver:
 
 
 class StateTaker:
-    def __init__(self, peering: Peering, catalogue: Catalogue, journal: Journal, workers: Threads) -> None:
+    def __init__(
+        self,
+        peering: Peering,
+        catalogue: Catalogue,
+        journal: Journal,
+        workers: Threads,
+        free_bytes: Callable[[], int],
+    ) -> None:
+        """`free_bytes()`: room on the disk of the catalogue; it blocks."""
         self._peering, self._catalogue, self._journal, self._workers = peering, catalogue, journal, workers
+        self._free_bytes = free_bytes
         self.rows: tuple[int, int] | None = None  # had, of how many; while a state is being taken
 
     async def take(self, match: int) -> tuple[tuple[int, int], ...] | None:
@@ -93,8 +99,9 @@ class StateTaker:
     async def _take(self, match: int) -> tuple[tuple[int, int], ...] | None:
         new: Kv | None = None
         try:
+            await self._journal.settle()
             head = transfer.decode_head(await self._ask(None))
-            self._check(head, match)
+            await self._workers.run(self._check, head, match)
             log.info("state.taking", upto=head.applied, rows=sum(head.rows.values()))
             new = await self._workers.run(self._catalogue.kv.beside)
             self.rows = (0, sum(head.rows.values()))
@@ -112,10 +119,17 @@ class StateTaker:
         return head.epochs
 
     def _check(self, head: Head, match: int) -> None:
+        """Raises StateUnusable."""
         if head.format != FORMAT:
             raise StateUnusable(f"it has format {head.format}, and this version {FORMAT}")
         if head.applied < match:
             raise StateUnusable(f"it ends at entry {head.applied}, and this node's log at {match}")
+        own = self._catalogue.epochs
+        lineage = str(self._catalogue.meta("lineage", ""))
+        if own.common(Epochs(head.epochs)) < own.last[1] or (lineage and head.lineage and lineage != head.lineage):
+            raise StateUnusable("it isn't of this node's log")
+        if self._free_bytes() < ROOM * head.size:
+            raise StateUnusable(f"there is no room for it: it takes {head.size >> 20} MB on the disk")
 
     async def _ask(self, asked: Ask | None) -> bytes:
         found = await self._peering.ask(Kind.STATE, transfer.encode(asked), PART_S)

@@ -195,9 +195,10 @@ class Catalogue:
             rows = txn.scan_back("missing", seq_key(before) if before else b"")
             return [int.from_bytes(key, "big") for key, _ in islice(rows, limit)]
 
-    def missing_count(self) -> int:
+    def sizes(self) -> tuple[int, int]:
+        """(copies that this node lacks, instances)"""
         with self.kv.read() as txn:
-            return txn.count("missing")
+            return txn.count("missing"), txn.count("instances")
 
     def was_at(self, seq: int) -> Location | None:
         """Where a missing copy lay before, if that is known."""
@@ -444,6 +445,7 @@ class Catalogue:
             Catalogue(new)
         except CatalogueDamaged as error:
             raise StateUnusable(str(error)) from error
+        new.sync()  # which takes a while; what is left to do then doesn't
         with commit():
             try:
                 self.kv.become(new)

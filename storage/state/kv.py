@@ -8,6 +8,7 @@ import errno
 import os
 import shutil
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -74,7 +75,9 @@ class Snapshot(Protocol):
         """Raises SnapshotLost."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let go of it; waits for nobody."""
+        ...
 
 
 class Kv(Protocol):
@@ -91,6 +94,15 @@ class Kv(Protocol):
 
     def become(self, other: "Kv") -> None:
         """Take over all tables of one that was made with `beside`, durably and at once. Blocks; raises OSError."""
+        ...
+
+    def sync(self) -> None:
+        """Make durable what was written to one that was made with `beside`. Blocks; raises OSError."""
+        ...
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes on the disk."""
         ...
 
     def discard(self) -> None:
@@ -146,18 +158,35 @@ class _LmdbSnapshot:
     def __init__(self, txn: Any, tables: dict[str, Any]) -> None:
         self._txn, self._tables = txn, tables
         self._lock = threading.Lock()
+        self._unwanted = False
 
     def read(self, look: Callable[[Transaction], T]) -> T:
-        with self._lock:
-            if self._txn is None:
-                raise SnapshotLost
-            return look(_LmdbTransaction(self._txn, self._tables))
+        try:
+            with self._lock:
+                if self._txn is None or self._unwanted:
+                    raise SnapshotLost
+                return look(_LmdbTransaction(self._txn, self._tables))
+        finally:
+            if self._unwanted:
+                self.end()
 
     def close(self) -> None:
+        self._unwanted = True
+        if self._lock.acquire(blocking=False):  # else whoever reads does it
+            try:
+                self._abort()
+            finally:
+                self._lock.release()
+
+    def end(self) -> None:
+        """Close it, and wait for who reads just now."""
         with self._lock:
-            if self._txn is not None:
-                self._txn.abort()
-                self._txn = None
+            self._abort()
+
+    def _abort(self) -> None:
+        if self._txn is not None:
+            self._txn.abort()
+            self._txn = None
 
 
 class LmdbKv:
@@ -169,7 +198,7 @@ class LmdbKv:
         self._gate = threading.Condition()
         self._readers = 0
         self._growing = False
-        self._snapshots: set[_LmdbSnapshot] = set()
+        self._snapshots: weakref.WeakSet[_LmdbSnapshot] = weakref.WeakSet()
         self._names = tuple(tables)
         self._open()
         if durable:
@@ -224,8 +253,10 @@ class LmdbKv:
                 self._grow()
             except lmdb.Error as error:
                 if "No space left" not in str(error) and "ENOSPC" not in str(error):
-                    raise
-                if not self._give_up_reserve():
+                    if self._durable:
+                        raise
+                    raise OSError(errno.EIO, f"{self._path.name}: {error}") from error
+                if not self._drop_snapshots() and not self._give_up_reserve():
                     raise CatalogueFull from error
 
     def _grow(self) -> None:
@@ -249,10 +280,14 @@ class LmdbKv:
                 self._growing = False
                 self._gate.notify_all()
 
-    def _drop_snapshots(self) -> None:
-        snapshots, self._snapshots = self._snapshots, set()
-        for snapshot in snapshots:
-            snapshot.close()
+    def _drop_snapshots(self) -> bool:
+        """What they hold can be used again. Returns whether there were any."""
+        with self._gate:
+            snapshots = list(self._snapshots)
+            self._snapshots.clear()
+            for snapshot in snapshots:
+                snapshot.end()
+        return bool(snapshots)
 
     def snapshot(self) -> Snapshot:
         with self._gate:
@@ -270,7 +305,7 @@ class LmdbKv:
     def become(self, other: Kv) -> None:
         if not isinstance(other, LmdbKv):
             raise TypeError("not made with `beside`")
-        other._env.sync(force=True)
+        other.sync()
         other.close()
         with self._alone():
             self._env.close()
@@ -280,6 +315,16 @@ class LmdbKv:
             finally:
                 self._open()
         shutil.rmtree(other._path, ignore_errors=True)
+
+    def sync(self) -> None:
+        try:
+            self._env.sync(force=True)
+        except lmdb.Error as error:
+            raise OSError(errno.EIO, f"{self._path.name}: {error}") from error
+
+    @property
+    def size_bytes(self) -> int:
+        return int((self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"])
 
     def discard(self) -> None:
         self.close()

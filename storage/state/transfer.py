@@ -57,6 +57,7 @@ class Head(msgspec.Struct, frozen=True, array_like=True):
     bytes: int  # of all files
     rows: dict[str, int]  # how many each table has
     forgotten: int = 0  # up to which entry what is over was forgotten
+    size: int = 0  # bytes that it takes on the disk
 
     @property
     def applied(self) -> int:
@@ -115,13 +116,14 @@ def digest_of(rows: Iterable[Row]) -> bytes:
 # -- giving ------------------------------------------------------------------------------------------------------------
 
 
-def head(txn: Transaction, format_: int) -> Head:
-    """Of the state in this snapshot."""
+def head(txn: Transaction, format_: int, on_disk: int) -> Head:
+    """Of the state in this snapshot, which takes `on_disk` bytes there."""
     epochs = Epochs(entries.epochs_of(txn).pairs)
     epochs.truncate(int(changes.meta(txn, "applied", 0)))
-    size = int(changes.meta(txn, "bytes", 0))
+    stored = int(changes.meta(txn, "bytes", 0))
     lineage, rows = str(changes.meta(txn, "lineage", "")), counts(txn, epochs.last[1])
-    return Head(format_, lineage, tuple(epochs.pairs), size, rows, int(changes.meta(txn, "forgotten", 0)))
+    forgotten = int(changes.meta(txn, "forgotten", 0))
+    return Head(format_, lineage, tuple(epochs.pairs), stored, rows, forgotten, on_disk)
 
 
 def counts(txn: Transaction, applied: int) -> dict[str, int]:
@@ -136,7 +138,7 @@ def answer(txn: Transaction, asked: Ask, applied: int) -> Answer:
         raise StateUnusable(f"table {asked.table!r} isn't given")
     rows, ends = _page(_applied(txn, asked.table, asked.start, applied))
     upto = [row for row in rows if row[0] <= asked.last]
-    covered = len(upto) < len(rows) or ends  # all up to `last` are among them
+    covered = ends or len(upto) < len(rows) or bool(rows and rows[-1][0] == asked.last)  # all up to it are there
     if asked.last and covered and digest_of(upto) == asked.digest:
         return Answer(True, [], ends and len(upto) == len(rows))
     return Answer(False, rows, ends)

@@ -31,7 +31,7 @@ BATCH: Final = 128
 WRITE_OFF_BATCH: Final = 2000
 POLL_S: Final = 0.5
 RETRY_S: Final = 5.0
-ROUND_S: Final = 60.0  # the list of what is missing is begun anew
+LOOK_AGAIN_S: Final = 60.0
 SKIPPED: Final = -1  # there was nothing to do in this part of the list
 BUSY_SHARE: Final = 3.0  # while images come in: this much rest for each second of healing
 RATE_WINDOW_S: Final = 30.0
@@ -66,7 +66,10 @@ class Healing:
         self._suspects: set[int] = set()
         self._retry_at: dict[int, float] = {}
         self._healed: list[tuple[float, int]] = []
-        self._before, self._round_at = 0, clock()
+        self._before, self._newest = 0, False
+        self._looked_alone: tuple[frozenset[str], int] | None = None
+        self._look_again_at = 0.0
+        self._being_recorded: frozenset[int] = frozenset()
         self._recording: asyncio.Future[int] | None = None
         self._unreadable: set[int] = set()  # copies that the peer lacks as well
         self.in_flight: set[str] = set()  # spool files of copies that were made and aren't recorded yet
@@ -140,7 +143,6 @@ class Healing:
         """One that was mounted since brings files that the catalogue doesn't name yet."""
         known = self._catalogue.known_volumes
         if new := {volume.id for volume in self._volumes} - known:
-            self._follower.may_lie_here = True
             await self._journal.record(volumes=sorted(known | new))
 
     async def examine(self, seq: int) -> bool:
@@ -250,27 +252,43 @@ class Healing:
         those are had again that lie here, on a disk that came back."""
         now = self._clock()
         self._retry_at = {seq: at for seq, at in self._retry_at.items() if at > now}
-        if now - self._round_at > ROUND_S:
-            self._before, self._round_at = 0, now  # what is newer by now comes first
-        wanted = await self._workers.run(self._catalogue.newest_missing, self._before, BATCH)
-        due = [seq for seq in wanted if seq not in self._retry_at]
-        # Round and round: none that fails holds up the others.
-        self._before = wanted[-1] if len(wanted) == BATCH else 0
+        alone = self._alone_with()
+        if alone and alone == self._looked_alone and now < self._look_again_at:
+            return 0
+        # In turn the newest, and what comes next in the round: none that fails holds up the others.
+        self._newest = not self._newest
+        start = 0 if self._newest else self._before
+        wanted = await self._workers.run(self._catalogue.newest_missing, start, BATCH)
+        due = [seq for seq in wanted if seq not in self._retry_at and seq not in self._being_recorded]
+        if not self._newest:
+            self._before = wanted[-1] if len(wanted) == BATCH else 0
+            if self._before == 0:
+                self._looked_alone, self._look_again_at = alone, now + LOOK_AGAIN_S
         if not wanted:
             self._unreadable.clear()
         made = 0
         for group in self._groups(due) if due else ():
-            start = self._clock()
+            began = self._clock()
             found = await asyncio.gather(*(self._heal(seq) for seq in group))
             made += await self._recorded()
-            self._recording = asyncio.ensure_future(
-                self._record({seq: location for seq, location in found if location is not None})
-            )
+            moved = {seq: location for seq, location in found if location is not None}
+            self._being_recorded = frozenset(moved)
+            self._recording = asyncio.ensure_future(self._record(moved))
             if self._journal.busy:
-                await asyncio.sleep(min(1.0, BUSY_SHARE * (self._clock() - start)))
+                await asyncio.sleep(min(1.0, BUSY_SHARE * (self._clock() - began)))
         if self._before == 0 or not due or self._journal.busy:
             made += await self._recorded()
-        return made or (0 if self._before == 0 else SKIPPED)
+        return made or (0 if not wanted or (self._before == 0 and not self._newest) else SKIPPED)
+
+    def _alone_with(self) -> tuple[frozenset[str], int] | None:
+        """Without the other node: the volumes, and how many copies are missing. What was looked for in vain with these
+        needn't be looked for at once again."""
+        if self._peer_is_there():
+            return None
+        return frozenset(volume.id for volume in self._volumes), self._core.missing
+
+    def _peer_is_there(self) -> bool:
+        return self._peering.link is not None and self._core.linked
 
     def _groups(self, due: list[int]) -> list[list[int]]:
         """While images come in: one copy at a time."""
@@ -279,7 +297,10 @@ class Healing:
     async def _recorded(self) -> int:
         """Wait for the copies whose record is being written while the next ones are fetched; returns how many."""
         recording, self._recording = self._recording, None
-        return await recording if recording else 0
+        try:
+            return await recording if recording else 0
+        finally:
+            self._being_recorded = frozenset()
 
     async def _record(self, moved: dict[int, Location]) -> int:
         if not moved:
@@ -313,12 +334,13 @@ class Healing:
                 self.in_flight.add(logged.spool)
                 return seq, logged
             found = await self._workers.run(self._lies_where_it_was, seq, entry.operation)
+            found = found or await self._follower.lying_here(entry, entry.operation)
             if found is not None:
                 return seq, found
-            if not (self._peering.link and self._core.linked):
+            if not self._peer_is_there():
                 self._retry_at[seq] = self._clock() + RETRY_S
                 return seq, None
-            location = await self._follower.obtain(entry, entry.operation)
+            location = await self._follower.fetched(entry, entry.operation)
             self._unreadable.discard(seq)
             self.in_flight.add(location.spool)
             return seq, location

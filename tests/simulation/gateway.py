@@ -205,7 +205,7 @@ class SimGateway:
             self.core.adopted(effect.epoch, effect.match, state)
             self.flush()
 
-        self.world.loop.post(self.node.kernel, self._in_order() + self.world.rng.random() * 2, written)
+        self.world.loop.post(self.node.kernel, self._in_order() + self.world.rng.random() * 6, written)
 
     def _publish(self, upto: int) -> None:
         for seq in range(self.published + 1, upto + 1):

@@ -139,6 +139,13 @@ class MemoryKv:
         if self._power:
             self._power.draw()
 
+    def sync(self) -> None:
+        pass
+
+    @property
+    def size_bytes(self) -> int:
+        return 0
+
     def discard(self) -> None:
         pass
 

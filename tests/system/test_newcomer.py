@@ -68,3 +68,29 @@ def test_an_empty_node_joins_and_takes_over(lab: Lab) -> None:
     writer.check()
     later.check()
     verified(lab)
+
+
+def test_a_node_that_has_lost_its_catalogue_has_its_files_again(lab: Lab) -> None:
+    """They are taken over where they lie, also by a process that begins anew in the middle and has nobody to ask."""
+    node = other_than(primary_of(lab))
+    with Writer(lab) as writer:
+        writer.wait_for_more(STATE_AFTER + 20)
+    wait_for(lambda: healed(lab), "every copy to be there", SYNC_S)
+    lab.power_off(node)
+    lab.disks(node).mount()
+    shutil.rmtree(lab.node_dir(node) / "state" / "catalogue")
+    before = taken(lab, node)
+    lab.power_on(node)
+    wait_for(lambda: taken(lab, node) > before, "the state to be taken")
+    wait_for(lab.in_sync, "the pair to be in sync", SYNC_S)
+    lab.kill(node, "gateway")
+    lab.power_off(other_than(node))
+    wait_for(lambda: lab.primary() == node, "it to serve alone", SYNC_S)
+    wait_for(
+        lambda: (lab.node_status(node) or {}).get("healing", {}).get("missing") == 0,
+        "its files to be taken over",
+        SYNC_S,
+    )
+    writer.check(node)
+    heal(lab)
+    verified(lab)

@@ -117,8 +117,9 @@ def switchover(config: Path | None, to: str | None, at: datetime | None, as_json
     """Let the other node serve. Requests under way are ended first. Exit 4 if it can't be done now."""
     if at is not None:
         time.sleep(_seconds_until(at))
-    result = with_etcd(config, lambda settings, cluster, etcd: switch(cluster, settings.node.name, etcd, to))
-    say(result, as_json, f"node {result['to']} is primary after {result['seconds']:.1f} s")
+    result = with_etcd(config, lambda settings, cluster, etcd: switch(settings, cluster, etcd, to))
+    lacks = f"; {result['missing']} objects are still being copied to it" if result["missing"] else ""
+    say(result, as_json, f"node {result['to']} is primary after {result['seconds']:.1f} s{lacks}")
 
 
 def _seconds_until(at: datetime) -> float:
@@ -130,9 +131,20 @@ def _seconds_until(at: datetime) -> float:
     return max(0.0, (at - now).total_seconds())
 
 
-async def switch(cluster: ClusterSettings, node: str, etcd: HttpEtcd, to: str | None) -> dict[str, Any]:
+def _missing_on(node: str, settings: Settings) -> tuple[int, int]:
+    """How many copies a node lacks, of how many, as far as this one's gateway knows."""
+    try:
+        status = own_status(settings)
+    except Failure:
+        return 0, 0
+    own = node == status["node"]
+    missing = status["healing"]["missing"] if own else status["nodes"].get(node, {}).get("missing", 0)
+    return int(missing), int(status["instances"])
+
+
+async def switch(settings: Settings, cluster: ClusterSettings, etcd: HttpEtcd, to: str | None) -> dict[str, Any]:
     """Ask for a switchover and wait until it has happened. Raises Failure."""
-    found = await look(etcd, cluster.name)
+    node, found = settings.node.name, await look(etcd, cluster.name)
     if not found.leader:
         raise Failure("there is no primary now; `tandem why` says why", EXIT_FOUND)
     other = cluster.peer if found.leader == node else node
@@ -140,11 +152,18 @@ async def switch(cluster: ClusterSettings, node: str, etcd: HttpEtcd, to: str | 
     if target not in (node, cluster.peer):
         raise Failure(f"{target} is no node of this pair ({node}, {cluster.peer})", EXIT_CONFIG)
     if target == found.leader:
-        return {"to": target, "from": target, "seconds": 0.0}
+        return {"to": target, "from": target, "seconds": 0.0, "missing": 0}
     if target not in found.in_sync:
         raise Failure(f"node {target} isn't in sync; `tandem status` shows how far it is", EXIT_FOUND)
     if target not in found.present:
         raise Failure(f"the HA agent of node {target} isn't there; is `tandem-ha` running on it?", EXIT_FOUND)
+    missing, instances = await asyncio.to_thread(_missing_on, target, settings)
+    if 2 * missing > instances:
+        raise Failure(
+            f"node {target} lacks {missing} of {instances} objects, which are being copied to it: wait until it has "
+            "most of them (`tandem status`)",
+            EXIT_FOUND,
+        )
     lease = await etcd.grant(SWITCHOVER_S)
     await etcd.txn((), (PutKey(f"{found.prefix}switchover", target, lease),))
     started, before = time.monotonic(), found.leader
@@ -152,7 +171,8 @@ async def switch(cluster: ClusterSettings, node: str, etcd: HttpEtcd, to: str | 
         await asyncio.sleep(POLL_S)
         found = await look(etcd, cluster.name)
         if found.leader == target:
-            return {"to": target, "from": before, "seconds": round(time.monotonic() - started, 2)}
+            seconds = round(time.monotonic() - started, 2)
+            return {"to": target, "from": before, "seconds": seconds, "missing": missing}
     raise Failure(f"node {target} didn't take over within {SWITCHOVER_S} s; `tandem why` on it says why", EXIT_FOUND)
 
 

@@ -63,7 +63,7 @@ def drill(config: Path | None, goal: float, yes: bool, as_json: bool) -> None:
         for _leg in range(2):
             await _calm(settings)
             started = time.monotonic()
-            result = await switch(cluster, settings.node.name, etcd, None)
+            result = await switch(settings, cluster, etcd, None)
             await asyncio.sleep(CALM_S)
             history = (await look(etcd, cluster.name)).history
             outage = round(await asyncio.to_thread(probe.longest_gap_s, started), 2)
@@ -125,7 +125,7 @@ def maintenance(config: Path | None, state: str, as_json: bool) -> None:
         primary = found.leader
         if primary == node:
             try:
-                primary = (await switch(cluster, node, etcd, cluster.peer))["to"]
+                primary = (await switch(settings, cluster, etcd, cluster.peer))["to"]
             except BaseException:
                 if node not in found.records.maintained:
                     with contextlib.suppress(EtcdError):

@@ -147,6 +147,7 @@ async def _answered(folder: Path, sent: list[Frame]) -> list[dict[str, object]]:
         on_suspect=lambda seq: None,
         lies_on=lambda study: "",
         from_log=lambda seq: None,
+        look=lambda seq: None,
     )
     link = Link(peering._up, peering._frame, peering._down)
     try:

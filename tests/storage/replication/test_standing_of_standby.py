@@ -17,6 +17,8 @@ CAUGHT_UP = {
     "whole_at": 50,
     "commit": 60,
     "read_from": 99.5,
+    "missing": 3,
+    "instances": 50,
 }
 
 
@@ -48,6 +50,7 @@ def test_follows() -> None:
         {"leading": True},
         {"whole_at": None},
         {"commit": 49},  # it was away: what the primary had when it joined isn't all here yet
+        {"missing": 26},  # a new node that has hardly anything yet
         {"read_from": 98.0},  # this process was stopped: what it reads now may have lain in a buffer
     ],
     ids=lambda change: next(iter(change)),

@@ -1,6 +1,7 @@
 """A state that was taken from the other node is that node's, with what this node knows of its own copies."""
 
 import contextlib
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from storage.state.catalogue import FORMAT, Batch, Catalogue
 from storage.state.kv import Kv, LmdbKv, SnapshotLost
 from storage.state.model import Delete, Entry, Location, Put, Task, TaskDone
 from storage.state.transfer import Head, StateUnusable
+from tests.conftest import wait_for
 from tests.simulation.machine import MemoryKv
 from tests.storage.state.test_instances import deletes, puts
 
@@ -26,10 +28,10 @@ def applied(catalogue: Catalogue, entries: list[Entry], *, copies: bool) -> None
         catalogue.write(Batch(appends=[(entry, place)], applies=[(entry, place)]))
 
 
-def taken(giver: Catalogue, taker: Catalogue) -> tuple[Kv, Head]:
-    """As the two nodes do it."""
+def taken(giver: Catalogue, taker: Catalogue, given: list[int] | None = None) -> tuple[Kv, Head]:
+    """As the two nodes do it. `given`: how many rows each answer brings."""
     snapshot = giver.kv.snapshot()
-    head = transfer.decode_head(transfer.encode(snapshot.read(lambda txn: transfer.head(txn, FORMAT))))
+    head = transfer.decode_head(transfer.encode(snapshot.read(lambda txn: transfer.head(txn, FORMAT, 1))))
     new = taker.kv.beside()
     for table in transfer.SHARED:
         start, there = b"", False
@@ -39,6 +41,8 @@ def taken(giver: Catalogue, taker: Catalogue) -> tuple[Kv, Head]:
             raw = transfer.encode(asked)
             answer = snapshot.read(lambda txn, raw=raw: transfer.answer(txn, transfer.decode_ask(raw), head.applied))
             answer = transfer.decode_answer(transfer.encode(answer))
+            if given is not None:
+                given.append(len(answer.rows))
             rows, there = own if answer.same else answer.rows, answer.ends
             new.update(lambda txn, rows=rows, table=table: transfer.add(txn, table, rows))
             assert rows or there
@@ -107,6 +111,49 @@ def test_it_is_there_after_a_start(tmp_path: Path) -> None:
         taker = Catalogue.open(tmp_path / "taker" / "catalogue", 1 << 20)
     taker.close()
     giver.close()
+
+
+def test_what_is_the_same_isnt_given(tmp_path: Path) -> None:
+    giver, taker = lmdb_pair(tmp_path, 9000)
+    given: list[int] = []
+    taker.become(*taken(giver, taker, given), contextlib.nullcontext)
+    assert sum(given) > 3 * 8900
+    given.clear()
+    taker.become(*taken(giver, taker, given), contextlib.nullcontext)
+    assert sum(given) == 0
+    giver.write(Batch(meta={}, applies=[(Entry(1, 9001, Delete("1.2", "1.3.3", "1.9.3", "", "", 0.0)), None)]))
+    giver.write(Batch(truncate_after=9000))
+    given.clear()
+    taken(giver, taker, given)[0].discard()
+    assert 0 < sum(given) < 5 * transfer.ROWS_AT_ONCE
+    giver.close()
+    taker.close()
+
+
+def test_readers_see_one_state_or_the_other(tmp_path: Path) -> None:
+    giver, taker = lmdb_pair(tmp_path, 9000)
+    new, head = taken(giver, taker)
+    ended = threading.Event()
+    seen: list[int] = []
+
+    def read() -> None:
+        while not ended.is_set():
+            seen.append(taker.counts()["instances"])
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    wait_for(lambda: len(seen) > 10, "the readers")
+    taker.become(new, head, contextlib.nullcontext)
+    count = len(seen)
+    wait_for(lambda: len(seen) > count + 10, "the readers")
+    ended.set()
+    for reader in readers:
+        reader.join()
+    assert seen == sorted(seen)
+    assert set(seen) == {20, 9000}
+    giver.close()
+    taker.close()
 
 
 def test_a_part_that_is_missing_is_noticed(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import msgspec
 
 from storage.engine import Engine
+from storage.replication.state_transfer import StateTaker
 from storage.state.model import Put
 
 
@@ -65,9 +66,7 @@ def node_status(engine: Engine) -> dict[str, Any]:
             "behind": behind,
             "linked": core.linked,
             "missing": counts["missing"],
-            "state": dict(zip(("rows", "of"), engine.state_taker.rows, strict=True))
-            if engine.state_taker.rows
-            else None,
+            "state": _taking(engine.state_taker),
         },
         "healing": {
             "missing": counts["missing"],
@@ -77,6 +76,14 @@ def node_status(engine: Engine) -> dict[str, Any]:
         "scrub": {"at": engine.scrub.at, "checked": engine.scrub.checked, "bad": engine.scrub.bad},
         "commit": core.commit,
     }
+
+
+def _taking(taker: StateTaker) -> dict[str, Any] | None:
+    """How far the other node's state was taken, or why it wasn't."""
+    if taker.rows is None and not taker.why_not:
+        return None
+    rows, of = taker.rows or (0, 0)
+    return {"rows": rows, "of": of, "why_not": taker.why_not}
 
 
 def _pace(engine: Engine, missing: int) -> dict[str, Any]:

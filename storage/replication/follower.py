@@ -12,6 +12,7 @@ import structlog
 from conf.telling import reason_of
 from storage.journal import Journal
 from storage.objects.incoming import Incoming
+from storage.objects.reading import SLOWEST_BYTES_S
 from storage.objects.volume import NoRoom, holds
 from storage.objects.volumes import Volumes
 from storage.replication.effects import Persist
@@ -25,6 +26,7 @@ log = structlog.get_logger()
 FETCHES_MAX: Final = 24
 RETRIES: Final = 3
 RETRY_S: Final = 0.5
+LOOKS_MAX: Final = 4  # files that are read at once, to see whether they are copies
 LOOK_S: Final = 30.0
 
 
@@ -43,6 +45,7 @@ class Follower:
         self._peering, self._journal, self._catalogue = peering, journal, catalogue
         self._volumes, self._workers, self._on_stuck = volumes, workers, on_stuck
         self._fetching = asyncio.Semaphore(FETCHES_MAX)
+        self._looking = asyncio.Semaphore(LOOKS_MAX)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self.entries: dict[int, tuple[Entry, Location | None]] = {}  # accepted here and not yet published
 
@@ -122,9 +125,15 @@ class Follower:
         return await self.fetched(entry, put)
 
     async def lying_here(self, entry: Entry, put: Put) -> Location | None:
-        """A good copy that the catalogue doesn't name: a disk came back, or the catalogue was made anew. Raises OSError
-        if a disk hangs."""
-        return await within(self._workers.run(self.lies_here, entry, put), LOOK_S)
+        """A good copy that the catalogue doesn't name: a disk came back, or the catalogue was made anew."""
+        async with self._looking:
+            try:
+                return await within(
+                    self._workers.run(self.lies_here, entry, put), LOOK_S + put.length / SLOWEST_BYTES_S
+                )
+            except OSError as error:
+                log.warning("copy.not_looked_for", seq=entry.seq, error=error.strerror)
+                return None
 
     async def fetched(self, entry: Entry, put: Put) -> Location:
         """Durable bytes from the peer. Raises FetchFailed, NoRoom or OSError."""

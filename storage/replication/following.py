@@ -31,9 +31,8 @@ class Following(ReplicaState):
         self.durable = min(self.durable, match)
         if state is not None:
             self._took(Epochs(state), match)
-        elif welcome.must:
-            self._end_link("the state of the other node can't be had, and its log alone won't do", self.heard_at)
-        if self._linked and epoch == self.promised:
+        enough = state is not None or not welcome.must  # else the leader's next greeting is another try
+        if self._linked and epoch == self.promised and enough:
             self._following = welcome
             self._out.append(Send(Joined(epoch, welcome.session, self.durable)))
         self._answer_greeting()
@@ -51,6 +50,7 @@ class Following(ReplicaState):
 
     def unlinked(self, now: float) -> None:
         if not self._linked:
+            self._lost_at = now if self._lost_at is None else self._lost_at
             return
         self._linked = False
         self._lost_at = now if self._lost_at is None else self._lost_at

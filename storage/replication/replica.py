@@ -32,7 +32,6 @@ from storage.replication.effects import (
 from storage.replication.epochs import Epochs
 from storage.replication.following import Following
 from storage.replication.messages import (
-    COUNTS_MISSING,
     TAKES_STATE,
     Ack,
     AnyMessage,
@@ -273,6 +272,8 @@ class Replica(Following):
         behind_by, must = self.commit - match, match < self.forgotten
         far = self.rolled_forward and behind_by > max(self.limits.state_after, self.instances // STATE_SHARE)
         state = (far or must) and hello.features >= TAKES_STATE
+        if must and not state:
+            return  # an older version can't; it may go on giving copies of what it has
         self._out.append(Send(Welcome(self.epoch, self._f.session, match, self.commit, self.lineage, state, must)))
 
     def _on_joined(self, joined: Joined, now: float) -> None:
@@ -280,8 +281,7 @@ class Replica(Following):
         ours = (joined.epoch, joined.session) == (self.epoch, f.session)
         if self.leading and ours and f.stage is Stage.GREETED:
             if joined.seq < self.forgotten:
-                self._end_link("it has to take the state, and hasn't", now)
-                return
+                return  # it has to take the state, and is greeted again
             if joined.seq >= f.next_seq:  # by taking the state
                 if joined.seq > self.commit:
                     raise InvariantBroken(f"the peer has taken {joined.seq} entries, {self.commit} are committed")
@@ -352,7 +352,7 @@ class Replica(Following):
 
     def _note_owed(self, first: int, last: int) -> None:
         """The follower may take these without their bytes."""
-        if first <= last and self.peer_hello is not None and self.peer_hello.features >= COUNTS_MISSING:
+        if first <= last and self.peer_hello is not None and self.peer_hello.features >= TAKES_STATE:
             outstanding = self._owed_upto > self.peer_counted
             self._owed_from = min(self._owed_from, first - 1) if outstanding else first - 1
             self._owed_upto = last

@@ -84,6 +84,7 @@ class StateTaker:
         self._peering, self._catalogue, self._journal, self._workers = peering, catalogue, journal, workers
         self._free_bytes = free_bytes
         self.rows: tuple[int, int] | None = None  # had, of how many; while a state is being taken
+        self.why_not = ""  # why the last one wasn't taken
 
     async def take(self, match: int) -> tuple[tuple[int, int], ...] | None:
         """The leader's state in place of this node's, whose log ends at `match` and is all applied. Returns the epochs
@@ -109,13 +110,15 @@ class StateTaker:
                 await self._take_table(new, table)
             await self._journal.become(new, head)
         except (FetchFailed, StateUnusable, LeftBehind, OSError) as error:
-            log.warning("state.not_taken", why=reason_of(error) if isinstance(error, OSError) else str(error))
+            self.why_not = reason_of(error) if isinstance(error, OSError) else str(error)
+            log.warning("state.not_taken", why=self.why_not)
             if new is not None:
                 await self._workers.run(new.discard)
             return None
         finally:
             self.rows = None
         log.info("state.taken", upto=head.applied)
+        self.why_not = ""
         return head.epochs
 
     def _check(self, head: Head, match: int) -> None:

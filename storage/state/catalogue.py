@@ -244,8 +244,6 @@ class Catalogue:
     def forgettable(self, upto: int) -> bool:
         """There is something that `Forget` up to there would make an end of."""
         with self.kv.read() as txn:
-            if next(changes.buried(txn, upto), None) is not None:
-                return True
             return any(
                 not isinstance(entries.operation_of(txn, seq_of(key)), Forget) for key in changes.over(txn, upto)
             )

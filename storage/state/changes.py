@@ -19,7 +19,6 @@ from storage.state.model import (
     TaskDone,
     Tombstone,
     decode_entry,
-    decode_tombstone,
     encode,
 )
 
@@ -129,17 +128,11 @@ def over(txn: Transaction, upto: int) -> Iterator[bytes]:
             yield key
 
 
-def buried(txn: Transaction, upto: int) -> Iterator[bytes]:
-    """Keys of the tombstones of deletions up to `upto`."""
-    return (key for key, raw in txn.scan("tombstone") if decode_tombstone(raw).seq <= upto)
-
-
 def forget(txn: Transaction, upto: int) -> None:
-    """What both nodes know to be over is kept no longer."""
+    """What both nodes know to be over is kept no longer. Tombstones are: a file on a disk that was away, or an object
+    that waits to be offered again, may still turn up."""
     for key in list(over(txn, upto)):
         txn.delete("entries", key)
-    for key in list(buried(txn, upto)):
-        txn.delete("tombstone", key)
     put_meta(txn, {"forgotten": max(upto, meta(txn, "forgotten", 0))})
 
 

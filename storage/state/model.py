@@ -53,7 +53,7 @@ class TaskDone(msgspec.Struct, frozen=True, tag="task-done"):
 
 
 class Forget(msgspec.Struct, frozen=True, tag="forget"):
-    """Both nodes have the log up to `upto`: deletions, ended tasks and tombstones up to there leave nothing."""
+    """Both nodes have the log up to `upto`: the entries of deletions and of ended tasks up to there leave nothing."""
 
     upto: int
 
@@ -106,11 +106,9 @@ _entry = msgspec.msgpack.Decoder(Entry)
 _location = msgspec.msgpack.Decoder(Location)
 _task = msgspec.msgpack.Decoder(Task)
 _leaving = msgspec.msgpack.Decoder(Leaving)
-_tombstone = msgspec.msgpack.Decoder(Tombstone)
 
 encode = _encoder.encode
 decode_entry = _entry.decode
 decode_location = _location.decode
 decode_task = _task.decode
 decode_leaving = _leaving.decode
-decode_tombstone = _tombstone.decode

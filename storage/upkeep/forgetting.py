@@ -1,4 +1,4 @@
-"""Has both nodes forget what they both know to be over: deletions with their tombstones, tasks and their ends.
+"""Has both nodes forget what they both know to be over: the entries of deletions, of tasks and of their ends.
 
 Until then a node that was away has to hear of them. Afterwards one whose log ends before that point, an older image of
 its disk or an empty one, takes the state instead of the log, in which they are missing (`Replica.forget`).
@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from storage.replication.duty import Duty
-from storage.replication.messages import FORGETS
+from storage.replication.messages import TAKES_STATE
 from storage.replication.replica import Replica
 from storage.state.catalogue import Catalogue
 from storage.state.model import Forget
@@ -52,4 +52,4 @@ class Forgetting:
             return self._applied()
         hello = core.peer_hello
         both = core.in_sync.confirmed == core.in_sync.required == {core.node, core.peer} and core.joined
-        return min(self._applied(), core.peer_acked) if both and hello and hello.features >= FORGETS else 0
+        return min(self._applied(), core.peer_acked) if both and hello and hello.features >= TAKES_STATE else 0

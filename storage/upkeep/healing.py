@@ -258,13 +258,15 @@ class Healing:
         # In turn the newest, and what comes next in the round: none that fails holds up the others.
         self._newest = not self._newest
         start = 0 if self._newest else self._before
-        wanted = await self._workers.run(self._catalogue.newest_missing, start, BATCH)
-        due = [seq for seq in wanted if seq not in self._retry_at and seq not in self._being_recorded]
+        known = self._being_recorded
+        wanted = await self._workers.run(self._catalogue.newest_missing, start, BATCH + len(known))
+        wanted = [seq for seq in wanted if seq not in known][:BATCH]
+        due = [seq for seq in wanted if seq not in self._retry_at]
         if not self._newest:
             self._before = wanted[-1] if len(wanted) == BATCH else 0
             if self._before == 0:
                 self._looked_alone, self._look_again_at = alone, now + LOOK_AGAIN_S
-        if not wanted:
+        if not wanted and not start and not known:
             self._unreadable.clear()
         made = 0
         for group in self._groups(due) if due else ():

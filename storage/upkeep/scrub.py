@@ -128,7 +128,9 @@ class Scrub:
         return count
 
     def _catching_up(self) -> bool:
-        return not self._catalogue.meta("whole", True) or bool(self._catalogue.missing(0, 1))
+        """What the other node knows may still be missing here, or all of it."""
+        lacks = not self._catalogue.epochs.last[1] or bool(self._catalogue.missing(0, 1))
+        return lacks or not self._catalogue.meta("whole", True)
 
     def _is_stranger(self, volume_id: str, path: str) -> bool:
         """A file's record comes before the file, and goes before it; so what isn't named now doesn't belong here."""

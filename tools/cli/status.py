@@ -51,7 +51,8 @@ def render(status: dict[str, Any]) -> str:
     if behind:
         lines.append(f"the other node is {behind} entries behind")
     if state := status["catch_up"]["state"]:
-        lines.append(f"this node takes the other one's state: {state['rows']} of {state['of']} rows")
+        why = f"; it couldn't before: {state['why_not']}" if state["why_not"] else ""
+        lines.append(f"this node takes the other one's state: {state['rows']} of {state['of']} rows{why}")
     healing = status["healing"]
     if healing["missing"]:
         left = f", about {healing['seconds_left']} s left" if healing["seconds_left"] else ""

@@ -7,6 +7,7 @@ Each file in `scenarios/` has steps, one a line, and under each what came of it,
     at SECONDS                  time goes on, in ticks             a answered           etcd has what it asked for
     a fail                      it loses its memory and starts again; what was durable is there
     a forget SEQ                what entries up to there said may be gone
+    a refuses                   it can't take the other one's state from here on
     deliver                     all that is on its way; `lose` throws it away
 
 `UPDATE_SCENARIOS=1` writes what comes of the steps now into the files; read the difference before you believe it.
@@ -32,6 +33,7 @@ class Side:
         self.scene, self.name, self.peer = scene, name, peer
         self.log: list[int] = []  # the epoch of each durable entry
         self.owed: set[int] = set()  # entries without their bytes
+        self.refuses = False
         self.promised = self.applied = self.incarnation = 0
         self.held: list[Persist] | None = None
         self.start()
@@ -93,7 +95,9 @@ class Side:
         )
         del self.log[effect.match :]
         state = None
-        if effect.state:
+        if effect.state and self.refuses:
+            self.scene.say(f"{self.name} can't take the state")
+        elif effect.state:
             leader = self.scene.sides[self.peer]
             self.log = leader.log[: leader.applied]
             self.applied = len(self.log)
@@ -176,6 +180,8 @@ class Scene:
                 side.propose()
             case ["hold"]:
                 side.held = []
+            case ["refuses"]:
+                side.refuses = True
             case ["forget", upto]:
                 side.core.forget(int(upto), self.now)
             case ["release"]:

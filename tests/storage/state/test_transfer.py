@@ -134,24 +134,23 @@ def test_readers_see_one_state_or_the_other(tmp_path: Path) -> None:
     giver, taker = lmdb_pair(tmp_path, 9000)
     new, head = taken(giver, taker)
     ended = threading.Event()
-    seen: list[int] = []
+    seen: list[list[int]] = [[], [], []]
 
-    def read() -> None:
+    def read(found: list[int]) -> None:
         while not ended.is_set():
-            seen.append(taker.counts()["instances"])
+            found.append(taker.counts()["instances"])
 
-    readers = [threading.Thread(target=read) for _ in range(3)]
+    readers = [threading.Thread(target=read, args=[found]) for found in seen]
     for reader in readers:
         reader.start()
-    wait_for(lambda: len(seen) > 10, "the readers")
+    wait_for(lambda: all(seen), "the readers")
     taker.become(new, head, contextlib.nullcontext)
-    count = len(seen)
-    wait_for(lambda: len(seen) > count + 10, "the readers")
+    wait_for(lambda: all(9000 in found for found in seen), "the readers")
     ended.set()
-    for reader in readers:
+    for reader, found in zip(readers, seen, strict=True):
         reader.join()
-    assert seen == sorted(seen)
-    assert set(seen) == {20, 9000}
+        assert found == sorted(found)
+        assert set(found) == {20, 9000}
     giver.close()
     taker.close()
 

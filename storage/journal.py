@@ -37,8 +37,8 @@ from storage.workers import Threads, WorkersFactory
 log = structlog.get_logger()
 
 BATCH_ENTRIES_MAX: Final = 256
-STATE_DELAY_S: Final = 0.02
-WAITING_MAX: Final = 64
+STATE_DELAY_S: Final = 0.2
+WAITING_MAX: Final = 256
 UNLANDED_BYTES_MAX: Final = 128 << 20  # in memory and in the log, and on no volume yet
 BUSY_S: Final = 0.25
 

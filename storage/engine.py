@@ -34,10 +34,10 @@ from storage.replication.effects import (
     SteppedDown,
     Transmit,
 )
-from storage.replication.messages import Ack, AnyMessage, Pong, Prepare
+from storage.replication.messages import Ack, AnyMessage, Pong
 from storage.replication.pending import Pending, Pendings
 from storage.state.formats import bring_up_to_date
-from storage.state.model import Delete, Forget, Put, Task, TaskDone, encode
+from storage.state.model import Delete, Forget, Put, Task, TaskDone
 from storage.state.soundness import closed
 from storage.upkeep.disks import LOOK_THREADS
 from storage.upkeep.recovery import recover
@@ -286,8 +286,7 @@ class Engine(Parts):
             case Send(message):
                 self.peering.send(self._with_info(message))
             case Transmit():
-                for seq in range(effect.first, effect.last + 1):
-                    self._transmit(effect, seq)
+                self.transmitting.send(effect)
             case Persist():
                 self.follower.persist(effect)
             case Adopt():
@@ -311,13 +310,6 @@ class Engine(Parts):
             **self.catalogue.counts(),
         }
         return msgspec.structs.replace(message, info=msgspec.msgpack.encode(info))
-
-    def _transmit(self, effect: Transmit, seq: int) -> None:
-        kept = self._pendings.get(seq)
-        entry, stream = (kept.entry, kept.stream) if kept else (self.catalogue.entry(seq), 0)
-        # A stream belongs to the link it was sent on; after a reconnect the follower doesn't know it and fetches.
-        place = (self.core.epoch, effect.session, seq, entry.epoch)
-        self.peering.send(Prepare(*place, effect.commit, encode(entry), stream))
 
     async def _adopt(self, effect: Adopt) -> None:
         facts: dict[str, Any] = {"promised": max(effect.epoch, self.core.promised)}

@@ -39,7 +39,8 @@ log = structlog.get_logger()
 BATCH_ENTRIES_MAX: Final = 256
 STATE_DELAY_S: Final = 0.2
 WAITING_MAX: Final = 256
-UNLANDED_BYTES_MAX: Final = 128 << 20  # in memory and in the log, and on no volume yet
+UNLANDED_BYTES: Final = 32 << 20  # in memory and in the log, and on no volume yet: then the next batch begins,
+UNLANDED_BYTES_MAX: Final = 128 << 20  # and then bytes go to their volume first
 BUSY_S: Final = 0.25
 
 
@@ -310,6 +311,7 @@ class Journal:
 
     def _kick(self) -> None:
         many = len(self._applies) >= WAITING_MAX or len(self._durable) >= WAITING_MAX
+        many = many or self._unlanded_bytes >= UNLANDED_BYTES
         apply = self._due or bool(self._waiters) or many
         if self._running or self._broken or not (self._waiters or (apply and (self._applies or self._durable))):
             return

@@ -27,6 +27,7 @@ from storage.replication.peering import Peering
 from storage.replication.pending import Pendings
 from storage.replication.replica import Replica
 from storage.replication.state_transfer import StateGiver, StateTaker
+from storage.replication.transmitting import Transmitting
 from storage.state.catalogue import Batch, Catalogue
 from storage.state.model import Entry, Forget, Put
 from storage.upkeep.disks import DiskWatch
@@ -83,6 +84,9 @@ class Parts:
         self.copies = Copies(*kept, self.disk, self._pendings, self._is_awaited)
         self.peering = self._new_peering(around.networks)
         self.follower = Follower(self.peering, self.journal, *kept, self.disk, self._stuck)
+        self.transmitting = Transmitting(
+            self.core, self.peering, self._pendings, self.catalogue, self.disk, self._spawn
+        )
         self.state_giver = StateGiver(self.catalogue, self.disk, self.clock)
         self.peering.give_state = self.state_giver.part
         self.state_taker = StateTaker(self.peering, self.catalogue, self.journal, self.disk, around.free_state_bytes)

@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from storage.replication.replica import STATE_SHARE
 from tests.conftest import wait_for
 from tests.system.conftest import REPLICATION_PORT, SYNC_S, VOLUMES, heal, healed, other_than, pid_of, primary_of
 from tests.system.test_disks import verified
@@ -19,6 +20,13 @@ def taken(lab: Lab, node: str) -> int:
     return (lab.node_dir(node) / "log" / "gateway.log").read_text().count('"state.taken"')
 
 
+def far_behind(lab: Lab) -> int:
+    """How many entries a node must lack to take the state: of a large archive, a share of it."""
+    status = lab.node_status(primary_of(lab))
+    assert status
+    return max(STATE_AFTER, int(status["instances"]) // STATE_SHARE) + 20
+
+
 @pytest.mark.parametrize("point", ["", "journal.before_become", "journal.after_become"])
 def test_a_node_that_was_away_for_long_takes_the_state(lab: Lab, point: str) -> None:
     node = other_than(primary_of(lab))
@@ -26,7 +34,7 @@ def test_a_node_that_was_away_for_long_takes_the_state(lab: Lab, point: str) -> 
     with Writer(lab) as writer:
         writer.wait_for_more(30)
         lab.cut_port(node, REPLICATION_PORT)
-        writer.wait_for_more(STATE_AFTER + 20)
+        writer.wait_for_more(far_behind(lab))
         if point:
             lab.order(node, "crash", point=point)
         lab.join_port(node, REPLICATION_PORT)
@@ -60,14 +68,15 @@ def test_an_empty_node_joins_and_takes_over(lab: Lab) -> None:
         wait_for(lambda: taken(lab, node) > before, "the state to be taken")
         wait_for(lab.in_sync, "the pair to be in sync", SYNC_S)
         later.wait_for_more(20)
-        wait_for(lambda: healed(lab), "every copy to be there", SYNC_S)
-        lab.power_off(other_than(node))
-        later.wait_for_more(20)
+    wait_for(lambda: healed(lab), "every copy to be there", 3 * SYNC_S)  # without load: healing gives way to it
+    lab.power_off(other_than(node))
+    with Writer(lab) as last:
+        last.wait_for_more(20)
     assert primary_of(lab) == node
     assert writer.found() == set(writer.acknowledged)
     heal(lab)
-    writer.check()
-    later.check()
+    for one in (writer, later, last):
+        one.check()
     verified(lab)
 
 

@@ -42,7 +42,10 @@ def _quiet() -> None:
 
 def many(seeds: Iterable[int], jobs: int, kind: str = "core", mutant: str = "") -> Iterator[tuple[int, str, int]]:
     with ProcessPoolExecutor(jobs, initializer=_quiet) as pool:
-        yield from pool.map(partial(one, kind=kind, mutant=mutant), seeds, chunksize=10)
+        try:
+            yield from pool.map(partial(one, kind=kind, mutant=mutant), seeds, chunksize=10)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # whoever has seen enough waits for no more
 
 
 @click.command()

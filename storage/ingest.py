@@ -99,7 +99,7 @@ class Ingest:
 
     def _degraded(self) -> bool:
         cluster = self._cluster
-        return cluster is not None and cluster.degraded == "refuse" and self._core.in_sync.required == {self._core.node}
+        return cluster is not None and cluster.degraded == "refuse" and self._core.in_sync.alone
 
     async def commit(self, operation: Delete | Task | TaskDone | Forget) -> None:
         """Commit a change that brings no bytes; returns when both nodes will carry it out. Raises NotServing."""

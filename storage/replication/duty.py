@@ -90,10 +90,10 @@ class Duty:
             core.grants.withhold = tell.withhold
             core.follow(resign=tell.resign)
             if tell.released and tell.released == core.promised:
-                core.grants.given_until = float("-inf")
+                core.grants.release()
         elif core.leading and core.epoch == tell.epoch:
-            if core.in_sync.ask and tell.answered == self._nonce(core.in_sync.ask):
-                core.answered(core.in_sync.ask.token)
+            if (ask := core.in_sync.ask) and tell.answered == self._nonce(ask):
+                core.answered(ask.token)
             if tell.lineage and not core.lineage:
                 self._note_lineage(tell.lineage)
         elif tell.epoch > core.promised and tell.epoch != self._told and tell.in_sync:
@@ -160,9 +160,8 @@ class Duty:
         hello = core.peer_hello
         peer = Member(hello.node, hello.store_id, hello.incarnation) if hello else None
         has_all = core.leading and core.joined and core.peer_acked == core.last[1]
-        asked = (
-            Asked(tuple(sorted(core.in_sync.ask.members)), self._nonce(core.in_sync.ask)) if core.in_sync.ask else None
-        )
+        ask = core.in_sync.ask
+        asked = Asked(tuple(sorted(ask.members)), self._nonce(ask)) if ask else None
         return Report(
             store_id=core.store_id,
             incarnation=core.incarnation,

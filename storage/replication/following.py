@@ -49,11 +49,10 @@ class Following(ReplicaState):
         self.unlinked(now)
 
     def unlinked(self, now: float) -> None:
+        self._lost_at = now if self._lost_at is None else self._lost_at
         if not self._linked:
-            self._lost_at = now if self._lost_at is None else self._lost_at
             return
         self._linked = False
-        self._lost_at = now if self._lost_at is None else self._lost_at
         self._following = self._greeting = None
         self.peer_hello = self.peer_last = None
         self._f.stage = Stage.UNLINKED

@@ -135,7 +135,7 @@ class Catalogue:
         with self.kv.read() as txn:
             start = int(changes.meta(txn, "applied", 0)) + 1
             table = "entries" if txn.count("entries") or txn.count("kept") else "log"  # until format 3
-            found = [int.from_bytes(key, "big") for key, _ in txn.scan(table, seq_key(start))]
+            found = [seq_of(key) for key, _ in txn.scan(table, seq_key(start))]
             kept, instances_kept, instances_there = txn.last_key("kept"), txn.count("kept"), txn.count("instances")
             converting = changes.meta(txn, "converting", 0)
         last = self.epochs.last[1]
@@ -167,7 +167,7 @@ class Catalogue:
             "location", b"", lambda txn, key, raw: (key, places.decode(txn, key, raw)), start=seq_key(start)
         )
         for key, location in islice(rows, limit):
-            yield int.from_bytes(key, "big"), location
+            yield seq_of(key), location
 
     def volume_of(self, study: str) -> str:
         """UUID of a volume that has something of a study, "" if none has."""
@@ -186,14 +186,14 @@ class Catalogue:
             for key, _ in txn.scan("missing", seq_key(start)):
                 if limit is not None and len(found) >= limit:
                     break
-                found.append(int.from_bytes(key, "big"))
+                found.append(seq_of(key))
         return found
 
     def newest_missing(self, before: int, limit: int) -> list[int]:
         """Entries before this one (0: all) whose bytes this node lacks, newest first."""
         with self.kv.read() as txn:
             rows = txn.scan_back("missing", seq_key(before) if before else b"")
-            return [int.from_bytes(key, "big") for key, _ in islice(rows, limit)]
+            return [seq_of(key) for key, _ in islice(rows, limit)]
 
     def sizes(self) -> tuple[int, int]:
         """(copies that this node lacks, instances)"""

@@ -22,6 +22,7 @@ from storage.state.model import (
     encode,
 )
 
+NOT_HERE_YET: Final = b"no copy yet"  # why a copy is missing that was never here
 ADOPTED: Final = "adopted-"  # instead of a spool name: a file that was taken over where it lay
 DIVERGED: Final = "diverged: prepared here and not committed"
 
@@ -52,7 +53,7 @@ def locate(txn: Transaction, entry: Entry, location: Location | None) -> None:
     if location is not None:
         places.put(txn, entry.seq, location)
     elif isinstance(entry.operation, Put):
-        txn.put("missing", seq_key(entry.seq), b"no copy yet")
+        txn.put("missing", seq_key(entry.seq), NOT_HERE_YET)
 
 
 def leave(txn: Transaction, location: Location, sop_instance: str, reason: str, *, keep: bool = True) -> None:

@@ -17,6 +17,8 @@ from typing import Any, Final, Protocol, TypeVar
 import lmdb
 import structlog
 
+from storage.objects.volume import fsync_directory
+
 log = structlog.get_logger()
 
 T = TypeVar("T")
@@ -311,7 +313,7 @@ class LmdbKv:
             self._env.close()
             try:
                 (other._path / DATA_FILE).rename(self._path / DATA_FILE)
-                _sync_folder(self._path)
+                fsync_directory(self._path)
             finally:
                 self._open()
         shutil.rmtree(other._path, ignore_errors=True)
@@ -346,11 +348,3 @@ class LmdbKv:
         log.error("catalogue.disk_full", reserve="given up")
         self._reserve.unlink()
         return True
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

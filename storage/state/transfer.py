@@ -38,7 +38,6 @@ SHARED: Final = (
 ROWS_AT_ONCE: Final = 4000
 BYTES_AT_ONCE: Final = 512 << 10
 OWN_ROWS_AT_ONCE: Final = 5000
-NOT_HERE_YET: Final = b"no copy yet"
 GONE: Final = "deleted or replaced while this node was away"
 
 Row = tuple[bytes, bytes]
@@ -217,7 +216,7 @@ def _own_rows(before: Transaction, kept: Iterable[Row]) -> Iterator[tuple[str, b
             here = next(located, None)
             if same:
                 continue
-        yield "missing", seq, before.get("missing", seq) or NOT_HERE_YET
+        yield "missing", seq, before.get("missing", seq) or changes.NOT_HERE_YET
     while here is not None:
         yield _leaving(before, *here)
         here = next(located, None)

@@ -132,6 +132,8 @@ class Ingest:
         if digest is None:
             digest = await incoming.finish()
         put = make(digest, incoming.length)
+        if incoming.blocks:
+            put = msgspec.structs.replace(put, blocks=incoming.blocks)
         known = self._known(put)
         if known is not None:
             await incoming.finish()
@@ -224,6 +226,7 @@ class Ingest:
         """Propose an entry. Its bytes are still to land, and the effects to be carried out."""
         seq = self._core.propose(self._clock())
         waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiting.add_done_callback(_seen)  # whoever waits may have given up before
         pending = Pending(Entry(self._core.epoch, seq, operation), None, stream, waiting)
         self._pendings.add(pending)
         return pending, waiting
@@ -242,6 +245,11 @@ class Ingest:
         else:
             pending.location = incoming.location
             self._journal.append(pending.entry, pending.location)
+
+
+def _seen(waiting: "asyncio.Future[None]") -> None:
+    if not waiting.cancelled():
+        waiting.exception()
 
 
 def _same_bytes(put: Put, known: Put) -> bool:

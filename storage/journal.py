@@ -27,6 +27,7 @@ from storage.objects.volume import NoRoom
 from storage.objects.volumes import Volumes
 from storage.publishing import Publishing
 from storage.state.catalogue import Batch, Catalogue, same_copy
+from storage.state.description import packed
 from storage.state.kv import CatalogueDamaged, Kv
 from storage.state.logged import Logged, logged
 from storage.state.model import Entry, Location, Put
@@ -402,10 +403,11 @@ class Journal:
     # -- the thread's side -------------------------------------------------------------------------------------
 
     def _write(self, work: Work, turn: int) -> None:
-        self._land(work, turn)
-        batch = work.batch
+        batch, lineage = work.batch, str(self._catalogue.meta("lineage", ""))
+        self._land(work, lineage, turn)
         self._turns.at(turn, "")
         self._tree.place_all(batch, self.applied)
+        self._tree.note_deletions(batch, lineage, turn)
         crash.point("journal.before_commit")
         with self._turns.committing(turn):
             self._catalogue.write(batch)
@@ -425,14 +427,24 @@ class Journal:
             with contextlib.suppress(OSError, NoRoom):  # `land_here` tells of it
                 ready.incoming.aim(self._volumes.place(put.study, self._catalogue.volume_of), ready.attempt)
 
-    def _land(self, work: Work, turn: int) -> None:
-        """Write to a volume what the log took. Where none takes it now, healing has it from the log."""
+    def _land(self, work: Work, lineage: str, turn: int) -> None:
+        """Write to a volume what the log took. Where none takes it now, healing has it from the log. Each file says
+        which entry it is before the catalogue names it."""
+        described = True
+        for seq, moved in work.batch.moved.items():
+            for entry in self._catalogue.entries(seq, 1):  # none if it was cut off meanwhile
+                if entry.seq == seq:
+                    described &= self._tree.describe(entry, moved, lineage, turn, sync=True)
         for ready in work.ready:
             location = ready.location
             if location and self._volumes.has_failed(location.volume):  # perhaps after its copies were written off
                 work.batch.lost[ready.entry.seq] = ("its disk failed", location)
+            elif location:
+                described &= self._tree.describe(ready.entry, location, lineage, turn)
             if ready.incoming:
                 self._aim(ready)
+                if lineage and isinstance(ready.entry.operation, Put):
+                    ready.incoming.describe(packed(ready.entry, lineage))
                 self._turns.at(turn, ready.incoming.volume.id)
                 try:
                     ready.incoming.land_here(ready.attempt, sync=False)
@@ -443,3 +455,5 @@ class Journal:
                     log.error("entry.not_landed", seq=ready.entry.seq, error=reason_of(error))
                 self._turns.check(turn)
             work.batch.appends.append((ready.entry, location))
+        if not described:
+            work.batch.meta["undescribed"] = True

@@ -100,23 +100,24 @@ class Service:
         """Copy all that lies on a volume to the others; nothing new is put there meanwhile and afterwards."""
         engine, volume = self._engine, self._volume_at(path)
         await engine.disk.run(volume.set_draining, True)
-        seqs = await engine.disk.run(self._held, volume.id)
-        moved = 0
-        for at in range(0, len(seqs), DRAIN_BATCH):
+        held = await self._held(volume.id)
+        moved = done = start = 0
+        while batch := await engine.disk.run(engine.catalogue.locations_on, volume.id, start, DRAIN_BATCH):
             found = {}
-            for seq in seqs[at : at + DRAIN_BATCH]:
+            for seq, _ in batch:
                 incoming = await self._copy(seq, volume)
                 if incoming:
                     found[seq] = incoming
             moved += len(await engine.journal.move({seq: incoming.location for seq, incoming in found.items()}))
-            progress(at + DRAIN_BATCH, len(seqs))
+            start, done = batch[-1][0] + 1, done + len(batch)
+            progress(done, max(held, done))
             await engine.journal.quiet()
-        left = len(await engine.disk.run(self._held, volume.id))
-        return {"moved": moved, "left": left}
+        return {"moved": moved, "left": await self._held(volume.id)}
 
-    def _held(self, volume_id: str) -> list[int]:
-        """Entries whose copy lies on a volume. Blocks."""
-        return [seq for seq, location in self._engine.catalogue.locations() if location.volume == volume_id]
+    async def _held(self, volume_id: str) -> int:
+        """How many copies lie on a volume."""
+        counts = await self._engine.disk.run(self._engine.catalogue.copies_on)
+        return counts.get(volume_id, 0)
 
     async def _copy(self, seq: int, volume: Volume) -> Incoming | None:
         """A verified second copy on another volume of this node, None if the first is gone or no good."""
@@ -141,7 +142,7 @@ class Service:
 
     async def _volume_retire(self, _: Progress, path: str) -> dict[str, Any]:
         engine, volume = self._engine, self._volume_at(path)
-        left = len(await engine.disk.run(self._held, volume.id))
+        left = await self._held(volume.id)
         if left:
             raise Refused(f"{path} still holds {left} copies; `tandem volume drain {path}` moves them")
         engine.volumes.retire(volume.id)
@@ -258,7 +259,7 @@ class Service:
             raise Refused(f"{sop_instance} isn't stored here")
         had = await engine.disk.run(engine.copies.find, instance.seq) is not None
         try:
-            source = await engine.reading.open(instance)
+            source = await engine.reading.open(instance, whole=True)
         except Unavailable as error:
             raise Refused(str(error)) from error
         return {

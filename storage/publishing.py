@@ -4,11 +4,17 @@ Where an object will be is recorded before it is moved, so that a copy is always
 is done in the journal's thread.
 """
 
+from collections.abc import Callable
+from operator import methodcaller
+
 import structlog
 
+from storage.objects.describing import describe
 from storage.objects.view import Showing
+from storage.objects.volume import Volume
 from storage.objects.volumes import Volumes
 from storage.state.catalogue import Batch, Catalogue
+from storage.state.description import deletion_line
 from storage.state.model import Delete, Entry, Location, Put
 from storage.turns import Turns
 
@@ -53,6 +59,34 @@ class Publishing:
         if (location.volume, path) in taken:
             path = self._catalogue.path_of(entry, fresh, own_name=True)
         return Location(location.volume, location.spool, path)
+
+    def describe(self, entry: Entry, location: Location, lineage: str, turn: int, *, sync: bool = False) -> bool:
+        """Have the file of an entry say what it is. Returns whether it does. Raises LeftBehind."""
+
+        def fill_in(volume: Volume) -> None:
+            if name := volume.locate(location):
+                describe(volume, name, entry, lineage, sync=sync)
+
+        return self._on(location.volume, turn, fill_in)
+
+    def note_deletions(self, batch: Batch, lineage: str, turn: int) -> None:
+        """On every volume: whatever is left of a node can tell of them. Raises LeftBehind."""
+        for entry, _ in batch.applies:
+            if isinstance(entry.operation, Delete) and lineage:
+                for volume in list(self._volumes):
+                    self._on(volume.id, turn, methodcaller("note_deletion", deletion_line(entry, lineage)))
+
+    def _on(self, volume_id: str, turn: int, work: Callable[[Volume], None]) -> bool:
+        """Returns whether it was done. Raises LeftBehind."""
+        self._turns.at(turn, volume_id)
+        try:
+            work(self._volumes.get(volume_id))
+        except (OSError, LookupError) as error:
+            self._turns.check(turn, volume_id, error)
+            log.error("volume.not_noted", volume=volume_id, error=type(error).__name__)
+            return False
+        self._turns.check(turn)
+        return True
 
     def publish_all(self, batch: Batch, turn: int) -> None:
         """Move what was recorded. Raises LeftBehind."""

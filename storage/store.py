@@ -174,9 +174,10 @@ class Store:
     def rows(self) -> Rows:
         return self._engine.catalogue
 
-    async def open(self, instance: Instance) -> Source:
-        """A checked copy, from this node or made again from the other one. Raises Unavailable."""
-        return await self._engine.reading.open(instance)
+    async def open(self, instance: Instance, *, whole: bool = False) -> Source:
+        """A copy that is checked as it is read, from this node or made again from the other one; `whole`: all of it is
+        checked now. Raises Unavailable."""
+        return await self._engine.reading.open(instance, whole=whole)
 
     def beginning(self, instance: Instance, bytes_max: int) -> bytes | None:
         """The first bytes of this node's copy, file meta and all, unchecked; None if there is none now. Blocks."""

@@ -3,10 +3,11 @@
 import struct
 
 from gateway.dicom.uids import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION
+from storage.state import description
 
 
 def file_header(sop_class: str, sop_instance: str, transfer_syntax: str, source_ae: str) -> bytes:
-    """128 bytes of preamble, DICM, group 0002 in explicit VR little endian."""
+    """128 bytes of preamble, DICM, group 0002 in explicit VR little endian, with room for what storage says of it."""
     body = b"".join(
         (
             struct.pack("<HH2sxxL", 2, 1, b"OB", 2) + b"\0\1",
@@ -16,6 +17,8 @@ def file_header(sop_class: str, sop_instance: str, transfer_syntax: str, source_
             _element(0x0012, b"UI", str(IMPLEMENTATION_CLASS_UID), b"\0"),
             _element(0x0013, b"SH", IMPLEMENTATION_VERSION, b" "),
             _element(0x0016, b"AE", source_ae, b" "),
+            _element(0x0100, b"UI", description.CREATOR, b"\0"),
+            struct.pack("<HH2sxxL", 2, 0x0102, b"OB", description.SIZE) + description.BLANK,
         )
     )
     length = struct.pack("<HH2sHL", 2, 0, b"UL", 4, len(body))

@@ -124,11 +124,9 @@ class Sending:
 
     async def _read_and_send(self, instance: Instance, context_id: int, syntax: str) -> None:
         put = instance.put
-        source = await self._context.store.open(instance)
-        if syntax == put.transfer_syntax:
-            data = source.blocks()
-        else:
-            data = whole(await self._context.converter.convert(source, syntax))
+        as_stored = syntax == put.transfer_syntax
+        source = await self._context.store.open(instance, whole=not as_stored)
+        data = source.blocks() if as_stored else whole(await self._context.converter.convert(source, syntax))
         async with self._turn:
             if self._ended or self._stop():
                 self.unsent.append(instance)
@@ -140,7 +138,7 @@ class Sending:
         command = store_request(sop_class, sop_instance, delivery.priority, delivery.originator)
         try:
             answer = await delivery.sender.invoke(context_id, command, data, delivery.timeout_s)
-        except (AssociationEnded, TimeoutError, OSError) as error:
+        except (AssociationEnded, TimeoutError, OSError, Unavailable) as error:
             self._ended = True  # a data set that broke off, or an answer that may come late: start anew
             self._failed(sop_instance, reason_of(error))
             return

@@ -17,7 +17,9 @@ from typing import Any, Final, Protocol
 import xxhash
 
 from storage import crash
+from storage.objects.blocks import BLOCK_BYTES, BlockDigests
 from storage.objects.volume import NoRoom, Spooled, Volume, set_aside
+from storage.state import description
 from storage.state.model import Location
 from storage.workers import Threads, within
 
@@ -53,6 +55,7 @@ class Incoming:
         self.offset = len(header)
         self.length = len(header)
         self._digest = xxhash.xxh3_128()
+        self._blocks: BlockDigests | None = None  # of one that is longer than a block
         self._queue: list[bytearray | bytes] = [header] if header else []
         self._queued_bytes = len(header)
         self._chunk = bytearray()
@@ -61,7 +64,7 @@ class Incoming:
         self._failed: OSError | None = None
         self._finishing: asyncio.Future[bytes] | None = None
         self._digested = False
-        self._given_up = False
+        self._given_up = self._described = False
         self._partly = False  # some of it was handed to the disk and isn't in memory any more
         self._attempt = 0  # of the jobs: what an earlier one does when its disk lets go of it is for nothing
         self._guard = threading.Lock()
@@ -229,10 +232,14 @@ class Incoming:
         return self._attempt
 
     def _update_digest(self, queue: list[bytearray | bytes]) -> None:
+        chunks = [chunk for number, chunk in enumerate(queue) if number or not isinstance(chunk, bytes)]
+        if not self._digested and sum(map(len, chunks)) > BLOCK_BYTES:  # it begins with more, or is no longer
+            self._blocks = BlockDigests()
         self._digested = True
-        for number, chunk in enumerate(queue):
-            if not (number == 0 and isinstance(chunk, bytes)):  # the header is the only bytes object
-                self._digest.update(chunk)
+        for chunk in chunks:  # the header is the only bytes object
+            self._digest.update(chunk)
+            if self._blocks:
+                self._blocks.update(chunk)
 
     def complete(self) -> None:
         """The last byte has come: hand over what is still being collected."""
@@ -260,6 +267,11 @@ class Incoming:
     def digest(self) -> bytes:
         """Of what was digested up to now: of the whole object after `finish` or `digest_at_once`."""
         return self._digest.digest()
+
+    @property
+    def blocks(self) -> bytes:
+        """Digests of the blocks of a long object, as `digest`; b"" for one that isn't."""
+        return self._blocks.digests() if self._blocks else b""
 
     def bytes_in_memory(self) -> bytes | None:
         """The whole data set, if none of it was written yet."""
@@ -290,6 +302,12 @@ class Incoming:
             return None
         self.complete()
         return list(self._queue) if self.in_memory else None
+
+    def describe(self, packed: bytes) -> None:
+        """Have the file of an object that is in memory say what it is."""
+        if self.offset and self._queue and isinstance(header := self._queue[0], bytes):
+            self._queue[0] = description.with_description(header, packed)
+            self._described = description.has_room(header)
 
     def land_here(self, attempt: int, *, sync: bool = True) -> None:
         """Write an object that is in memory to a volume in this thread, durably if `sync`; raises OSError or NoRoom if
@@ -359,7 +377,7 @@ class Incoming:
             spooled = self._write(queue, attempt, digest)
         crash.point("incoming.before_fsync")
         start = time.monotonic()
-        spooled.finish(self._digest.digest(), sync=sync)
+        spooled.finish(b"" if self._described else self._digest.digest(), sync=sync)
         if sync:
             volume.sync_spool()  # its name as well
         if attempt == self._attempt:  # a thread that was left behind has nothing to say of its successor's disk

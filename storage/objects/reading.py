@@ -3,19 +3,22 @@
 A copy that isn't good is never given out: it is set aside, made again from the peer, and read then.
 """
 
+import errno
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import xxhash
 
+from storage.objects.blocks import are_good
 from storage.objects.copies import Copies
-from storage.objects.volume import Volume
+from storage.objects.volume import Reader, Volume
 from storage.state.model import Instance, Put
 from storage.workers import Threads, within
 
 SLOWEST_BYTES_S: Final = 1 << 20  # a disk that reads slower than this is taken for one that hangs
-WHOLE_BYTES: Final = 4 << 20  # read in one go; what is longer is checked first and then read in blocks of this size
+WHOLE_BYTES: Final = 4 << 20  # read and checked in one go; what is longer is read in pieces of this size
 
 
 class Unavailable(Exception):
@@ -24,7 +27,8 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """A checked copy. `data` is the data set if it isn't long."""
+    """A copy. `data` is the data set if it isn't long, checked. A long one was checked as a whole or is checked block
+    by block as it is read; `again()`: what to go on with if a block of it isn't good."""
 
     put: Put
     data: bytes | None
@@ -32,19 +36,29 @@ class Source:
     name: str
     disk: Threads
     hang_s: float
+    again: Callable[[], Awaitable["Source"]]
 
     async def blocks(self) -> AsyncIterator[memoryview]:
-        """The data set in pieces. Raises OSError."""
+        """The data set in pieces, each checked. Raises OSError, Unavailable."""
         if self.data is not None:
             yield memoryview(self.data)
             return
-        file = await within(self.disk.run(self.volume.open, self.name), self.hang_s)
+        at, mended = 0, False
+        part = Part(self)
         try:
-            await within(self.disk.run(file.read, self.put.offset), self.hang_s)
-            while block := await within(self.disk.run(file.read, WHOLE_BYTES), self.hang_s):
-                yield memoryview(block)
+            while at < self.put.length - self.put.offset:
+                block = await part.read(at)
+                if block is not None:
+                    at += len(block)
+                    yield memoryview(block)
+                elif mended:
+                    raise OSError(errno.EIO, "no good copy of it is to be had")
+                else:
+                    mended = True
+                    part.close()
+                    part = Part(await self.again())
         finally:
-            file.close()
+            part.close()
 
     @property
     def file(self) -> str:
@@ -55,38 +69,81 @@ class Source:
         return self.data if self.data is not None else b"".join([bytes(block) async for block in self.blocks()])
 
 
+class Part:
+    """A long copy that is being read, with no block read twice."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._file: Reader | None = None
+
+    async def read(self, at: int) -> bytes | None:
+        """Some blocks from byte `at` of the data set on, which ends there or not; None if they aren't good. Raises
+        OSError if the disk doesn't answer."""
+        source = self._source
+        if source.data is not None:
+            return source.data[at:]
+        return await within(source.disk.run(self._read, at), source.hang_s)
+
+    def _read(self, at: int) -> bytes | None:
+        put = self._source.put
+        try:
+            if self._file is None:
+                self._file = self._source.volume.open(self._source.name)
+                self._skip(put.offset + at)
+            data = self._file.read(WHOLE_BYTES)
+        except OSError:
+            return None
+        left = put.length - put.offset - at
+        whole = len(data) == min(left, WHOLE_BYTES)
+        return data if whole and (not put.blocks or are_good(put.blocks, at, data)) else None
+
+    def _skip(self, count: int) -> None:
+        while count and self._file and (skipped := len(self._file.read(min(count, WHOLE_BYTES)))):
+            count -= skipped
+
+    def close(self) -> None:
+        """It isn't read any more."""
+        if self._file:
+            self._file.close()
+            self._file = None
+
+
 class Reading:
     def __init__(self, copies: Copies, remake: Callable[[int], Awaitable[None]], disk: Threads, hang_s: float) -> None:
         """`remake(seq)`: make the copy of an entry again at once, if that can be done."""
         self._copies, self._remake, self._disk, self._hang_s = copies, remake, disk, hang_s
 
-    async def open(self, instance: Instance) -> Source:
-        """Raises Unavailable."""
-        source = await self._look(instance)
-        if source is None:
-            await self._remake(instance.seq)
-            source = await self._look(instance)
+    async def open(self, instance: Instance, *, whole: bool = False) -> Source:
+        """`whole`: all of a long one is checked now, since it is read in another way. Raises Unavailable."""
+        source = await self._look(instance, whole)
+        return source or await self._again(instance, whole)
+
+    async def _again(self, instance: Instance, whole: bool = False) -> Source:
+        await self._remake(instance.seq)
+        source = await self._look(instance, whole)
         if source is None:
             raise Unavailable(f"{instance.put.sop_instance} is temporarily unavailable")
         return source
 
-    async def _look(self, instance: Instance) -> Source | None:
+    async def _look(self, instance: Instance, whole: bool) -> Source | None:
         size_s = instance.put.length / SLOWEST_BYTES_S
         try:
-            return await within(self._disk.run(self._checked, instance), self._hang_s + size_s)
+            return await within(self._disk.run(self._checked, instance, whole), self._hang_s + size_s)
         except OSError:
             return None
 
-    def _checked(self, instance: Instance) -> Source | None:
-        """A good copy of this node. Blocks."""
+    def _checked(self, instance: Instance, whole: bool) -> Source | None:
+        """A copy of this node, good as far as it was read. Blocks."""
         found = self._copies.find(instance.seq)
         if found is None:
             return None
         volume, name, put = found
+        again = partial(self._again, instance)
         try:
             if put.length - put.offset > WHOLE_BYTES:
-                good = self._copies.good(instance.seq)
-                return Source(put, None, volume, name, self._disk, self._hang_s) if good else None
+                in_blocks = put.blocks and not whole
+                good = volume.size(name) == put.length if in_blocks else self._copies.good(instance.seq)
+                return Source(put, None, volume, name, self._disk, self._hang_s, again) if good else None
             file = volume.open(name)
             try:
                 file.read(put.offset)
@@ -96,4 +153,4 @@ class Reading:
         except OSError:
             return None
         good = len(data) == put.length - put.offset and xxhash.xxh3_128_digest(data) == put.digest
-        return Source(put, data, volume, name, self._disk, self._hang_s) if good else None
+        return Source(put, data, volume, name, self._disk, self._hang_s, again) if good else None

@@ -5,6 +5,7 @@
     spool/                objects between their first byte and their publication
     archive/              the readable tree, published objects only
     quarantine/           what was refused, replaced, deleted or found damaged, each beside a .json that says why
+    deletions.jsonl       what was deleted, on whichever disk it lay: for the day when nothing else knows it any more
 
 All methods block and are called from worker threads. Files are named relative to the volume ("spool/x",
 "archive/patient/..."). Durability comes in two steps: `Spooled.finish` makes the bytes durable, `sync_spool` the names
@@ -29,6 +30,7 @@ from storage.objects.locks import Lock
 from storage.state.model import Location, Put
 
 MARKER: Final = "tandem-volume.json"
+DELETIONS: Final = "deletions.jsonl"
 FOLDERS: Final = ("spool", "archive", "quarantine")
 WRITEBACK_BYTES: Final = 2 << 20
 SYNC_FILE_RANGE_WAIT_BEFORE, SYNC_FILE_RANGE_WRITE, SYNC_FILE_RANGE_WAIT_AFTER = 1, 2, 4
@@ -100,6 +102,18 @@ class Volume(Protocol):
 
     def open(self, name: str) -> Reader: ...
     def size(self, name: str) -> int: ...
+    def amend(self, name: str, at: int, block: bytes, *, sync: bool = False) -> None:
+        """Write over bytes of a file, durably if `sync`; nothing is done where they are what they should be."""
+        ...
+
+    def note_deletion(self, line: bytes) -> None:
+        """Add a line to those that tell of deletions, durably."""
+        ...
+
+    def deletions(self) -> list[bytes]:
+        """These lines."""
+        ...
+
     def quarantine(self, name: str, reason: str, detail: dict[str, str]) -> None:
         """Move a file out of the way, with its reason; durable after `sync_quarantine`."""
         ...
@@ -380,6 +394,29 @@ class LocalVolume:
 
     def size(self, name: str) -> int:
         return (self.path / name).stat().st_size
+
+    def amend(self, name: str, at: int, block: bytes, *, sync: bool = False) -> None:
+        fd = os.open(self.path / name, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if os.pread(fd, len(block), at) != block:
+                os.pwrite(fd, block, at)
+                if sync:
+                    os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def note_deletion(self, line: bytes) -> None:
+        path = self.path / DELETIONS
+        is_new = not path.exists()
+        with path.open("ab", buffering=0) as file:
+            file.write(line + b"\n")
+            os.fsync(file.fileno())
+        if is_new:
+            fsync_directory(self.path)
+
+    def deletions(self) -> list[bytes]:
+        path = self.path / DELETIONS
+        return path.read_bytes().splitlines() if path.exists() else []
 
     def quarantine(self, name: str, reason: str, detail: dict[str, str]) -> None:
         stem = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.urandom(4).hex()}"

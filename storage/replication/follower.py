@@ -216,4 +216,5 @@ class Follower:
 
 def _fits(incoming: Incoming, put: Put) -> bool:
     """What came is what the entry names."""
-    return (incoming.digest, incoming.length, incoming.offset) == (put.digest, put.length, put.offset)
+    same = (incoming.digest, incoming.length, incoming.offset) == (put.digest, put.length, put.offset)
+    return same and put.blocks in (b"", incoming.blocks)

@@ -16,7 +16,7 @@ from storage.replication.epochs import Epochs
 from storage.replication.link import Kind
 from storage.replication.peering import FetchFailed, Peering
 from storage.state import transfer
-from storage.state.catalogue import FORMAT, Catalogue
+from storage.state.catalogue import Catalogue
 from storage.state.kv import Kv, Snapshot, SnapshotLost
 from storage.state.transfer import Ask, Head, Row, StateUnusable
 from storage.turns import LeftBehind
@@ -52,7 +52,7 @@ class StateGiver:
             self.close()
             snapshot = self._snapshot = self._catalogue.kv.snapshot()
             on_disk = self._catalogue.kv.size_bytes
-            head = snapshot.read(lambda txn: transfer.head(txn, FORMAT, on_disk))
+            head = snapshot.read(lambda txn: transfer.head(txn, on_disk))
             self._applied = head.applied
             return transfer.encode(head)
         kept = self._snapshot
@@ -103,10 +103,11 @@ class StateTaker:
             await self._journal.settle()
             head = transfer.decode_head(await self._ask(None))
             await self._workers.run(self._check, head, match)
-            log.info("state.taking", upto=head.applied, rows=sum(head.rows.values()))
+            total = sum(head.tables.values())
+            log.info("state.taking", upto=head.applied, rows=total)
             new = await self._workers.run(self._catalogue.kv.beside)
-            self.rows = (0, sum(head.rows.values()))
-            for table in transfer.SHARED:
+            self.rows = (0, total)
+            for table in head.tables:
                 await self._take_table(new, table)
             await self._journal.become(new, head)
         except (FetchFailed, StateUnusable, LeftBehind, OSError) as error:
@@ -123,8 +124,8 @@ class StateTaker:
 
     def _check(self, head: Head, match: int) -> None:
         """Raises StateUnusable."""
-        if head.format != FORMAT:
-            raise StateUnusable(f"it has format {head.format}, and this version {FORMAT}")
+        if head.format != transfer.FORMAT or not set(transfer.SHARED) <= set(head.tables):
+            raise StateUnusable(f"it has format {head.format}, and this version {transfer.FORMAT}")
         if head.applied < match:
             raise StateUnusable(f"it ends at entry {head.applied}, and this node's log at {match}")
         own = self._catalogue.epochs

@@ -15,6 +15,7 @@ import msgspec
 from storage.replication.epochs import Epochs
 from storage.state import changes, entries, instances, places, rows, transfer
 from storage.state.changes import ADOPTED, same_copy
+from storage.state.description import Description, lineage_of
 from storage.state.entries import seq_key, seq_of
 from storage.state.kv import CatalogueDamaged, Kv, LmdbKv, Transaction
 from storage.state.model import (
@@ -27,7 +28,6 @@ from storage.state.model import (
     Put,
     Task,
     decode_leaving,
-    decode_location,
     decode_task,
     encode,
 )
@@ -38,16 +38,19 @@ __all__ = ["ADOPTED", "Batch", "Catalogue", "same_copy", "seq_key"]
 
 T = TypeVar("T")
 # 1: 0.1, without a number; 2: lineage, series -> study, studies that name several patients; 3: a log beside it;
-# 4: applied instances only in their row, by what differs within a series
-FORMAT: Final = 4
+# 4: applied instances only in their row, by what differs within a series; 5: copies by volume, folders by number
+FORMAT: Final = 5
 PAGE_ROWS: Final = 500
 COPIES_LOOKED_AT: Final = 8  # of a study, to find a volume that has something of it
 TABLES: Final = (
     "log",  # the log's last number, see `entries`
     "entries",  # seq -> Entry
     "kept",  # seq -> key of the instance that an applied entry is
+    "blocks",  # seq -> digests of the blocks of a long object
     "meta",
     "location",  # seq of the entry -> where this node's copy lies
+    "placed",  # number of a volume, seq -> nothing
+    "words",  # volumes and folders by number, see `places`
     "copies",  # UUID of a volume -> how many lie there
     "missing",  # seq -> why this node has no copy of its own now
     "leaving",  # volume/spool name -> file to be moved out of the way
@@ -137,12 +140,15 @@ class Catalogue:
             table = "entries" if txn.count("entries") or txn.count("kept") else "log"  # until format 3
             found = [seq_of(key) for key, _ in txn.scan(table, seq_key(start))]
             kept, instances_kept, instances_there = txn.last_key("kept"), txn.count("kept"), txn.count("instances")
-            converting = changes.meta(txn, "converting", 0)
+            located, placed = txn.count("location"), txn.count("placed")
+            converting, found_format = changes.meta(txn, "converting", 0), changes.meta(txn, "format", 1)
         last = self.epochs.last[1]
         if converting:
             return
         if found != list(range(start, last + 1)) or (kept and int.from_bytes(kept, "big") >= start):
             raise CatalogueDamaged(f"the log's entries from {start} on aren't all there: its epochs end at {last}")
+        if found_format >= FORMAT and located != placed:
+            raise CatalogueDamaged(f"{located} copies, and {placed} that are on a volume")
         if instances_kept != instances_there:
             raise CatalogueDamaged(
                 f"{instances_there} instances, and {instances_kept} entries of the log that are some"
@@ -168,6 +174,11 @@ class Catalogue:
         )
         for key, location in islice(rows, limit):
             yield seq_of(key), location
+
+    def locations_on(self, volume: str, start: int, limit: int) -> list[tuple[int, Location]]:
+        """(seq, where it lies) of the copies on a volume, from entry `start` on."""
+        with self.kv.read() as txn:
+            return list(islice(places.on_volume(txn, volume, start), limit))
 
     def volume_of(self, study: str) -> str:
         """UUID of a volume that has something of a study, "" if none has."""
@@ -203,7 +214,7 @@ class Catalogue:
     def was_at(self, seq: int) -> Location | None:
         """Where a missing copy lay before, if that is known."""
         with self.kv.read() as txn:
-            return _was_at(txn.get("missing", seq_key(seq)))
+            return places.was_at(txn.get("missing", seq_key(seq)))
 
     def is_missing(self, seq: int) -> bool:
         with self.kv.read() as txn:
@@ -227,19 +238,28 @@ class Catalogue:
                 found.append((key.decode(), decode_leaving(value)))
         return found
 
-    def named(self, spools: set[str]) -> dict[str, Location | None]:
-        """Those of these "volume/spool name" that a copy has, with its place, or a leaving file (None)."""
+    def named(self, said: dict[str, Description | None]) -> dict[str, Location | None]:
+        """Those of these "volume/spool name", each with what its file says that it is, that a copy has, with its place,
+        or a leaving file (None)."""
         with self.kv.read() as txn:
-            leaving = {key.decode() for key, _ in txn.scan("leaving")} & spools
-            found: dict[str, Location | None] = dict.fromkeys(leaving)
-            for _, value in txn.scan("missing"):
-                was = _was_at(value)  # it may be found there again
-                if was and (key := f"{was.volume}/{was.spool}") in spools:
+            lineage = lineage_of(str(changes.meta(txn, "lineage", "")))
+            checkpoint = int(changes.meta(txn, "checkpoint", 0))
+            if changes.meta(txn, "undescribed", False):  # some of older ones don't say it either
+                checkpoint = 0
+            found: dict[str, Location | None] = {}
+            unknown: dict[str, int] = {}  # from which entry on one may name it
+            for key, one in said.items():
+                if txn.get("leaving", key.encode()) is not None:
                     found[key] = None
-            for seq, raw in txn.scan("location"):
-                if (spool := places.spool_of(raw)) in spools:
-                    found[spool] = places.decode(txn, seq, raw)
-        return found
+                elif one is None:
+                    unknown[key] = checkpoint + 1  # files of older ones say what they are
+                elif one.lineage != lineage:
+                    unknown[key] = 0
+                elif places.is_at(location := places.get(txn, one.seq), key):
+                    found[key] = location
+                elif places.is_at(places.was_at(txn.get("missing", seq_key(one.seq))), key):
+                    found[key] = None  # it may be found there again
+            return found | places.naming(txn, unknown)
 
     def forgettable(self, upto: int) -> bool:
         """There is something that `Forget` up to there would make an end of."""
@@ -474,12 +494,3 @@ class Catalogue:
             meta["applied"] = max(changes.meta(txn, "applied", 0), batch.applied)
             meta["bytes"] = changes.meta(txn, "bytes", 0) + stored_bytes
         changes.put_meta(txn, meta)
-
-
-def _was_at(value: bytes | None) -> Location | None:
-    if value is None:
-        return None
-    try:
-        return decode_location(value)
-    except msgspec.DecodeError:
-        return None  # a reason in words

@@ -1,7 +1,8 @@
 """The entries of the log as the catalogue keeps them.
 
 Table `entries` has those that aren't applied yet, and those that are no instances. Of an applied instance the
-catalogue's row says everything: table `kept` has its key by the entry's number. An entry that is in neither was an
+catalogue's row says everything: table `kept` has its key by the entry's number, `blocks` what a long one's blocks are.
+An entry that is in neither was an
 instance that is deleted or replaced now. Table `log` only tells versions that had all of them there where the log ends.
 """
 
@@ -31,7 +32,8 @@ def operation_of(txn: Transaction, seq: int) -> Operation:
     row = instances.get(txn, kept)
     if row is None or row.seq != seq:
         raise CatalogueDamaged(f"the instance of log entry {seq} is missing")
-    return row.put
+    blocks = txn.get("blocks", key)
+    return row.put if blocks is None else msgspec.structs.replace(row.put, blocks=blocks)
 
 
 def entry_of(txn: Transaction, seq: int, epochs: Epochs) -> Entry:
@@ -61,13 +63,15 @@ def applied(txn: Transaction, seq: int, put: Put) -> None:
     """The catalogue's row says it from here on."""
     key = seq_key(seq)
     txn.append("kept", key, instances.key_of(put.sop_instance))
+    if put.blocks:
+        txn.append("blocks", key, put.blocks)
     txn.delete("entries", key)
 
 
 def void(txn: Transaction, seq: int) -> None:
     """Nothing is left of an instance but its number."""
-    txn.delete("kept", seq_key(seq))
-    txn.delete("entries", seq_key(seq))
+    for table in ("kept", "blocks", "entries"):
+        txn.delete(table, seq_key(seq))
 
 
 def note_end(txn: Transaction, epochs: Epochs) -> None:

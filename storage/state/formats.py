@@ -39,7 +39,7 @@ def bring_up_to_date(catalogue: Catalogue, cluster_id: str) -> None:
     catalogue.write(Batch(meta={"converting": found, "format": FORMAT}))  # what is half converted no older one may have
     if catalogue.epochs.last[1]:  # a new one is empty
         log.info("catalogue.converting", format=found, to=FORMAT)
-    facts: dict[str, object] = {"converting": 0}
+    facts: dict[str, object] = {"converting": 0, "undescribed": catalogue.epochs.last[1] > 0}
     if catalogue.epochs.last[1] and not catalogue.meta("lineage", ""):
         # Both nodes of a pair hold one log and must give it the same name.
         facts["lineage"] = f"1-{cluster_id}" if cluster_id else str(uuid.uuid4())

@@ -3,7 +3,7 @@
 import msgspec
 
 
-class Put(msgspec.Struct, frozen=True, tag="put"):
+class Put(msgspec.Struct, frozen=True, tag="put", omit_defaults=True):
     """One instance stored: identity, digest of the data set, and the query keys as text by DICOM keyword."""
 
     sop_instance: str
@@ -18,6 +18,7 @@ class Put(msgspec.Struct, frozen=True, tag="put"):
     calling_ae: str
     received: float  # wall clock, seconds since the epoch; for people, never for decisions
     replaces: bool = False  # takes the place of an earlier version of the same SOP Instance UID
+    blocks: bytes = b""  # xxh3-128 of each MB of a data set that is longer than one, see `storage.objects.blocks`
 
 
 class Delete(msgspec.Struct, frozen=True, tag="delete"):

@@ -35,6 +35,8 @@ SHARED: Final = (
     "conflict",
     "task",
 )
+LATER: Final = ("blocks",)  # tables that nodes of the first version to give its state don't know
+FORMAT: Final = 4  # of the rows of all these
 ROWS_AT_ONCE: Final = 4000
 BYTES_AT_ONCE: Final = 512 << 10
 OWN_ROWS_AT_ONCE: Final = 5000
@@ -57,10 +59,16 @@ class Head(msgspec.Struct, frozen=True, array_like=True):
     rows: dict[str, int]  # how many each table has
     forgotten: int = 0  # up to which entry what is over was forgotten
     size: int = 0  # bytes that it takes on the disk
+    more: dict[str, int] = {}  # how many rows the tables have that not every version knows
 
     @property
     def applied(self) -> int:
         return self.epochs[-1][1] if self.epochs else 0
+
+    @property
+    def tables(self) -> dict[str, int]:
+        """Those that are given, with how many rows each has."""
+        return {table: count for table, count in (self.rows | self.more).items() if table in (*SHARED, *LATER)}
 
 
 class Ask(msgspec.Struct, frozen=True, array_like=True):
@@ -115,14 +123,15 @@ def digest_of(rows: Iterable[Row]) -> bytes:
 # -- giving ------------------------------------------------------------------------------------------------------------
 
 
-def head(txn: Transaction, format_: int, on_disk: int) -> Head:
+def head(txn: Transaction, on_disk: int) -> Head:
     """Of the state in this snapshot, which takes `on_disk` bytes there."""
     epochs = Epochs(entries.epochs_of(txn).pairs)
     epochs.truncate(int(changes.meta(txn, "applied", 0)))
     stored = int(changes.meta(txn, "bytes", 0))
     lineage, rows = str(changes.meta(txn, "lineage", "")), counts(txn, epochs.last[1])
     forgotten = int(changes.meta(txn, "forgotten", 0))
-    return Head(format_, lineage, tuple(epochs.pairs), stored, rows, forgotten, on_disk)
+    more = {table: txn.count(table) for table in LATER}
+    return Head(FORMAT, lineage, tuple(epochs.pairs), stored, rows, forgotten, on_disk, more)
 
 
 def counts(txn: Transaction, applied: int) -> dict[str, int]:
@@ -133,7 +142,7 @@ def counts(txn: Transaction, applied: int) -> dict[str, int]:
 
 def answer(txn: Transaction, asked: Ask, applied: int) -> Answer:
     """Raises StateUnusable for a table that isn't given."""
-    if asked.table not in SHARED:
+    if asked.table not in (*SHARED, *LATER):
         raise StateUnusable(f"table {asked.table!r} isn't given")
     rows, ends = _page(_applied(txn, asked.table, asked.start, applied))
     upto = [row for row in rows if row[0] <= asked.last]
@@ -183,8 +192,9 @@ def complete(old: Kv, new: Kv, head: Head) -> None:
     the log that the state is of. Blocks; raises StateUnusable."""
     applied = head.applied
     with new.read() as txn:
-        if (found := counts(txn, applied)) != head.rows:
-            raise StateUnusable(f"rows are missing: {found} instead of {head.rows}")
+        found = counts(txn, applied) | {table: txn.count(table) for table in LATER}
+        if any(found[table] != count for table, count in head.tables.items()):
+            raise StateUnusable(f"rows are missing: {found} instead of {head.tables}")
     with old.read() as before:
         for rows in _batches(_own_rows(before, _scanned(new, "kept"))):
             new.update(partial(_put_all, rows))
@@ -204,6 +214,8 @@ def complete(old: Kv, new: Kv, head: Head) -> None:
 
 def _own_rows(before: Transaction, kept: Iterable[Row]) -> Iterator[tuple[str, bytes, bytes]]:
     """(table, key, row): where copies lie, which are missing, and which files have to go."""
+    for key, value in before.scan("words"):
+        yield "words", key, value
     located = before.scan("location")
     here = next(located, None)
     for seq, instance in kept:
@@ -245,7 +257,10 @@ def _leaving(txn: Transaction, seq: bytes, raw: bytes) -> tuple[str, bytes, byte
 
 def _put_all(rows: list[tuple[str, bytes, bytes]], txn: Transaction) -> None:
     for table, key, value in rows:
-        txn.append(table, key, value)
+        if table == "location":
+            places.copy(txn, key, value)
+        else:
+            txn.append(table, key, value)
 
 
 def _batches(rows: Iterator[tuple[str, bytes, bytes]]) -> Iterator[list[tuple[str, bytes, bytes]]]:

@@ -224,8 +224,8 @@ class Healing:
         count, start = 0, 0
         await self._journal.record()  # what was on its way to the disk when it failed is in the catalogue, or given up
         while True:
-            found = await self._workers.run(lambda at: list(self._catalogue.locations(at, WRITE_OFF_BATCH)), start)
-            lost = {seq: ("its disk failed", location) for seq, location in found if location.volume == volume_id}
+            found = await self._workers.run(self._catalogue.locations_on, volume_id, start, WRITE_OFF_BATCH)
+            lost = {seq: ("its disk failed", location) for seq, location in found}
             if lost:
                 await self._not_kept_any_more([seq for seq in lost if seq > self._core.commit])
                 await self._journal.lose(lost)

@@ -14,9 +14,11 @@ import structlog
 
 from storage.log.folder import LogDamaged
 from storage.log.log import Log
+from storage.objects.describing import describe, said_in_spool
 from storage.objects.volume import NoRoom, holds, set_aside
 from storage.objects.volumes import Volumes
 from storage.state.catalogue import Batch, Catalogue
+from storage.state.description import packed, with_description
 from storage.state.logged import logged, record_of
 from storage.state.model import Entry, Location, Put
 
@@ -36,9 +38,11 @@ class Recovered:
 def recover(catalogue: Catalogue, kept: Log, volumes: Volumes, *, verify: bool) -> Recovered:
     """Raises OSError, LogDamaged."""
     _replay(catalogue, kept)
+    lineage = str(catalogue.meta("lineage", ""))
     last = catalogue.epochs.last[1]
     checkpoint = int(catalogue.meta("checkpoint", 0))
     touched: dict[str, set[str]] = {}
+    described = True
     lost: dict[int, tuple[str, Location]] = {}
     later: dict[int, tuple[str, Location]] = {}  # no volume takes now what the log has: healing does it
     for seq in range(checkpoint + 1, last + 1):
@@ -46,7 +50,8 @@ def recover(catalogue: Catalogue, kept: Log, volumes: Volumes, *, verify: bool) 
         if not isinstance(entry.operation, Put):
             continue
         location = catalogue.location(seq)
-        problem = _problem(catalogue, volumes, entry, location, touched, verify=verify)
+        problem = _problem(volumes, entry, location, touched, verify=verify)
+        described &= _says(volumes, entry, location, lineage)
         data = _logged_bytes(kept, seq) if problem else None
         if not problem or (data is not None and _write_again(catalogue, volumes, entry, data)):
             continue
@@ -67,7 +72,8 @@ def recover(catalogue: Catalogue, kept: Log, volumes: Volumes, *, verify: bool) 
         log.error("recovery.volume_away", volume=volume_id)
     lost = {seq: found for seq, found in lost.items() if not _on(catalogue, seq, away)}
     whole = bool(catalogue.meta("whole", True)) and not lost and not away
-    catalogue.write(Batch(lost=lost | later, meta={"volumes": sorted(known | online), "whole": whole}))
+    facts = {"volumes": sorted(known | online), "whole": whole} | ({} if described else {"undescribed": True})
+    catalogue.write(Batch(lost=lost | later, meta=facts))
     _tidy(catalogue, volumes)
     return Recovered(whole, frozenset(away))
 
@@ -109,7 +115,7 @@ def _write_again(catalogue: Catalogue, volumes: Volumes, entry: Entry, data: byt
             return False
         try:
             spooled = volume.create()
-            spooled.write([data])
+            spooled.write(_described(entry, str(catalogue.meta("lineage", "")), data))
             spooled.finish(entry.operation.digest if isinstance(entry.operation, Put) else b"")
             volume.sync_spool()
             break
@@ -132,13 +138,20 @@ def _write_again(catalogue: Catalogue, volumes: Volumes, entry: Entry, data: byt
     return True
 
 
+def _described(entry: Entry, lineage: str, data: bytes) -> list[bytes]:
+    """The file of an entry; it says what it is."""
+    put = entry.operation
+    if not isinstance(put, Put) or not lineage:
+        return [data]
+    return [with_description(data[: put.offset], packed(entry, lineage)), data[put.offset :]]
+
+
 def _on(catalogue: Catalogue, seq: int, volume_ids: set[str]) -> bool:
     location = catalogue.location(seq)
     return location is not None and location.volume in volume_ids
 
 
 def _problem(
-    catalogue: Catalogue,
     volumes: Volumes,
     entry: Entry,
     location: Location | None,
@@ -169,12 +182,22 @@ def _problem(
         return "the file can't be read"
 
 
+def _says(volumes: Volumes, entry: Entry, location: Location | None, lineage: str) -> bool:
+    """Have the file of an entry, if there is one, say which it is."""
+    try:
+        if location is not None and (name := (volume := volumes.get(location.volume)).locate(location)):
+            describe(volume, name, entry, lineage)
+    except (OSError, LookupError):
+        return False
+    return True
+
+
 def _tidy(catalogue: Catalogue, volumes: Volumes) -> None:
     """Set aside spool files that no entry names: they were never complete, or never acknowledged."""
     for volume in volumes:
         try:
             present = {f"{volume.id}/{name}": name for name in volume.spooled()}
-            named = catalogue.named(set(present)) if present else {}
+            named = catalogue.named(said_in_spool(volume, present.values())) if present else {}
             touched: set[str] = set()
             for location in named.values():
                 if location and location.path:  # made again, and its rename was lost with the power

@@ -11,9 +11,11 @@ import structlog
 
 from storage import crash
 from storage.journal import Journal
+from storage.objects.describing import said_in_spool
 from storage.objects.volume import Volume, set_aside
 from storage.objects.volumes import Volumes
 from storage.state.catalogue import Catalogue
+from storage.state.description import Description
 from storage.state.model import Leaving
 from storage.workers import Threads, within
 
@@ -61,8 +63,13 @@ class Tidying:
             found = await self._on(volume.id, self._spooled, volume)
             present |= _of(volume.id, self._present) if found is None else found
         # Under load there is always something in the spool; only what stays there is worth looking for.
-        stayed, self._present = present & self._present, present
-        named = await self._workers.run(self._catalogue.named, stayed) if stayed else {}
+        in_use = self._in_use()
+        stayed = {key for key in present & self._present if key.partition("/")[2] not in in_use}
+        self._present = present
+        said: dict[str, Description | None] = {}
+        for volume in list(self._volumes):
+            said |= await self._on(volume.id, self._said, volume, _of(volume.id, stayed)) or {}
+        named = await self._workers.run(self._catalogue.named, said) if said else {}
         unpublished = [location for location in named.values() if location and location.path]
         for location in unpublished:
             try:
@@ -70,7 +77,7 @@ class Tidying:
             except OSError as error:
                 log.warning("publish.again_failed", volume=location.volume, error=error.strerror)
         in_use = self._in_use()
-        forgotten = {key for key in stayed - named.keys() if key.partition("/")[2] not in in_use}
+        forgotten = {key for key in said.keys() - named.keys() if key.partition("/")[2] not in in_use}
         gone = forgotten & self._left
         for volume_id in sorted({key.partition("/")[0] for key in gone}):
             await self._on(volume_id, self._set_aside, _of(volume_id, gone))
@@ -96,6 +103,14 @@ class Tidying:
         except OSError as error:
             self._volumes.failed(volume.id, error)
             return set()
+
+    def _said(self, volume: Volume, keys: set[str]) -> dict[str, Description | None]:
+        """What files of a spool folder say that they are. Blocks."""
+        try:
+            return said_in_spool(volume, (key.partition("/")[2] for key in keys))
+        except OSError as error:
+            self._volumes.failed(volume.id, error)
+            return {}
 
     def _set_aside(self, keys: set[str]) -> None:
         for key in sorted(keys):

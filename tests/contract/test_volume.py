@@ -202,3 +202,21 @@ def test_memory_disk_fails_and_fills() -> None:
     made.broken = True
     with pytest.raises(OSError, match="Input/output"):
         volume.free_bytes()
+
+
+def test_bytes_are_amended_in_their_place(volume: Volume) -> None:
+    spool = write(volume, b"header" + b"data")
+    volume.amend(f"spool/{spool}", 2, b"AD")
+    volume.amend(f"spool/{spool}", 2, b"AD", sync=True)
+    file = volume.open(f"spool/{spool}")
+    assert file.read(100) == b"heADerdata"
+    file.close()
+    with pytest.raises(FileNotFoundError):
+        volume.amend("spool/nothing", 0, b"x")
+
+
+def test_deletions_are_kept_in_their_order(volume: Volume) -> None:
+    assert volume.deletions() == []
+    volume.note_deletion(b"one")
+    volume.note_deletion(b"two")
+    assert volume.deletions() == [b"one", b"two"]

@@ -197,6 +197,7 @@ class MemoryDisk:
     hung: bool = False
     held: list[Callable[[], None]] = field(default_factory=list)  # what hangs, to be let go
     count: int = 0
+    deletions: list[bytes] = field(default_factory=list)
     quarantined: list[tuple[str, str]] = field(default_factory=list)  # (sop_instance, reason)
 
     def touch(self, *, writes: bool = False) -> None:
@@ -357,7 +358,7 @@ class MemoryVolume:
             self._disk.sync_directory(directory)
         for name in sorted(self._disk.names):
             file = self._disk.names[name]
-            if file.synced is None:
+            if file.synced != file.data:
                 self._disk.touch()
                 file.synced = bytes(file.data)
 
@@ -377,6 +378,21 @@ class MemoryVolume:
 
     def size(self, name: str) -> int:
         return len(self._file(name).data)
+
+    def amend(self, name: str, at: int, block: bytes, *, sync: bool = False) -> None:
+        file = self._file(name)
+        if file.data[at : at + len(block)] != block:
+            self._disk.touch(writes=True)
+            file.data[at : at + len(block)] = block
+            if sync:
+                file.synced = bytes(file.data)
+
+    def note_deletion(self, line: bytes) -> None:
+        self._disk.touch(writes=True)
+        self._disk.deletions.append(line)
+
+    def deletions(self) -> list[bytes]:
+        return list(self._disk.deletions)
 
     def quarantine(self, name: str, reason: str, detail: dict[str, str]) -> None:
         self._file(name)

@@ -16,26 +16,31 @@ from typing import Any, Final
 import xxhash
 
 from conf.settings import Settings, build
+from gateway.dicom.part10 import file_header
 from storage import checkpoints, crash, environment
 from storage.control import Report, Tell
 from storage.engine import Engine
 from storage.environment import Surroundings, open_log
 from storage.ingest import Conflict, NotServing
 from storage.log.log import Log
-from storage.objects import incoming
+from storage.objects import blocks, incoming, reading
+from storage.objects.describing import description_of
+from storage.objects.reading import Unavailable
 from storage.objects.volume import NoRoom, VolumeOffline, digest_of
 from storage.replication import giving, peering
 from storage.state import transfer
 from storage.state.catalogue import Catalogue
+from storage.state.entries import epochs_of
 from storage.state.logged import logged
-from storage.state.model import Delete, Put, Task, TaskDone, Void
+from storage.state.model import Delete, Instance, Put, Task, TaskDone, Void
 from storage.upkeep import forgetting, healing, scrub, tidying
 from tests.simulation.machine import Machine, MemoryDisk, PowerCut, VirtualThreads
 from tests.simulation.virtual import Process
 from tests.simulation.wire import Wire
 from tests.simulation.world import Node, Violation, World, drive
 
-HEADER = b"header"
+HEADER = file_header("1.2", "1.2.3", "1.2.1", "SENDER")
+READ_WHOLE: Final = 0.2
 STUDY, SERIES, AE = "1.2.3", "1.2.3.4", "SENDER"
 LOG_BYTES = 16 * (16 << 10)
 CHAOS_S = 14.0
@@ -224,8 +229,22 @@ class StoreGateway:
             return
         await store.settled()
         instance = store.catalogue.instance(uid)
-        if store.may_serve:
-            check(instance.put.digest if instance else None)
+        if not store.may_serve:
+            return
+        check(instance.put.digest if instance else None)
+        if instance and self.world.rng.random() < READ_WHOLE:
+            await self._read_bytes(store, instance)
+
+    async def _read_bytes(self, store: Engine, instance: Instance) -> None:
+        """What is given out is what was stored, or nothing."""
+        digest = xxhash.xxh3_128()
+        try:
+            async for block in (await store.reading.open(instance)).blocks():
+                digest.update(block)
+        except (Unavailable, OSError):
+            return
+        if digest.digest() != instance.put.digest:
+            raise Violation(f"D: bytes of {instance.put.sop_instance} were given out that nobody stored")
 
 
 class NoView:
@@ -499,11 +518,7 @@ class StoreWorld(World):
         for node in self.nodes.values():
             assert isinstance(node.gateway, StoreGateway)
             await self.loop.spawn(node.gateway.process, self._examine(node.gateway))
-        deadline = self.loop.now + self.settle_s
-        while not self._settled():
-            if self.loop.now > deadline:
-                raise Violation(f"D: not healed: {self._where()}")
-            await asyncio.sleep(0.5)
+        await self._until_settled("D: not healed")
 
     def _heal(self) -> None:
         for node in self.nodes.values():
@@ -531,6 +546,15 @@ class StoreWorld(World):
         self.loop.post(None, 3.0, self._take_back)
 
     # -- end ---------------------------------------------------------------------------------------------------
+
+    def _left(self) -> int:
+        """Copies to be made again, of both nodes, and entries that one of them hasn't got yet."""
+        missing, ends = 0, []
+        for node in self.nodes.values():
+            with node.machine.kv.read() as txn:
+                missing += txn.count("missing")
+                ends.append(epochs_of(txn).last[1])
+        return missing + max(ends) - min(ends)
 
     def _settled(self) -> bool:
         gateways = [node.gateway for node in self.nodes.values() if node.gateway and not node.gateway.process.dead]
@@ -610,6 +634,9 @@ class StoreWorld(World):
             name = volume.locate(location)
             if name is None or digest_of(volume, name, put.offset) != (put.digest, put.length):
                 raise Violation(f"A: the copy of {uid} on node {node.name} isn't what was acknowledged")
+            said = description_of(volume, name)  # a disk that was full may have kept it from saying anything
+            if said is not None and (said.seq, said.digest) != (instance.seq, put.digest):
+                raise Violation(f"the file of {uid} on node {node.name} says that it is entry {said.seq}")
             held.pop(f"{location.volume}/{location.path}", None)
         found = Counter(location.volume for _, location in catalogue.locations())
         if catalogue.copies_on() != found:
@@ -624,10 +651,13 @@ def _log(node: StoreNode) -> Iterator[tuple[int, int, Any]]:
 
 
 SMALL: Final = {
+    (blocks, "BLOCK_BYTES"): 1024,
+    (incoming, "BLOCK_BYTES"): 1024,
+    (reading, "WHOLE_BYTES"): 2048,
     (incoming, "CHUNK_BYTES"): 512,
     (incoming, "WRITE_BYTES"): 2048,
     (incoming, "BACKLOG_BYTES_MAX"): 4096,
-    (incoming, "INLINE_BYTES_MAX"): 1000,
+    (incoming, "INLINE_BYTES_MAX"): 1000 + len(HEADER),
     (giving, "READ_BYTES"): 512,
     (giving, "BEGIN_BYTES"): 2048,
     (giving, "WINDOW_BYTES"): 8192,

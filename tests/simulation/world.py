@@ -292,17 +292,23 @@ class World:
             self._fault()
             await asyncio.sleep(self.rng.random() * 6)
         self._heal()
-        deadline = self.loop.now + self.settle_s
-        while not self._settled():
-            if self.loop.now > deadline:
-                raise Violation(f"D: the pair didn't come together again: {self._where()}")
-            await asyncio.sleep(0.5)
+        await self._until_settled("D: the pair didn't come together again")
         await self._scrub_all()
         self.calm = True
         await asyncio.sleep(12.0)
         self._final()
         for task in background:
             task.cancel()
+
+    async def _until_settled(self, otherwise: str) -> None:
+        """`settle_s` after it came nearer to that last: beside clients that never rest much takes long."""
+        deadline, left = self.loop.now + self.settle_s, self._left()
+        while not self._settled():
+            if (now := self._left()) < left:
+                deadline, left = self.loop.now + self.settle_s, now
+            if self.loop.now > deadline:
+                raise Violation(f"{otherwise}: {self._where()}")
+            await asyncio.sleep(0.5)
 
     async def _supervise(self) -> None:
         """systemd and TCP connect."""
@@ -461,6 +467,10 @@ class World:
         """Nothing to scrub in memory."""
 
     # -- end ---------------------------------------------------------------------------------------------------
+
+    def _left(self) -> int:
+        """What is still to be done until it has settled."""
+        return 0
 
     def _settled(self) -> bool:
         cores = [node.gateway.core for node in self.nodes.values() if node.gateway and not node.gateway.process.dead]

@@ -32,14 +32,21 @@ COUNT = 24
 SYNTAX = "1.2.840.10008.1.2.1"
 
 
+LONG_BYTES = 10 << 20  # read and checked in pieces
+
+
 @pytest.fixture
 def study(lab: Lab) -> tuple[str, dict[str, bytes]]:
     """A study on both nodes: (Study Instance UID, SOP Instance UID -> data set)."""
     study, series = generate_uid(), generate_uid()
-    images = [dataset(StudyInstanceUID=study, SeriesInstanceUID=series, PixelData=bytes(20000)) for _ in range(COUNT)]
+    sizes = [LONG_BYTES, *[20000] * (COUNT - 1)]
+    images = [dataset(StudyInstanceUID=study, SeriesInstanceUID=series, PixelData=bytes(size)) for size in sizes]
     objects = [Object(str(CTImageStorage), str(image.SOPInstanceUID), SYNTAX, encoded(image)) for image in images]
     with inside("client"), DicomClient(VIP, DICOM_PORT, AET, [(str(CTImageStorage), SYNTAX)], 60) as client:
-        assert all(client.store(one) == 0 for one in objects)
+        answers = [client.store(one) for one in objects]
+        # A disk that died in an earlier test may first be noticed here: whoever sent that object sends it again.
+        answers += [client.store(one) for one, status in zip(objects, answers, strict=True) if status == 0xA700]
+    assert answers[COUNT:].count(0) == answers[:COUNT].count(0xA700) == COUNT - answers[:COUNT].count(0)
     # The standby hears a moment later that the last one is committed.
     wait_for(lambda: len({(lab.node_status(node) or {}).get("instances") for node in NODES}) == 1, "both to know it")
     return str(study), {one.sop_instance: one.data for one in objects}

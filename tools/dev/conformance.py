@@ -30,6 +30,7 @@ from gateway.dicom.uids import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION
 from gateway.dimse.negotiate import WINDOW_MAX
 from gateway.dimse.requestor import WINDOW
 from storage.state import keys
+from storage.state.description import CREATOR
 
 DOCUMENT: Final = Path(__file__).resolve().parent.parent.parent / "docs" / "conformance.md"
 REGION: Final = re.compile(r"(<!-- table: ([a-z-]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
@@ -59,6 +60,7 @@ def implementation() -> str:
         (
             ("Implementation Class UID", IMPLEMENTATION_CLASS_UID),
             ("Implementation Version Name", IMPLEMENTATION_VERSION),
+            ("Private Information Creator UID, in stored files", CREATOR),
         ),
     )
 

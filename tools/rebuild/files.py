@@ -12,6 +12,7 @@ from pydicom.filereader import read_file_meta_info
 
 from gateway.dicom.identify import Identifier, identify
 from storage.objects.volume import DIGEST_ATTRIBUTE, LocalVolume
+from storage.state.description import HEAD_BYTES, Description, found_in
 from storage.state.model import Location, Put
 
 CHUNK_FILES: Final = 64
@@ -25,7 +26,8 @@ class Found:
 
     location: Location
     put: Put | None
-    attribute: bytes  # digest that the file itself says it had, b"" if it doesn't
+    digest: bytes = b""  # that the file itself says its data set had, b"" if it doesn't
+    said: Description | None = None  # what it says besides
 
 
 def files(volumes: list[LocalVolume]) -> Iterator[tuple[str, str, str, str]]:
@@ -41,13 +43,16 @@ def read_one(volume_id: str, folder: str, spool: str, path: str) -> Found:
     """What one file is. Blocks."""
     name = os.path.join(folder, "spool", spool) if spool else os.path.join(folder, "archive", path)
     location = Location(volume_id, spool, path)
-    nothing = Found(location, None, b"")
-    attribute = b""
-    with contextlib.suppress(OSError, ValueError):
-        attribute = bytes.fromhex(os.getxattr(name, DIGEST_ATTRIBUTE).decode())
-    if spool and not attribute:
-        return nothing  # it was never complete
+    nothing = Found(location, None)
+    said, wanted = None, b""
+    with contextlib.suppress(OSError, ValueError):  # as older versions said it, and who isn't logged yet
+        wanted = bytes.fromhex(os.getxattr(name, DIGEST_ATTRIBUTE).decode())
     try:
+        with open(name, "rb", buffering=0) as file:
+            said = found_in(file.read(HEAD_BYTES))
+        wanted = said.digest if said else wanted
+        if spool and not wanted:
+            return nothing  # it was never complete
         meta = read_file_meta_info(name)
         offset = META_AT + 12 + int(meta.FileMetaInformationGroupLength)
         digest = xxhash.xxh3_128()
@@ -78,10 +83,10 @@ def read_one(volume_id: str, folder: str, spool: str, path: str) -> Found:
         offset,
         identity.keys,
         str(meta.get("SourceApplicationEntityTitle", "")),
-        status.st_mtime,
+        said.received if said else status.st_mtime,
         "~" in os.path.basename(path),
     )
-    return Found(location, put, attribute)
+    return Found(location, put, wanted, said)
 
 
 def read_chunk(chunk: list[tuple[str, str, str, str]]) -> list[Found]:

@@ -29,6 +29,7 @@ from conf.settings import Settings
 from storage.environment import NEW_FOLDER
 from storage.log.folder import LocalFolder, LogDamaged
 from storage.log.salvage import Salvaged, set_aside_before
+from storage.objects.describing import description_of
 from storage.objects.volume import (
     FOLDERS,
     LocalVolume,
@@ -40,9 +41,10 @@ from storage.objects.volume import (
     read_marker,
 )
 from storage.state.catalogue import FORMAT, Batch, Catalogue
+from storage.state.description import Deletion, Description, deletions_of
 from storage.state.kv import Transaction
 from storage.state.logged import logged
-from storage.state.model import Delete, Entry, Location, Put
+from storage.state.model import Delete, Entry, Instance, Location, Put, Tombstone, encode
 from tools.cli.options import give_to_gateway
 from tools.rebuild.files import Found, chunks, files, read_chunk
 from tools.rebuild.old import Old
@@ -136,6 +138,10 @@ class Rebuilding:
         self._catalogue, self._old = catalogue, old
         self._volumes: dict[str, Volume] = {volume.id: volume for volume in volumes}
         self._leaving = old.leaving()
+        self._deletions: dict[str, list[Deletion]] = {}  # by study
+        for one in deletions_of(line for volume in volumes for line in volume.deletions()):
+            self._deletions.setdefault(one.study, []).append(one)
+        self._gone: dict[str, Tombstone] = {}
         self._seq = 0
         self.spooled: list[Location] = []  # to be moved into the tree
         self._aimed: set[tuple[str, str]] = set()  # volume, path: where these go
@@ -165,12 +171,15 @@ class Rebuilding:
             self.result.unreadable.append(name)
             return
         is_leaving = (location.volume, location.path or location.spool) in self._leaving
-        if is_leaving or self._old.is_deleted(put.sop_instance):
-            self.result.deleted += 1  # the next scrub moves the file to quarantine
-            return
         known = self._old.put(put.sop_instance)
+        gone = self._deletion_of(put, one.said) if known is None else None
+        if is_leaving or gone or self._old.is_deleted(put.sop_instance):
+            self.result.deleted += 1  # the next scrub moves the file to quarantine
+            if gone:
+                self._gone[put.sop_instance] = Tombstone(0, gone.reason, gone.at)
+            return
         before = self._catalogue.instance(put.sop_instance)
-        digest = known.digest if known and known.length == put.length else one.attribute
+        digest = known.digest if known and known.length == put.length else one.digest
         copy: Location | None = location
         if digest and digest != put.digest:
             if known is not None and before is None and known.digest == digest:
@@ -178,7 +187,7 @@ class Rebuilding:
             self.result.damaged += 1
             if copy is not None:
                 return
-        elif before is not None and not self._is_newer(put, location, before.put):
+        elif before is not None and not self._is_newer(put, one.said, before):
             return
         self._seq += 1
         if copy is not None and location.spool:
@@ -253,12 +262,30 @@ class Rebuilding:
         taken = there or (volume_id, path) in self._aimed
         return self._catalogue.path_of(entry, {}, own_name=True) if taken else path
 
-    def _is_newer(self, put: Put, location: Location, before: Put) -> bool:
-        """Two files of one instance: the version that replaced the other has the greater number in its name."""
+    def _deletion_of(self, put: Put, said: Description | None) -> Deletion | None:
+        """What the volumes know of its deletion."""
+        return next((one for one in self._deletions.get(put.study, ()) if one.takes(put, said)), None)
+
+    def _is_newer(self, put: Put, said: Description | None, before: Instance) -> bool:
+        """Two files of one instance: which is the later version, as the old catalogue or they themselves say."""
         known = self._old.put(put.sop_instance)
         if known is not None:
-            return known.digest == put.digest and before.digest != put.digest
-        return put.replaces and (put.received > before.received or not before.replaces)
+            return known.digest == put.digest and before.put.digest != put.digest
+        other = self._said_of(before.seq)
+        if said and other and said.lineage == other.lineage:
+            return said.seq > other.seq
+        return put.replaces and (put.received > before.put.received or not before.put.replaces)
+
+    def _said_of(self, seq: int) -> Description | None:
+        location = self._catalogue.location(seq)
+        volume = self._volumes.get(location.volume) if location else None
+        if location is None or volume is None:
+            return None
+        with contextlib.suppress(OSError):
+            for name in (f"archive/{location.path}", f"spool/{location.spool}"):
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                    return description_of(volume, name)
+        return None
 
     def _is_there(self, table: str, key: bytes) -> bool:
         """It was stored again after it was deleted, and only the log had it."""
@@ -270,6 +297,9 @@ class Rebuilding:
         for table in COPIED:
             rows = [(key, value) for key, value in self._old.rows(table) if not self._is_there(table, key)]
             self._catalogue.kv.update(partial(_put_all, table=table, rows=rows))
+        gone = [(uid.encode(), encode(one)) for uid, one in self._gone.items()]
+        gone = [row for row in gone if not self._is_there("tombstone", row[0])]
+        self._catalogue.kv.update(partial(_put_all, table="tombstone", rows=gone))
         self._catalogue.write(
             Batch(
                 meta={

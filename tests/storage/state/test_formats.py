@@ -1,7 +1,7 @@
 """A catalogue of an older version says the same after it was brought up to date, however often that was broken off."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from storage.state import formats, rows
 from storage.state.catalogue import FORMAT, Batch, Catalogue
 from storage.state.entries import seq_key
 from storage.state.formats import bring_up_to_date
+from storage.state.kv import CatalogueDamaged
 from storage.state.model import Delete, Entry, Instance, Location, Put, Void, encode
 
 APPLIED, LOGGED = 120, 130
@@ -37,7 +38,8 @@ def history() -> tuple[list[tuple[Entry, Location | None]], Delete]:
     rng = random.Random(5)
     entries: list[tuple[Entry, Location | None]] = []
     for seq in range(1, LOGGED + 1):
-        place = Location("volume", f"spool-{seq}", f"P/S/{seq}.dcm")
+        name = f"1.9.{seq}" if seq % 3 else f"other-{seq}"
+        place = Location("volume", f"spool-{seq}", f"P/S/{name}.dcm" if seq % 7 else "")
         entries.append((Entry(1 + (seq > 40), seq, put(seq, rng)), place))
     gone = Delete("1.2.3", "", "", "a test", "nobody", 0.0)
     entries[99] = (Entry(2, 100, gone), None)
@@ -88,10 +90,33 @@ def as_format_2(path: Path) -> Catalogue:
     return Catalogue.open(path, 1 << 26)
 
 
+def as_format_4(path: Path) -> Catalogue:
+    """As the version before wrote it: where copies lie with volume and folder in each row."""
+    made = Catalogue.open(path, 1 << 26)
+    entries, _ = history()
+    made.write(Batch(appends=entries, meta={"format": 4, "lineage": "it"}))
+    made.write(Batch(applies=entries[:APPLIED]))
+
+    def write(txn: rows.Transaction) -> None:
+        for seq, place in located:
+            own = seq <= APPLIED and place.path.endswith(f"/1.9.{seq}.dcm")
+            path = place.path.removesuffix(f"1.9.{seq}.dcm") if own else place.path
+            txn.put("location", seq_key(seq), encode((place.volume, place.spool, path)))
+        for table in ("placed", "words"):
+            for key in [key for key, _ in txn.scan(table)]:
+                txn.delete(table, key)
+
+    located = list(made.locations())
+    made.kv.update(write)
+    made.close()
+    return Catalogue.open(path, 1 << 26)
+
+
 def said(catalogue: Catalogue) -> dict[str, object]:
     """All that a catalogue answers with."""
     found: dict[str, object] = {"entries": catalogue.entries(1, 1000), "counts": catalogue.counts()}
     found |= {"copies": catalogue.copies_on(), "locations": list(catalogue.locations())}
+    found["placed"] = catalogue.locations_on("volume", 0, 1000)
     for study, row in catalogue.studies():
         found[study] = row, catalogue.count_instances(study), catalogue.sop_classes(study)
         for series, one in catalogue.series_of(study):
@@ -101,8 +126,9 @@ def said(catalogue: Catalogue) -> dict[str, object]:
     return found
 
 
-def test_it_says_the_same(tmp_path: Path, fresh: Catalogue) -> None:
-    old = as_format_2(tmp_path / "old")
+@pytest.mark.parametrize("made", [as_format_2, as_format_4])
+def test_it_says_the_same(tmp_path: Path, fresh: Catalogue, made: Callable[[Path], Catalogue]) -> None:
+    old = made(tmp_path / "old")
     bring_up_to_date(old, "")
     assert said(old) == said(fresh)
     assert (old.meta("format", 0), old.meta("converting", 0)) == (FORMAT, 0)
@@ -111,6 +137,21 @@ def test_it_says_the_same(tmp_path: Path, fresh: Catalogue) -> None:
         assert txn.count("entries") == 1 + LOGGED - APPLIED  # the deletion, and what isn't applied
         assert txn.count("log") == 1
     old.close()
+
+
+def test_a_word_that_is_missing_is_damage(tmp_path: Path, fresh: Catalogue) -> None:
+    fresh.kv.update(lambda txn: txn.delete("words", b"n" + (2).to_bytes(4, "big")))
+    with pytest.raises(CatalogueDamaged, match="missing"):
+        list(fresh.locations())
+
+
+def test_copies_that_no_volume_counts_are_damage(fresh: Catalogue) -> None:
+    key = fresh.kv.read()
+    with key as txn:
+        one = next(txn.scan("placed"))[0]
+    fresh.kv.update(lambda txn: txn.delete("placed", one))
+    with pytest.raises(CatalogueDamaged, match="on a volume"):
+        Catalogue(fresh.kv)
 
 
 @pytest.mark.parametrize("steps", range(1, 12, 2))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.state import transfer
-from storage.state.catalogue import FORMAT, Batch, Catalogue
+from storage.state.catalogue import Batch, Catalogue
 from storage.state.kv import Kv, LmdbKv, SnapshotLost
 from storage.state.model import Delete, Entry, Location, Put, Task, TaskDone
 from storage.state.transfer import Head, StateUnusable
@@ -31,7 +31,7 @@ def applied(catalogue: Catalogue, entries: list[Entry], *, copies: bool) -> None
 def taken(giver: Catalogue, taker: Catalogue, given: list[int] | None = None) -> tuple[Kv, Head]:
     """As the two nodes do it. `given`: how many rows each answer brings."""
     snapshot = giver.kv.snapshot()
-    head = transfer.decode_head(transfer.encode(snapshot.read(lambda txn: transfer.head(txn, FORMAT, 1))))
+    head = transfer.decode_head(transfer.encode(snapshot.read(lambda txn: transfer.head(txn, 1))))
     new = taker.kv.beside()
     for table in transfer.SHARED:
         start, there = b"", False

@@ -101,7 +101,9 @@ class Checkpoints:
         if lost := {seq: row for seq, row in only_here.items() if self._volumes.has_failed(row[1].volume)}:
             await self._records.lose(lost)  # healing has them from the log
         if upto > self._checkpointed:
-            await self._records.record(checkpoint=upto)
+            # On a disk that wasn't synced, files needn't say for certain what they are.
+            doubt = {"undescribed": True} if len(synced) < len(volumes) else {}
+            await self._records.record(checkpoint=upto, **doubt)
             self._checkpointed = upto
             await self._trim(upto)
 

@@ -109,7 +109,7 @@ def put(txn: Transaction, seq: int, put: Put) -> None:
 
 
 def get(txn: Transaction, key: bytes) -> Instance | None:
-    """Raises CatalogueDamaged for a row without its base."""
+    """Without digests of blocks, see `entries.operation_of`. Raises CatalogueDamaged for a row without its base."""
     raw = txn.get("instances", key)
     return None if raw is None else decode(key, raw, lambda number: txn.get("base", number))
 

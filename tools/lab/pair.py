@@ -88,8 +88,11 @@ class Lab:
     def disks(self, node: str) -> Disks:
         return Disks(self.node_dir(node), int(self.settings().get("disk_mb", 0)))
 
-    def up(self, ttl_s: float, volumes: int, disk_mb: int = 0, *, tls: bool = True) -> dict[str, Any]:
-        """With `disk_mb` each volume is a file system of its own, of that size."""
+    def up(
+        self, ttl_s: float, volumes: int, disk_mb: int = 0, *, tls: bool = True, version: Path | None = None
+    ) -> dict[str, Any]:
+        """With `disk_mb` each volume is a file system of its own, of that size. `version`: the source tree of another
+        version of Tandem that both nodes run."""
         if os.geteuid() != 0:
             raise LabError("needs root, for network namespaces; `sudo` or `unshare -Urnm` may help")
         for tool in ("ip", "nft", "etcd", "smbd"):
@@ -114,6 +117,8 @@ class Lab:
         for node in NODES:
             self._write_node(node, ttl_s, volumes, tls)
         self._write_processes(tls)
+        for node in NODES:
+            self.use_version(node, version)
         for member in MEMBERS:
             self._start(member)
         self.wait_in_sync(UP_TIMEOUT_S)
@@ -199,7 +204,6 @@ class Lab:
     def _write_processes(self, tls: bool) -> None:
         scheme = "https" if tls else "http"
         cluster = ",".join(f"{member}={scheme}://{ADDRESSES[member]}:2380" for member in MEMBERS)
-        tandem = [sys.executable, "-m", "tools"]
         for member in MEMBERS:
             folder = self.node_dir(member)
             for name in ("log", "run", "etcd"):
@@ -216,10 +220,16 @@ class Lab:
                     *("--heartbeat-interval", "150", "--election-timeout", "1500", "--logger", "zap"),
                 ]
             }
-            if member in NODES:
-                commands["gateway"] = [*tandem, "gateway", "--config", str(self.config(member))]
-                commands["ha"] = [*tandem, "ha", "--config", str(self.config(member))]
             (folder / "processes.json").write_text(json.dumps(commands, indent=1))
+
+    def use_version(self, node: str, version: Path | None) -> None:
+        """A node runs this source tree, or ours, from the next time on that it is powered on."""
+        processes = self.node_dir(node) / "processes.json"
+        commands = json.loads(processes.read_text())
+        tandem = [*(("env", f"PYTHONPATH={version}") if version else ()), sys.executable, "-m", "tools"]
+        for name in ("gateway", "ha"):
+            commands[name] = [*tandem, name, "--config", str(self.config(node))]
+        processes.write_text(json.dumps(commands, indent=1))
 
     def _start(self, member: str) -> None:
         folder = self.node_dir(member)

@@ -4,6 +4,7 @@ import contextlib
 import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,21 +20,28 @@ from tests.storage.state.test_instances import deletes, puts
 
 tasks = st.builds(Task, st.sampled_from("ab"), st.just("kind"), st.just("AE"), st.just(b""), st.just(1.0))
 ends = st.builds(TaskDone, st.sampled_from("ab"), st.just("done"))
-operations = st.lists(puts | puts | puts | deletes | tasks | ends, max_size=25)
+long_ones = st.builds(lambda put, blocks: msgspec.structs.replace(put, blocks=blocks), puts, st.binary(max_size=48))
+operations = st.lists(puts | puts | long_ones | deletes | tasks | ends, max_size=25)
 
 
 def applied(catalogue: Catalogue, entries: list[Entry], *, copies: bool) -> None:
     for entry in entries:
-        place = Location("volume", f"spool-{entry.seq}", "") if copies and isinstance(entry.operation, Put) else None
+        path = f"P/S/{entry.seq}.dcm" if entry.seq % 3 else ""
+        place = Location("volume", f"spool-{entry.seq}", path) if copies and isinstance(entry.operation, Put) else None
         catalogue.write(Batch(appends=[(entry, place)], applies=[(entry, place)]))
 
 
-def taken(giver: Catalogue, taker: Catalogue, given: list[int] | None = None) -> tuple[Kv, Head]:
-    """As the two nodes do it. `given`: how many rows each answer brings."""
+def taken(
+    giver: Catalogue, taker: Catalogue, given: list[int] | None = None, *, by_older: bool = False
+) -> tuple[Kv, Head]:
+    """As the two nodes do it. `given`: how many rows each answer brings. `by_older`: who gives is of a version that
+    doesn't know all tables."""
     snapshot = giver.kv.snapshot()
     head = transfer.decode_head(transfer.encode(snapshot.read(lambda txn: transfer.head(txn, 1))))
+    if by_older:
+        head = transfer.decode_head(transfer.encode(msgspec.structs.astuple(head)[:-1]))
     new = taker.kv.beside()
-    for table in transfer.SHARED:
+    for table in head.tables:
         start, there = b"", False
         while not there:
             with taker.kv.read() as txn:
@@ -56,9 +64,11 @@ def table(kv: Kv, name: str) -> list[tuple[bytes, bytes]]:
         return list(txn.scan(name))
 
 
-@given(operations, st.integers(0, 25), st.integers(0, 5), st.integers(1, 5))
+@given(operations, st.integers(0, 25), st.integers(0, 5), st.integers(1, 5), st.booleans())
 @settings(deadline=None)
-def test_it_is_the_others_state_and_this_nodes_copies(done: list, own: int, tail: int, at_once: int) -> None:
+def test_it_is_the_others_state_and_this_nodes_copies(
+    done: list, own: int, tail: int, at_once: int, by_older: bool
+) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(transfer, "ROWS_AT_ONCE", at_once)
         entries = [Entry(1 + (seq > 9), seq, operation) for seq, operation in enumerate(done, 1)]
@@ -69,12 +79,12 @@ def test_it_is_the_others_state_and_this_nodes_copies(done: list, own: int, tail
         applied(taker, entries[: min(own, upto)], copies=True)
         taker.write(Batch(meta={"store_id": "mine", "promised": 3}))
         before = dict(taker.locations())
-        taker.become(*taken(giver, taker), contextlib.nullcontext)
-    for name in transfer.SHARED:
+        taker.become(*taken(giver, taker, by_older=by_older), contextlib.nullcontext)
+    for name in (*transfer.SHARED, *(() if by_older else transfer.LATER)):
         assert table(taker.kv, name) == [
             row for row in table(giver.kv, name) if name != "entries" or int.from_bytes(row[0], "big") <= upto
         ]
-    assert taker.entries(1, 100) == giver.entries(1, upto)
+    assert by_older or taker.entries(1, 100) == giver.entries(1, upto)
     assert (taker.epochs.last[1], taker.meta("applied", 0), taker.meta("checkpoint", 0)) == (upto, upto, upto)
     assert (taker.meta("store_id", ""), taker.meta("promised", 0), taker.meta("lineage", "")) == ("mine", 3, "it")
     assert taker.meta("bytes", 0) == giver.meta("bytes", 0)
@@ -84,6 +94,7 @@ def test_it_is_the_others_state_and_this_nodes_copies(done: list, own: int, tail
     gone = {place.spool for seq, place in before.items() if seq not in alive}
     assert gone <= {leaving.location.spool for _, leaving in taker.leavings(1000)}
     assert sum(taker.copies_on().values()) == len(dict(taker.locations()))
+    assert taker.locations_on("volume", 0, 100) == list(taker.locations())
     more = Entry(3, upto + 1, done[0] if done else Delete("2.1", "", "", "why", "", 0.0))
     taker.write(Batch(appends=[(more, None)], applies=[(more, None)]))  # and the log goes on
 
@@ -91,7 +102,15 @@ def test_it_is_the_others_state_and_this_nodes_copies(done: list, own: int, tail
 def lmdb_pair(folder: Path, count: int) -> tuple[Catalogue, Catalogue]:
     giver, taker = (Catalogue.open(folder / name / "catalogue", 1 << 20) for name in ("giver", "taker"))
     entries = [
-        Entry(1, seq, Put(f"1.9.{seq}", "1.4", "1.2", f"1.3.{seq % 7}", "1.5", bytes(16), 100, 60, {}, "CT", 1.0))
+        Entry(
+            1,
+            seq,
+            Put(
+                f"1.9.{seq}",
+                *("1.4", "1.2", f"1.3.{seq % 7}", "1.5", bytes(16), 100, 60, {}, "CT", 1.0),
+                blocks=bytes(32) if seq % 9 == 0 else b"",
+            ),
+        )
         for seq in range(1, count + 1)
     ]
     giver.write(Batch(appends=[(entry, None) for entry in entries], applies=[(entry, None) for entry in entries]))
@@ -155,10 +174,11 @@ def test_readers_see_one_state_or_the_other(tmp_path: Path) -> None:
     taker.close()
 
 
-def test_a_part_that_is_missing_is_noticed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["members", "blocks"])
+def test_a_part_that_is_missing_is_noticed(tmp_path: Path, name: str) -> None:
     giver, taker = lmdb_pair(tmp_path, 50)
     new, head = taken(giver, taker)
-    new.update(lambda txn: txn.delete("members", next(txn.scan("members"))[0]))
+    new.update(lambda txn: txn.delete(name, next(txn.scan(name))[0]))
     with pytest.raises(StateUnusable, match="rows are missing"):
         taker.become(new, head, contextlib.nullcontext)
     new.discard()

@@ -21,6 +21,13 @@ class LogDamaged(Exception):
     can't read it."""
 
 
+class LogUnknown(OSError):
+    """A newer version has written it."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(0, f"the log has format {found}, which this version doesn't know: install a newer one")
+
+
 class File(Protocol):
     """One file of fixed size."""
 

@@ -7,7 +7,7 @@ from typing import Final
 import msgspec
 import xxhash
 
-from storage.log.folder import File, LogDamaged
+from storage.log.folder import File, LogDamaged, LogUnknown
 from storage.log.records import (
     ALIGNMENT,
     ENTRY,
@@ -23,7 +23,8 @@ from storage.log.records import (
 )
 
 HEAD_BYTES: Final = 4096
-MAGIC: Final = b"TLS1"
+KIND: Final = b"TLS"
+MAGIC: Final = KIND + b"1"  # and the format's number
 SUM_BYTES: Final = 8
 SCAN_BYTES: Final = 1 << 20
 SALVAGE_BYTES, PAGE_BYTES = 64 << 10, 4 << 10
@@ -52,13 +53,15 @@ def pack_head(head: SegmentHead) -> bytes:
 
 
 def unpack_segment_head(raw: bytes) -> SegmentHead | None:
-    """None for a file that is no segment yet, or none any more."""
+    """None for a file that is no segment yet, or none any more. Raises LogUnknown."""
     at = len(MAGIC) + SUM_BYTES
-    if len(raw) < HEAD_BYTES or raw[: len(MAGIC)] != MAGIC:
+    if len(raw) < HEAD_BYTES or raw[: len(KIND)] != KIND:
         return None
     body = raw[at : at + 4 + int.from_bytes(raw[at : at + 4], "little")]
     if xxhash.xxh3_64_digest(body) != raw[len(MAGIC) : at]:
         return None
+    if raw[: len(MAGIC)] != MAGIC:  # whatever a newer one changes, its heads are checked like this
+        raise LogUnknown(raw[len(KIND) : len(MAGIC)].decode("ascii", "replace"))
     try:
         return msgspec.msgpack.decode(body[4:], type=SegmentHead)
     except msgspec.DecodeError:

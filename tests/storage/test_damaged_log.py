@@ -9,7 +9,7 @@ import pytest
 from pydicom.uid import generate_uid
 
 from storage.environment import LOG_BYTES_MIN, LogAway, open_log
-from storage.log.folder import LocalFolder, LogDamaged
+from storage.log.folder import LocalFolder, LogDamaged, LogUnknown
 from storage.log.records import ENTRY
 from storage.log.salvage import set_aside_before
 from storage.state.catalogue import FORMAT, Batch, Catalogue
@@ -225,3 +225,17 @@ def test_a_rebuild_takes_what_can_be_read_of_a_damaged_log(
     gateway.start()
     assert gateway.status()["instances"] == 4
     wait_for(lambda: len(files_of(gateway)) == 4, "the files to be in the tree")
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_newer_versions_log_is_left_alone(folder: LocalFolder, catalogue: Catalogue, alone: bool) -> None:
+    """In a pair, too: it isn't damaged, and setting it aside would make a stranger of the node."""
+    filled(folder, catalogue)
+    for segment in folder.path.glob("*.log"):
+        raw = bytearray(segment.read_bytes())
+        raw[3:4] = b"2"
+        segment.write_bytes(raw)
+    before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
+    with pytest.raises(LogUnknown, match="format 2"):
+        open_log(folder, catalogue, LOG_BYTES_MIN, alone=alone)
+    assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before

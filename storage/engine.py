@@ -80,6 +80,7 @@ class Engine(Parts):
         recovered = recover(self.catalogue, self.log, self.volumes, verify=settings.storage.verify_tail)
         self.disk = around.workers(DISK_THREADS, "disk")
         self.looking = around.workers(LOOK_THREADS, "look")
+        self.asking = around.workers(1, "lookup")
         self.core = self._new_core(recovered.whole)
         self._furnish(around, view, recovered.away)
         self._queued = self.journal.applied
@@ -118,6 +119,7 @@ class Engine(Parts):
         self.log.close()
         self.disk.stop()
         self.looking.leave()
+        self.asking.stop()
         self.catalogue.close()
         closed(self.settings.storage.state / "catalogue")
         self.volumes.close()

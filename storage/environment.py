@@ -19,9 +19,9 @@ from storage.log.folder import Folder, LocalFolder, LogDamaged
 from storage.log.log import Log
 from storage.log.records import PAYLOAD_BYTES_MAX
 from storage.log.salvage import lineage_of, set_aside
+from storage.objects.local_volume import LocalVolume
 from storage.objects.locks import lock_state
 from storage.objects.view import Showing, View
-from storage.objects.volume import LocalVolume
 from storage.objects.volumes import OpenVolume
 from storage.replication.network import Network, Tcp
 from storage.state.catalogue import Batch, Catalogue

@@ -18,6 +18,7 @@ from storage import crash
 from storage.journal import Journal
 from storage.objects.copies import Copies
 from storage.objects.incoming import Incoming
+from storage.objects.lookups import Lookups
 from storage.objects.upload import Upload
 from storage.objects.volume import NoRoom
 from storage.objects.volumes import Volumes
@@ -50,6 +51,7 @@ class Ingest:
         catalogue: Catalogue,
         volumes: Volumes,
         disk: Threads,
+        lookups: Lookups,
         peering: Peering,
         journal: Journal,
         pendings: Pendings,
@@ -66,7 +68,7 @@ class Ingest:
         """`examine(seq)` reads this node's copy of an entry, sets a bad one aside and says whether it was good;
         `not_kept(seq, error)`: no disk of this node takes the bytes of an entry that was proposed."""
         self._core, self._duty, self._cluster = core, duty, cluster
-        self._catalogue, self._volumes, self._disk = catalogue, volumes, disk
+        self._catalogue, self._volumes, self._disk, self._lookups = catalogue, volumes, disk, lookups
         self._peering, self._journal, self._pendings, self._copies = peering, journal, pendings, copies
         self._peer_room, self._flush, self._clock, self._duplicates = peer_room, flush, clock, duplicates
         self._examine, self._not_kept = examine, not_kept
@@ -88,8 +90,7 @@ class Ingest:
 
     def _place(self, incoming: Incoming, stream: int, study: str) -> None:
         """Put an object where the rest of its study lies, if there is room and nothing was written yet."""
-        if not incoming.placed:
-            incoming.volume = self._volumes.place(study, self._catalogue.volume_of)
+        self._lookups.place(incoming, study)
         peer = self._core.peer_hello
         if peer is not None and peer.features >= PLACES_STREAMS:
             self._peering.place_stream(stream, study)
@@ -134,6 +135,7 @@ class Ingest:
         put = make(digest, incoming.length)
         if incoming.blocks:
             put = msgspec.structs.replace(put, blocks=incoming.blocks)
+        await self._lookups.warm(put.sop_instance)
         known = self._known(put)
         if known is not None:
             await incoming.finish()

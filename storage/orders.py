@@ -14,10 +14,12 @@ import structlog
 
 from storage import crash
 from storage.engine import Engine
+from storage.objects.blob_store import READ_BYTES
 from storage.objects.copies import Row
 from storage.objects.incoming import Incoming
+from storage.objects.local_volume import create_marker
 from storage.objects.reading import Unavailable
-from storage.objects.volume import READ_BYTES, Volume, VolumeOffline, create_marker
+from storage.objects.volume import Volume, VolumeOffline
 from storage.replication.peering import FetchFailed
 from storage.state.model import Delete
 from storage.state.rows import belongs, identity_of

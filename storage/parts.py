@@ -11,6 +11,7 @@ from storage.ingest import Ingest
 from storage.journal import Journal
 from storage.log.log import Log
 from storage.objects.copies import Copies
+from storage.objects.lookups import Lookups
 from storage.objects.reading import Reading
 from storage.objects.view import Showing
 from storage.objects.volume import Volume
@@ -50,6 +51,7 @@ class Parts:
     volumes: Volumes
     disk: Threads
     looking: Threads
+    asking: Threads
     core: Replica
     _pendings: Pendings
     _state_full: bool
@@ -81,6 +83,7 @@ class Parts:
             on_failed=self._die,
             clock=self.clock,
         )
+        self.lookups = Lookups(*kept, self.asking)
         self.copies = Copies(*kept, self.disk, self._pendings, self._is_awaited)
         self.peering = self._new_peering(around.networks)
         self.follower = Follower(self.peering, self.journal, *kept, self.disk, self._stuck)
@@ -145,6 +148,7 @@ class Parts:
             self.settings.cluster,
             *kept,
             self.disk,
+            self.lookups,
             self.peering,
             self.journal,
             self._pendings,
@@ -216,7 +220,7 @@ class Parts:
             on_down=self._link_down,
             on_message=self._message,
             on_suspect=lambda seq: self.healing.suspect(seq),
-            lies_on=self.catalogue.volume_of,
+            lookups=self.lookups,
             from_log=self._from_log,
             look=self._look,
         )

@@ -5,7 +5,8 @@ from typing import Final
 
 import msgspec
 
-from storage.objects.volume import Volume, holds, set_aside
+from storage.objects.blob_store import holds
+from storage.objects.volume import Volume, set_aside
 from storage.objects.volumes import Volumes
 from storage.replication.pending import Pendings
 from storage.state.catalogue import Catalogue, same_copy

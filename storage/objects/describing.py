@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterable
 
+from storage.objects.blob_store import BlobStore
 from storage.objects.volume import Volume
 from storage.state import description
 from storage.state.description import Description
@@ -19,9 +20,9 @@ def describe(volume: Volume, name: str, entry: Entry, lineage: str, *, sync: boo
         volume.amend(name, put.offset - description.SIZE, description.packed(entry, lineage), sync=sync)
 
 
-def description_of(volume: Volume, name: str) -> Description | None:
+def description_of(store: BlobStore, name: str) -> Description | None:
     """What a file says, None if it says nothing."""
-    return description.found_in(_begin(volume, name, description.HEAD_BYTES))
+    return description.found_in(_begin(store, name, description.HEAD_BYTES))
 
 
 def said_in_spool(volume: Volume, names: Iterable[str]) -> dict[str, Description | None]:
@@ -33,8 +34,8 @@ def said_in_spool(volume: Volume, names: Iterable[str]) -> dict[str, Description
     return found
 
 
-def _begin(volume: Volume, name: str, size: int) -> bytes:
-    file = volume.open(name)
+def _begin(store: BlobStore, name: str, size: int) -> bytes:
+    file = store.open(name)
     try:
         return file.read(size)
     finally:

@@ -17,8 +17,9 @@ from typing import Any, Final, Protocol
 import xxhash
 
 from storage import crash
+from storage.objects.blob_store import Spooled
 from storage.objects.blocks import BLOCK_BYTES, BlockDigests
-from storage.objects.volume import NoRoom, Spooled, Volume, set_aside
+from storage.objects.volume import NoRoom, Volume, set_aside
 from storage.state import description
 from storage.state.model import Location
 from storage.workers import Threads, within
@@ -65,6 +66,7 @@ class Incoming:
         self._finishing: asyncio.Future[bytes] | None = None
         self._digested = False
         self._given_up = self._described = False
+        self._held = False  # it is being looked up where it is to go
         self._partly = False  # some of it was handed to the disk and isn't in memory any more
         self._attempt = 0  # of the jobs: what an earlier one does when its disk lets go of it is for nothing
         self._guard = threading.Lock()
@@ -118,7 +120,23 @@ class Incoming:
             self._tee(chunk)
         self._queue.append(chunk)
         self._queued_bytes += len(chunk)
-        if self._queued_bytes > WRITE_BYTES and self._job is None and self._finishing is None:
+        if self._queued_bytes > WRITE_BYTES and self._job is None and self._finishing is None and not self._held:
+            self._start_job()
+
+    def hold(self) -> None:
+        """Write nothing before `go_to`."""
+        self._held = not self.placed
+
+    def go_to(self, volume: Volume | None) -> None:
+        """It goes to this volume, if nothing was written of it meanwhile; None: where it was to go."""
+        if not self._held:
+            return
+        self._held = False
+        if volume and not self.placed:
+            self.volume = volume
+        if self._finishing is not None:
+            self._start_last()
+        elif self._queued_bytes > WRITE_BYTES and not self._given_up:
             self._start_job()
 
     def _start_job(self) -> None:
@@ -221,7 +239,7 @@ class Incoming:
         Returns the number of this attempt. Raises OSError for one that isn't in memory, NoRoom."""
         with self._guard:
             self._attempt += 1
-            self._since = None
+            self._since, self._held = None, False
             whole = not self._partly
             if whole:
                 self._spooled = None
@@ -259,7 +277,7 @@ class Incoming:
             self.complete()
             self._finishing = asyncio.get_running_loop().create_future()
             self._finishing.add_done_callback(lambda done: done.cancelled() or done.exception())
-            if self._job is None:
+            if self._job is None and not self._held:
                 self._start_last()
         return self._finishing
 

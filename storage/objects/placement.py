@@ -32,6 +32,11 @@ class Studies:
         with self._gate:
             return self._known.get(study, ("", 0.0, False))[0]
 
+    def is_looked_up(self, study: str) -> bool:
+        """The catalogue was asked where it lies."""
+        with self._gate:
+            return self._known.get(study, ("", 0.0, False))[2]
+
     def volume_of(self, study: str, lies_on: LiesOn | None) -> str:
         """ "" if it isn't known. `lies_on(study)` says what the catalogue knows; it is asked once."""
         with self._gate:

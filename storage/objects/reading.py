@@ -11,9 +11,10 @@ from typing import Final
 
 import xxhash
 
+from storage.objects.blob_store import Reader
 from storage.objects.blocks import are_good
 from storage.objects.copies import Copies
-from storage.objects.volume import Reader, Volume
+from storage.objects.volume import Volume
 from storage.state.model import Instance, Put
 from storage.workers import Threads, within
 
@@ -88,18 +89,13 @@ class Part:
         put = self._source.put
         try:
             if self._file is None:
-                self._file = self._source.volume.open(self._source.name)
-                self._skip(put.offset + at)
+                self._file = self._source.volume.open(self._source.name, put.offset + at)
             data = self._file.read(WHOLE_BYTES)
         except OSError:
             return None
         left = put.length - put.offset - at
         whole = len(data) == min(left, WHOLE_BYTES)
         return data if whole and (not put.blocks or are_good(put.blocks, at, data)) else None
-
-    def _skip(self, count: int) -> None:
-        while count and self._file and (skipped := len(self._file.read(min(count, WHOLE_BYTES)))):
-            count -= skipped
 
     def close(self) -> None:
         """It isn't read any more."""
@@ -144,9 +140,8 @@ class Reading:
                 in_blocks = put.blocks and not whole
                 good = volume.size(name) == put.length if in_blocks else self._copies.good(instance.seq)
                 return Source(put, None, volume, name, self._disk, self._hang_s, again) if good else None
-            file = volume.open(name)
+            file = volume.open(name, put.offset)
             try:
-                file.read(put.offset)
                 data = b"".join(iter(lambda: file.read(WHOLE_BYTES), b""))
             finally:
                 file.close()

@@ -14,9 +14,10 @@ import structlog
 
 from conf.telling import reason_of
 from storage.objects.incoming import Incoming
+from storage.objects.local_volume import LocalVolume
 from storage.objects.locks import InUse
 from storage.objects.placement import LiesOn, Studies, least_loaded
-from storage.objects.volume import LocalVolume, NoRoom, Volume, VolumeOffline
+from storage.objects.volume import NoRoom, Volume, VolumeOffline
 
 log = structlog.get_logger()
 
@@ -168,6 +169,10 @@ class Volumes:
             raise NoRoom("no volume is online with room")
         usable = fast or slow
         return found[prefer if prefer in usable else least_loaded(usable, self._studies.active())]
+
+    def knows(self, study: str) -> bool:
+        """`place` needn't ask the catalogue for this study."""
+        return self._studies.is_looked_up(study)
 
     def place(self, study: str, lies_on: LiesOn | None = None) -> Volume:
         """The volume for an object of a study; `lies_on` as in `Studies`. Raises NoRoom."""

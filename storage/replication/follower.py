@@ -11,9 +11,10 @@ import structlog
 
 from conf.telling import reason_of
 from storage.journal import Journal
+from storage.objects.blob_store import holds
 from storage.objects.incoming import Incoming
 from storage.objects.reading import SLOWEST_BYTES_S
-from storage.objects.volume import NoRoom, holds
+from storage.objects.volume import NoRoom
 from storage.objects.volumes import Volumes
 from storage.replication.effects import Persist
 from storage.replication.peering import FetchFailed, Peering, PeerLacksIt

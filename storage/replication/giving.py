@@ -8,8 +8,9 @@ from typing import Final
 import msgspec
 import structlog
 
+from storage.objects.blob_store import Reader
 from storage.objects.copies import Row
-from storage.objects.volume import Reader, Volume
+from storage.objects.volume import Volume
 from storage.objects.volumes import Volumes
 from storage.replication.link import Kind, Link
 from storage.state.model import Put

@@ -11,6 +11,7 @@ import structlog
 from conf.telling import place_of
 from storage.objects.copies import Row
 from storage.objects.incoming import Incoming
+from storage.objects.lookups import Lookups
 from storage.objects.volume import NoRoom, Volume
 from storage.objects.volumes import Volumes
 from storage.replication.giving import WINDOW_BYTES, Giving
@@ -58,19 +59,18 @@ class Peering:
         on_down: Callable[[str], None],
         on_message: Callable[[AnyMessage], None],
         on_suspect: Callable[[int], None],
-        lies_on: Callable[[str], str],
+        lookups: Lookups,
         from_log: Callable[[int], tuple[Put, bytes] | None],
         look: Callable[[int], tuple[Volume, str, Put] | None],
     ) -> None:
         """`find(seq)` gives this node's copy of an entry, `lacks(seq)` says that there is none and won't be one soon;
-        `on_suspect(seq)`: the peer found that copy to be damaged, or it isn't where it should be; `lies_on(study)`
-        names a volume that has something of it, `from_log(seq)` gives bytes that are on no volume, `look(seq)` a copy
-        that lies here without being known."""
+        `on_suspect(seq)`: the peer found that copy to be damaged, or it isn't where it should be; `from_log(seq)` gives
+        bytes that are on no volume, `look(seq)` a copy that lies here without being known."""
         self.routes = Routes(dial=dial, networks=networks, on_up=self._up, on_frame=self._frame, on_down=self._down)
         self._volumes, self._workers = volumes, workers
         self._on_up, self._on_down = on_up, on_down
         self._on_message, self._on_suspect = on_message, on_suspect
-        self._lies_on = lies_on
+        self._lookups = lookups
         self.on_clients: Callable[[bytes], None] = lambda _: None
         self.give_state: Callable[[bytes], Awaitable[bytes]] | None = None
         self._asked: dict[int, asyncio.Future[bytes]] = {}
@@ -296,6 +296,8 @@ class Peering:
 
     async def fetch(self, seq: int, study: str) -> Incoming:
         """Ask the peer for its copy of an entry, an object of this study; raises FetchFailed."""
+        with contextlib.suppress(NoRoom):  # said once more when it comes
+            await self._lookups.look_for(study)
         link = self.link
         if link is None:
             raise FetchFailed("no link")
@@ -335,7 +337,7 @@ class Peering:
                 incoming = self._incoming.get(stream)
                 if incoming and not incoming.placed:
                     with contextlib.suppress(NoRoom):  # it stays where it was to go
-                        incoming.volume = self._volumes.place(payload.decode("utf-8", "replace"), self._lies_on)
+                        self._lookups.place(incoming, payload.decode("utf-8", "replace"))
             case Kind.END:
                 self._end(stream)
             case Kind.ABORT:
@@ -373,7 +375,7 @@ class Peering:
             self._ended[stream] = asyncio.get_running_loop().create_future()
         study = self._studies.pop(stream, "") if stream & FETCH_STREAM_BIT else ""
         try:
-            volume = self._volumes.place(study, self._lies_on) if study else self._volumes.choose()
+            volume = self._volumes.place(study) if study else self._volumes.choose()
         except NoRoom:
             self._fail(stream, FetchFailed("no room here"))
             return

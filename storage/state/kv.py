@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol, TypeVar
 import lmdb
 import structlog
 
-from storage.objects.volume import fsync_directory
+from storage.objects.local_files import fsync_directory
 
 log = structlog.get_logger()
 

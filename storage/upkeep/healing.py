@@ -14,9 +14,10 @@ import structlog
 from conf.telling import reason_of
 from storage import crash
 from storage.journal import Journal
+from storage.objects.blob_store import holds
 from storage.objects.copies import Copies
 from storage.objects.reading import SLOWEST_BYTES_S
-from storage.objects.volume import NoRoom, holds
+from storage.objects.volume import NoRoom
 from storage.objects.volumes import Volumes
 from storage.replication.follower import Follower
 from storage.replication.peering import FetchFailed, Peering, PeerLacksIt

@@ -14,8 +14,9 @@ import structlog
 
 from storage.log.folder import LogDamaged
 from storage.log.log import Log
+from storage.objects.blob_store import holds
 from storage.objects.describing import describe, said_in_spool
-from storage.objects.volume import NoRoom, holds, set_aside
+from storage.objects.volume import NoRoom, set_aside
 from storage.objects.volumes import Volumes
 from storage.state.catalogue import Batch, Catalogue
 from storage.state.description import packed, with_description

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from storage.objects.blob_store import digest_of
+from storage.objects.local_volume import LocalVolume, create_marker
 from storage.objects.locks import InUse
-from storage.objects.volume import LocalVolume, Volume, VolumeOffline, create_marker, digest_of
+from storage.objects.volume import Volume, VolumeOffline
 from storage.state.model import Location
 from tests.simulation.machine import MemoryDisk, MemoryVolume
 
@@ -202,6 +204,24 @@ def test_memory_disk_fails_and_fills() -> None:
     made.broken = True
     with pytest.raises(OSError, match="Input/output"):
         volume.free_bytes()
+
+
+def test_an_object_is_read_from_anywhere_on(volume: Volume) -> None:
+    spool = write(volume, b"header" + b"data")
+    for at, wanted in ((0, b"header"), (6, b"data"), (9, b"a"), (10, b""), (99, b"")):
+        file = volume.open(f"spool/{spool}", at)
+        assert file.read(6) == wanted
+        assert file.read(1) == (b"d" if at == 0 else b"")
+        file.close()
+    with pytest.raises(FileNotFoundError):
+        volume.open("spool/nothing", 3)
+
+
+def test_every_object_has_a_name(volume: Volume) -> None:
+    first, second, third = write(volume), write(volume), write(volume)
+    volume.publish(second, TREE)
+    volume.quarantine(f"spool/{third}", "why", {})
+    assert list(volume.names()) == [f"archive/{TREE}", f"spool/{first}"]
 
 
 def test_bytes_are_amended_in_their_place(volume: Volume) -> None:

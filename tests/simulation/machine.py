@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from storage.objects.blob_store import Reader
 from storage.objects.incoming import Incoming
-from storage.objects.volume import Reader, VolumeOffline
+from storage.objects.volume import VolumeOffline
 from storage.state.kv import Kv, Snapshot, Transaction
 from storage.state.model import Location
 from storage.workers import resolve
@@ -302,8 +303,8 @@ class MemorySpooled:
 
 
 class MemoryReader:
-    def __init__(self, disk: MemoryDisk, file: File) -> None:
-        self._disk, self._file, self._at = disk, file, 0
+    def __init__(self, disk: MemoryDisk, file: File, at: int) -> None:
+        self._disk, self._file, self._at = disk, file, at
 
     def read(self, size: int, /) -> bytes:
         self._disk.touch()
@@ -373,8 +374,8 @@ class MemoryVolume:
             raise FileNotFoundError(errno.ENOENT, "No such file", name)
         return self._disk.names[name]
 
-    def open(self, name: str) -> Reader:
-        return MemoryReader(self._disk, self._file(name))
+    def open(self, name: str, at: int = 0) -> Reader:
+        return MemoryReader(self._disk, self._file(name), at)
 
     def size(self, name: str) -> int:
         return len(self._file(name).data)
@@ -407,6 +408,9 @@ class MemoryVolume:
         self._disk.touch()
         if self._disk.names.pop(name, None):
             self._disk.note(name)
+
+    def names(self) -> Iterator[str]:
+        return (name for name in sorted(self._disk.names) if name.startswith(("spool/", "archive/")))
 
     def spooled(self) -> list[str]:
         self._disk.touch()

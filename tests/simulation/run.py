@@ -1,6 +1,7 @@
 """`tools/simulate`: many seeds, several processes."""
 
 import contextlib
+import os
 import sys
 import time
 import warnings
@@ -36,6 +37,7 @@ def one(seed: int, kind: str = "core", mutant: str = "") -> tuple[int, str, int]
 
 def _quiet() -> None:
     """Processes that die in the world leave coroutines behind that nobody awaits any more."""
+    os.nice(5)  # the machine may have a lab to run as well
     warnings.simplefilter("ignore", RuntimeWarning)
     sys.unraisablehook = lambda _: None
 

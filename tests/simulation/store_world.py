@@ -24,9 +24,10 @@ from storage.environment import Surroundings, open_log
 from storage.ingest import Conflict, NotServing
 from storage.log.log import Log
 from storage.objects import blocks, incoming, reading
+from storage.objects.blob_store import digest_of
 from storage.objects.describing import description_of
 from storage.objects.reading import Unavailable
-from storage.objects.volume import NoRoom, VolumeOffline, digest_of
+from storage.objects.volume import NoRoom, VolumeOffline
 from storage.replication import giving, peering
 from storage.state import transfer
 from storage.state.catalogue import Catalogue

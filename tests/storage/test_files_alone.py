@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from pydicom import dcmread
 
-from storage.objects.volume import DELETIONS, DIGEST_ATTRIBUTE
+from storage.objects.local_files import DIGEST_ATTRIBUTE
+from storage.objects.volume import DELETIONS
 from storage.state.description import SIZE, found_in, lineage_of, packed, unpacked, with_description
 from storage.state.model import Entry, Put
 from tests.builders import item, uid_of

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from conf.settings import load
-from storage.objects.volume import create_marker
+from storage.objects.local_volume import create_marker
 from storage.state.catalogue import FORMAT, Batch, Catalogue
 from tests.builders import item, uid_of
 from tests.conftest import ROOT, Gateway, wait_for

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.objects.volume import create_marker
+from storage.objects.local_volume import create_marker
 from storage.objects.volumes import Volumes
 from storage.turns import LeftBehind, Turns
 

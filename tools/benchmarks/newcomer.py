@@ -14,7 +14,7 @@ from typing import Final
 
 import click
 
-from storage.objects.volume import read_marker
+from storage.objects.local_volume import read_marker
 from storage.state.catalogue import Batch, Catalogue
 from storage.state.model import Entry, Location
 from tools.benchmarks.start import BATCH_SERIES, MAP_BYTES, PER_SERIES, synthetic

@@ -18,7 +18,7 @@ from typing import Any, Final
 import click
 from pydicom.uid import generate_uid
 
-from storage.objects.volume import create_marker
+from storage.objects.local_volume import create_marker
 from storage.state.catalogue import FORMAT, Batch, Catalogue
 from storage.state.model import Entry, Location, Put
 from storage.state.soundness import OPEN_MARK

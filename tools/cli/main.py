@@ -99,7 +99,8 @@ def gateway(config: Path | None, data: Path | None, port: int | None, aet: str |
 
 def standalone(data: Path, port: int | None, aet: str | None) -> Settings:
     """Settings for a gateway by itself. Its folder becomes a volume at the first start."""
-    from storage.objects.volume import MARKER, create_marker
+    from storage.objects.local_volume import create_marker
+    from storage.objects.volume import MARKER
 
     data = data.resolve()
     volume = data / "volume"

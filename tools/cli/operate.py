@@ -10,7 +10,9 @@ import click
 import xxhash
 
 from conf.settings import Settings
-from storage.objects.volume import MARKER, READ_BYTES, create_marker
+from storage.objects.blob_store import READ_BYTES
+from storage.objects.local_volume import create_marker
+from storage.objects.volume import MARKER
 from tools.cli import progress
 from tools.cli.client import OrderFailed, order
 from tools.cli.exits import EXIT_AWAY, EXIT_FAILED, EXIT_FOUND

@@ -11,7 +11,8 @@ import threading
 from pathlib import Path
 from typing import Final
 
-from storage.objects.volume import MARKER, create_marker
+from storage.objects.local_volume import create_marker
+from storage.objects.volume import MARKER
 
 FS_IOC_SHUTDOWN: Final = 0x8004587D
 GOING_DOWN_WITHOUT_FLUSH: Final = 2

@@ -11,7 +11,8 @@ import xxhash
 from pydicom.filereader import read_file_meta_info
 
 from gateway.dicom.identify import Identifier, identify
-from storage.objects.volume import DIGEST_ATTRIBUTE, LocalVolume
+from storage.objects.local_files import DIGEST_ATTRIBUTE
+from storage.objects.local_volume import LocalVolume
 from storage.state.description import HEAD_BYTES, Description, found_in
 from storage.state.model import Location, Put
 
@@ -33,10 +34,9 @@ class Found:
 def files(volumes: list[LocalVolume]) -> Iterator[tuple[str, str, str, str]]:
     """(volume ID, its folder, name in the spool, path in the tree) of every file; one of the last two is empty."""
     for volume in volumes:
-        for path in volume.archived():
-            yield volume.id, str(volume.path), "", path
-        for name in sorted(volume.spooled()):
-            yield volume.id, str(volume.path), name, ""
+        for name in volume.names():
+            where, _, inside = name.partition("/")
+            yield volume.id, str(volume.path), *((inside, "") if where == "spool" else ("", inside))
 
 
 def read_one(volume_id: str, folder: str, spool: str, path: str) -> Found:

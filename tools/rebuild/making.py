@@ -29,17 +29,11 @@ from conf.settings import Settings
 from storage.environment import NEW_FOLDER
 from storage.log.folder import LocalFolder, LogDamaged
 from storage.log.salvage import Salvaged, set_aside_before
+from storage.objects.blob_store import holds
 from storage.objects.describing import description_of
-from storage.objects.volume import (
-    FOLDERS,
-    LocalVolume,
-    Volume,
-    VolumeOffline,
-    exchange,
-    fsync_directory,
-    holds,
-    read_marker,
-)
+from storage.objects.local_files import exchange, fsync_directory
+from storage.objects.local_volume import LocalVolume, read_marker
+from storage.objects.volume import FOLDERS, Volume, VolumeOffline
 from storage.state.catalogue import FORMAT, Batch, Catalogue
 from storage.state.description import Deletion, Description, deletions_of
 from storage.state.kv import Transaction
@@ -310,6 +304,7 @@ class Rebuilding:
                     "lineage": lineage,
                     "log_taken": taken,
                     "format": FORMAT,
+                    "undescribed": True,  # files don't say which entries of this log they are
                 }
             )
         )

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import xxhash
 
+from storage.objects.blob_store import Spooled
 from storage.objects.incoming import WRITE_BYTES, Incoming
-from storage.objects.volume import LocalSpooled, LocalVolume, NoRoom, Spooled, create_marker
+from storage.objects.local_files import LocalSpooled
+from storage.objects.local_volume import LocalVolume, create_marker
+from storage.objects.volume import NoRoom
 from storage.objects.volumes import Volumes
 from storage.workers import Workers
 
@@ -190,3 +193,34 @@ def test_the_second_discard_returns_at_once(tmp_path: Path) -> None:
         return list((coming.volume.path / "spool").iterdir())
 
     assert asyncio.run(twice()) == []
+
+
+@pytest.mark.parametrize("size", [100 << 10, 3 * WRITE_BYTES])
+@pytest.mark.parametrize("finish_first", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+def test_nothing_is_written_before_it_is_known_where_to(
+    tmp_path: Path, size: int, finish_first: bool, known: bool
+) -> None:
+    made = volumes(tmp_path, failing=0)
+
+    async def run() -> tuple[Incoming, bytes]:
+        workers = Workers(1, "test")
+        try:
+            coming = Incoming(workers, made, made.slots[0].volume, HEADER)
+            coming.hold()
+            coming.feed(memoryview(bytes(size)))
+            ending = coming.begin_finish() if finish_first else None
+            await asyncio.sleep(0.05)
+            assert not coming.placed
+            assert all(not slot.volume.spooled() for slot in made.slots)
+            coming.go_to(made.slots[1].volume if known else None)
+            coming.go_to(made.slots[0].volume)  # too late
+            digest = await (ending or coming.begin_finish())
+        finally:
+            workers.stop()
+        return coming, digest
+
+    coming, digest = asyncio.run(run())
+    assert digest == xxhash.xxh3_128_digest(bytes(size))
+    assert coming.volume is made.slots[known].volume
+    assert (coming.volume.path / "spool" / coming.spool).read_bytes() == HEADER + bytes(size)

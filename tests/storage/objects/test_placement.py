@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from storage.objects.local_volume import create_marker
 from storage.objects.placement import ACTIVE_S, least_loaded
-from storage.objects.volume import NoRoom, create_marker
+from storage.objects.volume import NoRoom
 from storage.objects.volumes import Volumes
 from tests.builders import item
 from tests.conftest import Gateway, wait_for

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from storage.objects.volume import LocalVolume, create_marker, exchange, rename_new
+from storage.objects.local_files import exchange, rename_new
+from storage.objects.local_volume import LocalVolume, create_marker
 from storage.objects.volumes import Volumes
 
 

@@ -9,13 +9,16 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from storage.objects.volume import create_marker
+from storage.objects.local_volume import create_marker
+from storage.objects.lookups import Lookups
 from storage.objects.volumes import Volumes
 from storage.replication.link import HEADER, MAGIC, PAYLOAD_BYTES_MAX, Kind, Link
 from storage.replication.messages import Deny, encode
 from storage.replication.peering import FETCH_STREAM_BIT, Peering
+from storage.state.catalogue import Catalogue
 from storage.workers import Workers
 from tests.conftest import FUZZ
+from tests.simulation.machine import MemoryKv
 
 Frame = tuple[Kind, int, bytes]
 
@@ -145,7 +148,7 @@ async def _answered(folder: Path, sent: list[Frame]) -> list[dict[str, object]]:
         on_down=lambda why: None,
         on_message=lambda message: None,
         on_suspect=lambda seq: None,
-        lies_on=lambda study: "",
+        lookups=Lookups(Catalogue(MemoryKv()), volumes, workers),
         from_log=lambda seq: None,
         look=lambda seq: None,
     )

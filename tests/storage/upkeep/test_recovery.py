@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from storage.objects.blob_store import digest_of
 from storage.objects.incoming import INLINE_BYTES_MAX
-from storage.objects.volume import LocalVolume, create_marker, digest_of
+from storage.objects.local_volume import LocalVolume, create_marker
 from storage.state.catalogue import Catalogue
 from storage.state.model import Location
 from tests.builders import item

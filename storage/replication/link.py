@@ -1,7 +1,7 @@
 """Between the two gateways: length-prefixed, checksummed frames over TCP. One connection carries the bytes of objects
 and the entries that name them, another one all other messages, so that no heartbeat stands in line behind bytes.
 
-    magic 2 | kind 1 | reserved 1 | length 4 | stream 8 | checksum 8 | payload
+    magic 2 | kind 1 | reserved 1 | length 4 | stream 8 | checksum 8, 0 under TLS | payload
 
 Small frames carry messages of the replication core; OPEN, CHUNK, END and ABORT carry the bytes of objects as numbered
 streams; FETCH asks for an object. A frame that doesn't check out ends the connection; the handshake that follows
@@ -84,6 +84,8 @@ class Link(asyncio.BufferedProtocol):
         self.why_closed = ""
         self.control: Link | None = None  # of the connection in use: where its messages go, past all bytes of objects
         self.received = 0  # bytes
+        self._encrypted = False  # TLS looks after every byte
+        self.plain_frames = False  # the other node takes frames without a checksum where there is TLS
 
     # -- sending -----------------------------------------------------------------------------------------------
 
@@ -115,7 +117,8 @@ class Link(asyncio.BufferedProtocol):
     def send(self, kind: Kind, stream: int, payload: bytes | bytearray | memoryview = b"") -> None:
         if self.closing:
             return
-        header = HEADER.pack(MAGIC, kind, len(payload), stream, xxhash.xxh3_64_intdigest(payload))
+        checksum = 0 if self._encrypted and self.plain_frames else xxhash.xxh3_64_intdigest(payload)
+        header = HEADER.pack(MAGIC, kind, len(payload), stream, checksum)
         if not self._out:
             self._loop.call_soon(self._flush)  # what is sent in one turn of the loop leaves, and arrives, together
         self._out += (header, payload)
@@ -135,6 +138,7 @@ class Link(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         stream = cast(asyncio.Transport, transport)  # uvloop's is one without saying so
         self._transport = stream
+        self._encrypted = stream.get_extra_info("ssl_object") is not None
         stream.set_write_buffer_limits(high=HIGH_WATER_BYTES)
         end_when_dead(stream.get_extra_info("socket"))
         self._on_up(self)
@@ -187,7 +191,8 @@ class Link(asyncio.BufferedProtocol):
         self._filled = end - at
 
     def _complete(self, payload: bytearray) -> None:
-        if xxhash.xxh3_64_intdigest(payload) != self._checksum:
+        unsummed = self._encrypted and not self._checksum
+        if not unsummed and xxhash.xxh3_64_intdigest(payload) != self._checksum:
             self.close("a frame was damaged on the way")
             return
         self._on_frame(self, self._kind, self._stream, payload)

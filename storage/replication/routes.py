@@ -23,7 +23,8 @@ from storage.replication.network import Network
 
 log = structlog.get_logger()
 
-WIRE: Final = (2, 0)  # a peer with another first number isn't talked to; the second grows with what may be ignored
+WIRE: Final = (2, 1)  # a peer with another first number isn't talked to; the second grows with what may be ignored
+PLAIN_FRAMES: Final = (2, 1)  # from here on frames need no checksum where there is TLS
 DIAL_INTERVAL_S: Final = 0.2
 PROBE_INTERVAL_S: Final = 0.2
 MISSED_MAX: Final = 3  # probes without answer and nothing else acknowledged, while another network answers
@@ -297,6 +298,7 @@ class Routes:
             return False
         self._greeted_by, self._greeting = (greeting.start, greeting.number), bytes(payload)
         self.peer_version = greeting.version
+        link.plain_frames = greeting.wire >= PLAIN_FRAMES
         return True
 
     # -- both --------------------------------------------------------------------------------------------------

@@ -115,7 +115,8 @@ class SimEtcdClient:
             raise Unknown("no answer") from None
 
     def _delay(self) -> float:
-        return self._rng.choice((0.001, 0.002, 0.005, 0.02)) if self._rng.random() < 0.95 else self._rng.random() * 3
+        quick = self._rng.random() >= self._path.slow
+        return self._rng.choice((0.001, 0.002, 0.005, 0.02)) if quick else self._rng.random() * 3
 
     async def get_prefix(self, prefix: str) -> list[KeyValue]:
         return await self._call(self._store.get_prefix, prefix)
@@ -139,3 +140,4 @@ class Path:
 
     up: bool = True
     loss: float = 0.0
+    slow: float = 0.05  # share of answers that take up to seconds

@@ -20,6 +20,8 @@ class SlowWorld(StoreWorld):
         self.chaos_s = 120.0
         self.alone = 0
         self.looked = 0
+        for node in self.nodes.values():
+            node.etcd_path.slow = 0.0
 
     def _fault(self) -> None:
         for node in self.nodes.values():

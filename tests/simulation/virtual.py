@@ -64,6 +64,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         if error is not None and type(error).__name__ != "PowerCut":
             self.failures.append(error)
 
+    def _asyncgen_finalizer_hook(self, agen: Any) -> None:
+        """What a dead process was iterating over is dropped, not closed."""
+
     def call_soon(self, callback: Any, *args: Any, context: Any = None) -> Any:
         context = context or contextvars.copy_context()
         process = context.get(_process)

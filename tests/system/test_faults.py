@@ -291,8 +291,8 @@ def test_rolling_upgrade_under_load(with_other_processes: Lab, tmp_path: Path) -
         shutil.copytree(ROOT / package, newer / package, ignore=shutil.ignore_patterns("__pycache__"))
     version, wire = newer / "conf" / "__init__.py", newer / "storage" / "replication" / "routes.py"
     version.write_text(version.read_text() + '\nVERSION = "99.1"\n')
-    assert "WIRE: Final = (2, 0)" in wire.read_text()
-    wire.write_text(wire.read_text().replace("WIRE: Final = (2, 0)", "WIRE: Final = (2, 1)"))
+    assert "WIRE: Final = (2, 1)" in wire.read_text()
+    wire.write_text(wire.read_text().replace("WIRE: Final = (2, 1)", "WIRE: Final = (2, 2)"))
     first = other_than(primary_of(lab))
     with Watched(lab) as watched:
         watched.wait_for_more(10)

@@ -7,6 +7,7 @@ import click
 from tools.benchmarks import failover as bench_failover
 from tools.benchmarks import newcomer as bench_newcomer
 from tools.benchmarks import upkeep as bench_upkeep
+from tools.benchmarks.floor import floor
 from tools.benchmarks.log import log
 from tools.benchmarks.start import start
 from tools.benchmarks.store import store
@@ -19,6 +20,7 @@ def main() -> None:
 
 main.add_command(store)
 main.add_command(log)
+main.add_command(floor)
 main.add_command(start)
 where = click.option("--dir", "folder", type=click.Path(path_type=Path), help="Where all data lie; default: a tmpfs.")
 for run, count in ((bench_upkeep.heal, 600), (bench_upkeep.scrub, 600), (bench_upkeep.rebuild, 4000)):

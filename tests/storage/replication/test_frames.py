@@ -5,6 +5,7 @@ import struct
 from pathlib import Path
 
 import msgspec
+import pytest
 import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -26,8 +27,8 @@ Frame = tuple[Kind, int, bytes]
 class Transport(asyncio.Transport):
     """Takes what is sent and notes whether it was ended."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, encrypted: bool = False) -> None:
+        super().__init__({"ssl_object": object()} if encrypted else {})
         self.sent = bytearray()
         self.ended = False
 
@@ -50,13 +51,13 @@ def frame(kind: int, stream: int, payload: bytes, checksum: int | None = None) -
     return HEADER.pack(MAGIC, kind, len(payload), stream, checksum) + payload
 
 
-async def received(raw: bytes, sizes: list[int]) -> tuple[list[Frame], Link]:
+async def received(raw: bytes, sizes: list[int], encrypted: bool = False) -> tuple[list[Frame], Link]:
     """What a link makes of bytes that come in pieces of these sizes."""
     found: list[Frame] = []
     link = Link(
         lambda _: None, lambda _, kind, stream, payload: found.append((kind, stream, bytes(payload))), lambda _: None
     )
-    link.connection_made(Transport())
+    link.connection_made(Transport(encrypted))
     give(link, raw, sizes)
     return found, link
 
@@ -168,3 +169,22 @@ async def _answered(folder: Path, sent: list[Frame]) -> list[dict[str, object]]:
         volumes.close()
     assert list((folder / "spool").iterdir()) == []
     return told
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+@pytest.mark.parametrize("taken", [False, True])
+async def test_only_tls_takes_the_place_of_checksums(encrypted: bool, taken: bool) -> None:
+    """And only where the other node knows that."""
+    link = Link(lambda _: None, lambda *_: None, lambda _: None)
+    transport = Transport(encrypted)
+    link.connection_made(transport)
+    link.plain_frames = taken
+    link.send(Kind.CHUNK, 7, b"some bytes")
+    await asyncio.sleep(0)
+    plain = encrypted and taken
+    assert HEADER.unpack_from(transport.sent)[-1] == (0 if plain else xxhash.xxh3_64_intdigest(b"some bytes"))
+    found, other = await received(bytes(transport.sent), [], encrypted)
+    assert (found, other.closing) == ([(Kind.CHUNK, 7, b"some bytes")], False)
+    if plain:
+        found, other = await received(bytes(transport.sent), [])
+        assert (found, other.closing) == ([], True)

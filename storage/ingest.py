@@ -139,8 +139,8 @@ class Ingest:
         known = self._known(put)
         if known is not None:
             await incoming.finish()
-            if not self._replaces(put, known[0]):
-                return await self._again(upload, put, *known)
+            if not self._replaces(put, known[0]) and not await self._again(upload, put, *known):
+                return False
             put = msgspec.structs.replace(put, replaces=True)
         if not self._duty.may_serve:
             raise NotServing("no longer the primary")
@@ -180,6 +180,8 @@ class Ingest:
         return same_source or self._duplicates == "replace"
 
     async def _again(self, upload: Upload, put: Put, known: Put, seq: int) -> bool:
+        """What is stored came again, or other bytes that mayn't take its place. Returns whether it must take the place
+        of what is stored after all: no copy of that is good, and the two files differ before the data set."""
         if not _same_bytes(put, known):
             await upload.set_aside("SOP Instance UID is taken by other bytes", put.sop_instance)
             raise Conflict(put.sop_instance)
@@ -191,8 +193,7 @@ class Ingest:
         if await self._copies.intact(seq, known.length) or await self._examine(seq):
             return False
         if put.offset != known.offset:
-            await upload.set_aside("the stored copy of it can't be read here now", put.sop_instance)
-            raise OSError(errno.EIO, "the stored copy can't be read now")
+            return True  # another version has written what comes before the data set
         upload.keep_here()  # it came just in time: these bytes become this node's copy, and not the peer's
         if not await self._journal.move({seq: upload.incoming.location}):
             raise OSError(errno.EIO, "the disk failed at the last moment")

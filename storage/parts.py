@@ -83,7 +83,7 @@ class Parts:
             on_failed=self._die,
             clock=self.clock,
         )
-        self.lookups = Lookups(*kept, self.asking)
+        self.lookups = Lookups(*kept, self.asking, storage.hang_s)
         self.copies = Copies(*kept, self.disk, self._pendings, self._is_awaited)
         self.peering = self._new_peering(around.networks)
         self.follower = Follower(self.peering, self.journal, *kept, self.disk, self._stuck)

@@ -6,6 +6,7 @@ is done in the journal's thread.
 
 from collections.abc import Callable
 from operator import methodcaller
+from typing import Any
 
 import structlog
 
@@ -63,30 +64,31 @@ class Publishing:
     def describe(self, entry: Entry, location: Location, lineage: str, turn: int, *, sync: bool = False) -> bool:
         """Have the file of an entry say what it is. Returns whether it does. Raises LeftBehind."""
 
-        def fill_in(volume: Volume) -> None:
-            if name := volume.locate(location):
-                describe(volume, name, entry, lineage, sync=sync)
+        def fill_in(volume: Volume) -> bool:
+            name = volume.locate(location)
+            return name is None or describe(volume, name, entry, lineage, sync=sync)
 
         return self._on(location.volume, turn, fill_in)
 
     def note_deletions(self, batch: Batch, lineage: str, turn: int) -> None:
         """On every volume: whatever is left of a node can tell of them. Raises LeftBehind."""
-        for entry, _ in batch.applies:
-            if isinstance(entry.operation, Delete) and lineage:
-                for volume in list(self._volumes):
-                    self._on(volume.id, turn, methodcaller("note_deletion", deletion_line(entry, lineage)))
+        lines = [deletion_line(entry, lineage) for entry, _ in batch.applies if isinstance(entry.operation, Delete)]
+        for volume in list(self._volumes) if lines and lineage else ():
+            self._on(volume.id, turn, methodcaller("note_deletions", lines))
 
-    def _on(self, volume_id: str, turn: int, work: Callable[[Volume], None]) -> bool:
-        """Returns whether it was done. Raises LeftBehind."""
+    def _on(self, volume_id: str, turn: int, work: Callable[[Volume], Any]) -> bool:
+        """False if that says so, or fails. Raises LeftBehind."""
         self._turns.at(turn, volume_id)
         try:
-            work(self._volumes.get(volume_id))
+            done = work(self._volumes.get(volume_id)) is not False
         except (OSError, LookupError) as error:
             self._turns.check(turn, volume_id, error)
             log.error("volume.not_noted", volume=volume_id, error=type(error).__name__)
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                self._volumes.failed(volume_id, error)
             return False
         self._turns.check(turn)
-        return True
+        return done
 
     def publish_all(self, batch: Batch, turn: int) -> None:
         """Move what was recorded. Raises LeftBehind."""

@@ -1,6 +1,5 @@
 """Files that say what they are, see `storage.state.description`. All of it blocks and raises OSError."""
 
-import contextlib
 from collections.abc import Iterable
 
 from storage.objects.blob_store import BlobStore
@@ -10,14 +9,16 @@ from storage.state.description import Description
 from storage.state.model import Entry, Put
 
 
-def describe(volume: Volume, name: str, entry: Entry, lineage: str, *, sync: bool = False) -> None:
-    """Have the file of an entry of the log `lineage` say so, durably if `sync`, if there is room for it."""
+def describe(volume: Volume, name: str, entry: Entry, lineage: str, *, sync: bool = False) -> bool:
+    """Have the file of an entry of the log `lineage` say so, durably if `sync`. Returns whether it does: there may be
+    no room for it, in a file of an older version."""
     put = entry.operation
-    if not isinstance(put, Put) or not lineage:
-        return
-    header = _begin(volume, name, put.offset)
-    if description.has_room(header):
-        volume.amend(name, put.offset - description.SIZE, description.packed(entry, lineage), sync=sync)
+    if not isinstance(put, Put):
+        return True
+    if not lineage or not description.has_room(_begin(volume, name, put.offset)):
+        return False
+    volume.amend(name, put.offset - description.SIZE, description.packed(entry, lineage), sync=sync)
+    return True
 
 
 def description_of(store: BlobStore, name: str) -> Description | None:
@@ -27,10 +28,14 @@ def description_of(store: BlobStore, name: str) -> Description | None:
 
 def said_in_spool(volume: Volume, names: Iterable[str]) -> dict[str, Description | None]:
     """What files of a spool folder say, by "volume/spool name"; those that have gone meanwhile are left out."""
-    found = {}
+    found: dict[str, Description | None] = {}
     for name in names:
-        with contextlib.suppress(FileNotFoundError):
+        try:
             found[f"{volume.id}/{name}"] = description_of(volume, f"spool/{name}")
+        except FileNotFoundError:
+            continue
+        except OSError:  # a folder, another user's, a bad sector: nothing of ours depends on that
+            found[f"{volume.id}/{name}"] = None
     return found
 
 

@@ -132,8 +132,9 @@ class Incoming:
         if not self._held:
             return
         self._held = False
-        if volume and not self.placed:
-            self.volume = volume
+        with self._guard:
+            if volume and not self.placed:
+                self.volume = volume
         if self._finishing is not None:
             self._start_last()
         elif self._queued_bytes > WRITE_BYTES and not self._given_up:
@@ -251,7 +252,7 @@ class Incoming:
 
     def _update_digest(self, queue: list[bytearray | bytes]) -> None:
         chunks = [chunk for number, chunk in enumerate(queue) if number or not isinstance(chunk, bytes)]
-        if not self._digested and sum(map(len, chunks)) > BLOCK_BYTES:  # it begins with more, or is no longer
+        if not self._digested and (self._partly or sum(map(len, chunks)) > BLOCK_BYTES):  # else it is short
             self._blocks = BlockDigests()
         self._digested = True
         for chunk in chunks:  # the header is the only bytes object
@@ -289,7 +290,7 @@ class Incoming:
     @property
     def blocks(self) -> bytes:
         """Digests of the blocks of a long object, as `digest`; b"" for one that isn't."""
-        return self._blocks.digests() if self._blocks else b""
+        return self._blocks.digests() if self._blocks and self.length - self.offset > BLOCK_BYTES else b""
 
     def bytes_in_memory(self) -> bytes | None:
         """The whole data set, if none of it was written yet."""
@@ -318,6 +319,7 @@ class Incoming:
         """The bytes of a complete object that the log takes: it is in memory as a whole, and short."""
         if self.length + len(self._chunk) > INLINE_BYTES_MAX or not self.in_memory:
             return None
+        self._held = False  # the journal looks where it is to go
         self.complete()
         return list(self._queue) if self.in_memory else None
 

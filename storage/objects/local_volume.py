@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -172,23 +172,25 @@ class LocalVolume:
         try:
             if os.pread(fd, len(block), at) != block:
                 os.pwrite(fd, block, at)
-                if sync:
-                    os.fsync(fd)
+            if sync:  # also what somebody else has written and not synced
+                os.fsync(fd)
         finally:
             os.close(fd)
 
-    def note_deletion(self, line: bytes) -> None:
+    def note_deletions(self, lines: Sequence[bytes]) -> None:
         path = self.path / DELETIONS
         is_new = not path.exists()
+        whole = b"".join(b"\n" + line + b"\n" for line in lines)  # the end of the file may be torn
         with path.open("ab", buffering=0) as file:
-            file.write(line + b"\n")
+            if file.write(whole) != len(whole):
+                raise OSError(errno.ENOSPC, "a line was cut short")
             os.fsync(file.fileno())
         if is_new:
             fsync_directory(self.path)
 
     def deletions(self) -> list[bytes]:
         path = self.path / DELETIONS
-        return path.read_bytes().splitlines() if path.exists() else []
+        return [line for line in path.read_bytes().splitlines() if line] if path.exists() else []
 
     def quarantine(self, name: str, reason: str, detail: dict[str, str]) -> None:
         stem = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.urandom(4).hex()}"
@@ -212,7 +214,8 @@ class LocalVolume:
         yield from (f"spool/{name}" for name in sorted(self.spooled()))
 
     def spooled(self) -> list[str]:
-        return [entry.name for entry in os.scandir(self.path / "spool") if entry.name != PROBE]
+        found = (entry for entry in os.scandir(self.path / "spool") if entry.name != PROBE)
+        return [entry.name for entry in found if entry.is_file() or entry.is_dir()]  # what is none of both may block
 
     def archived(self) -> Iterator[str]:
         root = self.path / "archive"

@@ -38,6 +38,7 @@ class Source:
     disk: Threads
     hang_s: float
     again: Callable[[], Awaitable["Source"]]
+    checked: bool  # all of it, by its digest
 
     async def blocks(self) -> AsyncIterator[memoryview]:
         """The data set in pieces, each checked. Raises OSError, Unavailable."""
@@ -48,7 +49,10 @@ class Source:
         part = Part(self)
         try:
             while at < self.put.length - self.put.offset:
-                block = await part.read(at)
+                try:
+                    block = await part.read(at)
+                except OSError:  # its disk doesn't answer
+                    block = None
                 if block is not None:
                     at += len(block)
                     yield memoryview(block)
@@ -76,6 +80,7 @@ class Part:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._file: Reader | None = None
+        self._closed = False
 
     async def read(self, at: int) -> bytes | None:
         """Some blocks from byte `at` of the data set on, which ends there or not; None if they aren't good. Raises
@@ -87,6 +92,8 @@ class Part:
 
     def _read(self, at: int) -> bytes | None:
         put = self._source.put
+        if self._closed:
+            return None  # nobody waits any more
         try:
             if self._file is None:
                 self._file = self._source.volume.open(self._source.name, put.offset + at)
@@ -95,10 +102,12 @@ class Part:
             return None
         left = put.length - put.offset - at
         whole = len(data) == min(left, WHOLE_BYTES)
-        return data if whole and (not put.blocks or are_good(put.blocks, at, data)) else None
+        good = self._source.checked or not put.blocks or are_good(put.blocks, at, data)
+        return data if whole and good else None
 
     def close(self) -> None:
         """It isn't read any more."""
+        self._closed = True
         if self._file:
             self._file.close()
             self._file = None
@@ -112,11 +121,11 @@ class Reading:
     async def open(self, instance: Instance, *, whole: bool = False) -> Source:
         """`whole`: all of a long one is checked now, since it is read in another way. Raises Unavailable."""
         source = await self._look(instance, whole)
-        return source or await self._again(instance, whole)
+        return source or await self._again(instance)
 
-    async def _again(self, instance: Instance, whole: bool = False) -> Source:
+    async def _again(self, instance: Instance) -> Source:
         await self._remake(instance.seq)
-        source = await self._look(instance, whole)
+        source = await self._look(instance, whole=True)
         if source is None:
             raise Unavailable(f"{instance.put.sop_instance} is temporarily unavailable")
         return source
@@ -137,9 +146,9 @@ class Reading:
         again = partial(self._again, instance)
         try:
             if put.length - put.offset > WHOLE_BYTES:
-                in_blocks = put.blocks and not whole
-                good = volume.size(name) == put.length if in_blocks else self._copies.good(instance.seq)
-                return Source(put, None, volume, name, self._disk, self._hang_s, again) if good else None
+                whole = whole or not put.blocks
+                good = self._copies.good(instance.seq) if whole else volume.size(name) == put.length
+                return Source(put, None, volume, name, self._disk, self._hang_s, again, whole) if good else None
             file = volume.open(name, put.offset)
             try:
                 data = b"".join(iter(lambda: file.read(WHOLE_BYTES), b""))
@@ -148,4 +157,4 @@ class Reading:
         except OSError:
             return None
         good = len(data) == put.length - put.offset and xxhash.xxh3_128_digest(data) == put.digest
-        return Source(put, data, volume, name, self._disk, self._hang_s, again) if good else None
+        return Source(put, data, volume, name, self._disk, self._hang_s, again, True) if good else None

@@ -12,7 +12,7 @@ All methods block and are called from worker threads. Files are named relative t
 in the spool folder. Publication is a rename that may be lost in a power cut; the log says what to do again.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -56,8 +56,8 @@ class Volume(BlobStore, Protocol):
         """Write over bytes of a file, durably if `sync`; nothing is done where they are what they should be."""
         ...
 
-    def note_deletion(self, line: bytes) -> None:
-        """Add a line to those that tell of deletions, durably."""
+    def note_deletions(self, lines: Sequence[bytes]) -> None:
+        """Add lines to those that tell of deletions, durably."""
         ...
 
     def deletions(self) -> list[bytes]:

@@ -156,9 +156,8 @@ class Follower:
         data = await self._journal.logged_bytes(entry.seq)
         if data is None:
             return None
-        incoming = Incoming(
-            self._workers, self._volumes, self._volumes.place(put.study, self._catalogue.volume_of), data[: put.offset]
-        )
+        volume = await self._workers.run(self._volumes.place, put.study, self._catalogue.volume_of)
+        incoming = Incoming(self._workers, self._volumes, volume, data[: put.offset])
         incoming.feed(memoryview(data)[put.offset :])
         return await self._checked(incoming, put)
 
@@ -217,5 +216,4 @@ class Follower:
 
 def _fits(incoming: Incoming, put: Put) -> bool:
     """What came is what the entry names."""
-    same = (incoming.digest, incoming.length, incoming.offset) == (put.digest, put.length, put.offset)
-    return same and put.blocks in (b"", incoming.blocks)
+    return (incoming.digest, incoming.length, incoming.offset) == (put.digest, put.length, put.offset)

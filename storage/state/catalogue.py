@@ -483,6 +483,8 @@ class Catalogue:
             stored_bytes += changes.apply(txn, entry, location)
         for seq, (why, location) in batch.lost.items():
             changes.lose(txn, seq, why, location)
+            if location.volume and seq > changes.meta(txn, "checkpoint", 0):
+                meta["undescribed"] = True  # what its file says of itself was never durable, or never written
         for seq, location in batch.moved.items():
             changes.move(txn, seq, location)
         for key in batch.gone:

@@ -148,11 +148,11 @@ class Healing:
 
     async def examine(self, seq: int) -> bool:
         """Read a copy; if it isn't good it is set aside and made again. Returns whether it was good."""
-        before = self._copies.location(seq)
+        before = await self._workers.run(self._copies.location, seq)
         try:
             good = await self._read(seq, before)
-            if good is None and self._copies.location(seq) != before:  # moved, into the tree perhaps, since we looked
-                before = self._copies.location(seq)
+            if good is None and (now := self._copies.location(seq)) != before:  # moved, into the tree perhaps
+                before = now
                 good = await self._read(seq, before)
         except OSError:
             return False
@@ -328,7 +328,7 @@ class Healing:
             return None
 
     async def _heal(self, seq: int) -> tuple[int, Location | None]:
-        entry = self._copies.entry(seq)
+        entry = await self._workers.run(self._copies.entry, seq)
         if entry is None or not isinstance(entry.operation, Put):
             return seq, None
         try:

@@ -187,7 +187,7 @@ def _says(volumes: Volumes, entry: Entry, location: Location | None, lineage: st
     """Have the file of an entry, if there is one, say which it is."""
     try:
         if location is not None and (name := (volume := volumes.get(location.volume)).locate(location)):
-            describe(volume, name, entry, lineage)
+            return describe(volume, name, entry, lineage)
     except (OSError, LookupError):
         return False
     return True

@@ -77,7 +77,7 @@ class Scrub:
         start = 0
         while found := await self._batch(start):
             for seq in found:
-                if study and not self._is_of(seq, study):
+                if study and not await self._workers.run(self._is_of, seq, study):
                     continue
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._journal.quiet(), BUSY_WAIT_S)
@@ -100,11 +100,11 @@ class Scrub:
 
     async def _check(self, seq: int) -> int:
         """Returns the bytes that were read."""
-        entry = self._copies.entry(seq)
+        entry = await self._workers.run(self._copies.entry, seq)
         if entry is None or not isinstance(entry.operation, Put):
             return 0
         self.checked += 1
-        if not await self._healing.examine(seq) and self._copies.entry(seq) == entry:
+        if not await self._healing.examine(seq) and await self._workers.run(self._copies.entry, seq) == entry:
             self.bad += 1
         return entry.operation.length
 

@@ -1,5 +1,6 @@
 """The contract of a volume, for each kind of it: a folder on a disk, and the simulation's faulty disk."""
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from storage.objects.blob_store import digest_of
+from storage.objects.describing import said_in_spool
 from storage.objects.local_volume import LocalVolume, create_marker
 from storage.objects.locks import InUse
-from storage.objects.volume import Volume, VolumeOffline
+from storage.objects.volume import DELETIONS, Volume, VolumeOffline
 from storage.state.model import Location
 from tests.simulation.machine import MemoryDisk, MemoryVolume
 
@@ -237,6 +239,23 @@ def test_bytes_are_amended_in_their_place(volume: Volume) -> None:
 
 def test_deletions_are_kept_in_their_order(volume: Volume) -> None:
     assert volume.deletions() == []
-    volume.note_deletion(b"one")
-    volume.note_deletion(b"two")
-    assert volume.deletions() == [b"one", b"two"]
+    volume.note_deletions([b"one", b"two"])
+    volume.note_deletions([b"three"])
+    assert volume.deletions() == [b"one", b"two", b"three"]
+
+
+def test_a_torn_deletion_takes_no_other_with_it(tmp_path: Path) -> None:
+    volume = local(tmp_path)
+    volume.note_deletions([b"one"])
+    with (tmp_path / DELETIONS).open("ab") as file:
+        file.write(b"tor")
+    volume.note_deletions([b"two"])
+    assert volume.deletions() == [b"one", b"tor", b"two"]
+
+
+def test_what_may_block_is_left_alone(tmp_path: Path) -> None:
+    volume = local(tmp_path)
+    os.mkfifo(tmp_path / "spool" / "pipe")
+    (tmp_path / "spool" / "folder").mkdir()
+    assert volume.spooled() == ["folder"]
+    assert said_in_spool(volume, volume.spooled()) == {f"{volume.id}/folder": None}

@@ -385,12 +385,13 @@ class MemoryVolume:
         if file.data[at : at + len(block)] != block:
             self._disk.touch(writes=True)
             file.data[at : at + len(block)] = block
-            if sync:
-                file.synced = bytes(file.data)
+        if sync:
+            self._disk.touch(writes=True)
+            file.synced = bytes(file.data)
 
-    def note_deletion(self, line: bytes) -> None:
+    def note_deletions(self, lines: Sequence[bytes]) -> None:
         self._disk.touch(writes=True)
-        self._disk.deletions.append(line)
+        self._disk.deletions += lines
 
     def deletions(self) -> list[bytes]:
         return list(self._disk.deletions)

@@ -31,6 +31,7 @@ from storage.objects.volume import NoRoom, VolumeOffline
 from storage.replication import giving, peering
 from storage.state import transfer
 from storage.state.catalogue import Catalogue
+from storage.state.description import SIZE
 from storage.state.entries import epochs_of
 from storage.state.logged import logged
 from storage.state.model import Delete, Instance, Put, Task, TaskDone, Void
@@ -41,6 +42,8 @@ from tests.simulation.wire import Wire
 from tests.simulation.world import Node, Violation, World, drive
 
 HEADER = file_header("1.2", "1.2.3", "1.2.1", "SENDER")
+OLD_HEADER = HEADER[: -SIZE - 12]  # as older versions wrote it, without room for what it is
+OLD_SHARE: Final = 0.25
 READ_WHOLE: Final = 0.2
 STUDY, SERIES, AE = "1.2.3", "1.2.3.4", "SENDER"
 LOG_BYTES = 16 * (16 << 10)
@@ -191,10 +194,11 @@ class StoreGateway:
             if found != digest:
                 raise Violation("the digest isn't that of the bytes")
             keys = {"PatientID": "P"}
-            return Put(uid, "1.2", STUDY, SERIES, "1.2.1", found, length, len(HEADER), keys, AE, 0.0)
+            return Put(uid, "1.2", STUDY, SERIES, "1.2.1", found, length, len(header), keys, AE, 0.0)
 
+        header = OLD_HEADER if self.world.rng.random() < OLD_SHARE else HEADER
         try:
-            upload = store.begin(HEADER)
+            upload = store.begin(header)
         except (NotServing, NoRoom):
             return
         try:
@@ -652,9 +656,9 @@ def _log(node: StoreNode) -> Iterator[tuple[int, int, Any]]:
 
 
 SMALL: Final = {
-    (blocks, "BLOCK_BYTES"): 1024,
-    (incoming, "BLOCK_BYTES"): 1024,
-    (reading, "WHOLE_BYTES"): 2048,
+    (blocks, "BLOCK_BYTES"): 2048,
+    (incoming, "BLOCK_BYTES"): 2048,
+    (reading, "WHOLE_BYTES"): 4096,
     (incoming, "CHUNK_BYTES"): 512,
     (incoming, "WRITE_BYTES"): 2048,
     (incoming, "BACKLOG_BYTES_MAX"): 4096,

@@ -86,7 +86,7 @@ def _report(rebuilt: Rebuilt, aside: Path | None, as_json: bool, disaster: bool)
     def text() -> str:
         lines = [f"{rebuilt.instances} instances in {rebuilt.seconds:.1f} s, {rate:.0f} files/s"]
         if not rebuilt.old_catalogue and aside:
-            lines.append("the old catalogue couldn't be read: what was deleted just before may be back")
+            lines.append("the old catalogue couldn't be read: what its volumes don't know to be deleted may be back")
             lines.append("disks that were added while the gateway ran count only if [storage] volumes lists them")
         if rebuilt.damaged:
             lines.append(f"{rebuilt.damaged} files aren't what was stored; they weren't taken")

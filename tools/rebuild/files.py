@@ -72,6 +72,8 @@ def read_one(volume_id: str, folder: str, spool: str, path: str) -> Found:
         return nothing
     if not identity.sop_instance or not identity.study or not identity.series:
         return nothing
+    if spool and wanted != digest.digest():
+        return nothing  # the power went, or the process ended, while it was written
     put = Put(
         identity.sop_instance,
         identity.sop_class,

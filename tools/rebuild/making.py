@@ -2,8 +2,9 @@
 
 From files: every file of the readable trees, what is complete in the spool folders (acknowledged and not yet
 published), and what only the log has. What a file should be says the old catalogue, where it can still be read, or else
-the file's own attribute; one that is something else now isn't taken for the truth: its entry stays, and its copy is
-missing, unless the log has it. What the old catalogue knows to be deleted, or on its way out, stays so. The log that is
+the file itself; one that is something else now isn't taken for the truth: its entry stays, and its copy is
+missing, unless the log has it. What the old catalogue, or a volume's list of deletions, knows to be deleted, or on its
+way out, stays so. The log that is
 made is a new one and never joins another.
 
 The new catalogue is made beside the old one and takes its place when it is complete: whatever ends the tool before
@@ -51,7 +52,7 @@ UNFINISHED: Final = "unfinished"  # a file that is there while a catalogue is be
 @dataclass
 class Rebuilt:
     """`unreadable`: files that aren't complete DICOM objects of ours; they stay where they are. `damaged`: those whose
-    bytes aren't what was stored; `deleted`: those that the old catalogue knows to be deleted."""
+    bytes aren't what was stored; `deleted`: those that the old catalogue, or a volume, knows to be deleted."""
 
     instances: int = 0
     unreadable: list[str] = field(default_factory=list)

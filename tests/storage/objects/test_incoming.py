@@ -9,6 +9,7 @@ import pytest
 import xxhash
 
 from storage.objects.blob_store import Spooled
+from storage.objects.blocks import BLOCK_BYTES, BlockDigests
 from storage.objects.incoming import WRITE_BYTES, Incoming
 from storage.objects.local_files import LocalSpooled
 from storage.objects.local_volume import LocalVolume, create_marker
@@ -224,3 +225,33 @@ def test_nothing_is_written_before_it_is_known_where_to(
     assert digest == xxhash.xxh3_128_digest(bytes(size))
     assert coming.volume is made.slots[known].volume
     assert (coming.volume.path / "spool" / coming.spool).read_bytes() == HEADER + bytes(size)
+
+
+@pytest.mark.parametrize("size", [BLOCK_BYTES, BLOCK_BYTES + 256, 5 * BLOCK_BYTES + 256])
+@pytest.mark.parametrize("chunk", [16 << 10, 64 << 10, 256 << 10, 1 << 20, 5 << 20])
+@pytest.mark.parametrize("held", [0, 2 << 20])
+def test_digests_of_blocks_are_of_the_bytes_alone(tmp_path: Path, size: int, chunk: int, held: int) -> None:
+    """However they come, and whatever was waited for meanwhile: both nodes must find the same."""
+    made, data = volumes(tmp_path, failing=0), (bytes(range(256)) * (size // 256 + 1))[:size]
+
+    async def run() -> Incoming:
+        workers = Workers(1, "test")
+        try:
+            coming = Incoming(workers, made, made.slots[0].volume, HEADER)
+            if held:
+                coming.hold()
+            for at in range(0, size, chunk):
+                if at >= held:
+                    coming.go_to(None)
+                coming.feed_chunk(bytearray(data[at : at + chunk]))
+                await asyncio.sleep(0.001)
+            coming.go_to(None)
+            await coming.finish()
+        finally:
+            workers.stop()
+        return coming
+
+    coming = asyncio.run(run())
+    wanted = BlockDigests()
+    wanted.update(data)
+    assert coming.blocks == (wanted.digests() if size > BLOCK_BYTES else b"")

@@ -149,7 +149,7 @@ async def _answered(folder: Path, sent: list[Frame]) -> list[dict[str, object]]:
         on_down=lambda why: None,
         on_message=lambda message: None,
         on_suspect=lambda seq: None,
-        lookups=Lookups(Catalogue(MemoryKv()), volumes, workers),
+        lookups=Lookups(Catalogue(MemoryKv()), volumes, workers, 30.0),
         from_log=lambda seq: None,
         look=lambda seq: None,
     )

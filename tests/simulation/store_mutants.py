@@ -10,12 +10,14 @@ from storage.checkpoints import Checkpoints
 from storage.log.log import Log
 from storage.log.records import Record
 from storage.log.segment import Segment
+from storage.objects import reading
 from storage.objects.incoming import Incoming
 from storage.replication import follower
 from storage.state import changes, entries, transfer
 from storage.state.catalogue import Catalogue
+from storage.state.description import Description
 from storage.state.kv import Transaction
-from storage.state.model import Delete
+from storage.state.model import Delete, Location
 from storage.upkeep import recovery
 from tests.simulation.machine import MemoryVolume
 from tests.simulation.mutants import AckBeforePeer, RollForwardSkipped, ShrinkWithoutCompare
@@ -125,6 +127,21 @@ def state_without_what_is_missing() -> contextlib.AbstractContextManager[None]:
     return replaced(transfer, "_own_rows", silent)
 
 
+def silent_files_are_nobodys() -> contextlib.AbstractContextManager[None]:
+    """What lies in a spool folder and doesn't say what it is belongs to no entry."""
+    named = Catalogue.named
+
+    def of_those_that_speak(self: Catalogue, said: dict[str, Description | None]) -> dict[str, Location | None]:
+        return named(self, {key: one for key, one in said.items() if one is not None})
+
+    return replaced(Catalogue, "named", of_those_that_speak)
+
+
+def blocks_unchecked() -> contextlib.AbstractContextManager[None]:
+    """A long object is given out as it is read."""
+    return replaced(reading, "are_good", lambda *_: True)
+
+
 def ack_before_the_peer() -> contextlib.AbstractContextManager[None]:
     return replaced(parts, "Replica", AckBeforePeer.core_class)
 
@@ -153,5 +170,7 @@ MUTANTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
         heal_from_the_worse_copy,
         state_range_skipped,
         state_without_what_is_missing,
+        silent_files_are_nobodys,
+        blocks_unchecked,
     )
 }

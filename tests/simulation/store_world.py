@@ -44,7 +44,7 @@ from tests.simulation.world import Node, Violation, World, drive
 HEADER = file_header("1.2", "1.2.3", "1.2.1", "SENDER")
 OLD_HEADER = HEADER[: -SIZE - 12]  # as older versions wrote it, without room for what it is
 OLD_SHARE: Final = 0.25
-READ_WHOLE: Final = 0.2
+READ_WHOLE: Final = 0.5
 STUDY, SERIES, AE = "1.2.3", "1.2.3.4", "SENDER"
 LOG_BYTES = 16 * (16 << 10)
 CHAOS_S = 14.0

@@ -4,7 +4,7 @@ import pytest
 
 from tests.simulation.run import CORE_MUTANTS, STORE_MUTANTS, many
 
-SEEDS = {"core": 500, "store": 300}
+SEEDS = {"core": 300, "store": 200}
 MUTANT_SEEDS = {"core": 2000, "store": 2000}
 
 # Each of these once showed a fault of the store; the comment says which.

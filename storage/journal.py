@@ -443,8 +443,7 @@ class Journal:
                 described &= self._tree.describe(ready.entry, location, lineage, turn)
             if ready.incoming:
                 self._aim(ready)
-                if lineage and isinstance(ready.entry.operation, Put):
-                    ready.incoming.describe(packed(ready.entry, lineage))
+                described &= bool(lineage) and ready.incoming.describe(packed(ready.entry, lineage))
                 self._turns.at(turn, ready.incoming.volume.id)
                 try:
                     ready.incoming.land_here(ready.attempt, sync=False)

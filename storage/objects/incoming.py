@@ -323,11 +323,12 @@ class Incoming:
         self.complete()
         return list(self._queue) if self.in_memory else None
 
-    def describe(self, packed: bytes) -> None:
-        """Have the file of an object that is in memory say what it is."""
+    def describe(self, packed: bytes) -> bool:
+        """Have the file of an object that is in memory say what it is. Returns whether there is room for that."""
         if self.offset and self._queue and isinstance(header := self._queue[0], bytes):
             self._queue[0] = description.with_description(header, packed)
             self._described = description.has_room(header)
+        return self._described
 
     def land_here(self, attempt: int, *, sync: bool = True) -> None:
         """Write an object that is in memory to a volume in this thread, durably if `sync`; raises OSError or NoRoom if

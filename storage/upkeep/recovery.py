@@ -19,7 +19,7 @@ from storage.objects.describing import describe, said_in_spool
 from storage.objects.volume import NoRoom, set_aside
 from storage.objects.volumes import Volumes
 from storage.state.catalogue import Batch, Catalogue
-from storage.state.description import packed, with_description
+from storage.state.description import has_room, packed, with_description
 from storage.state.logged import logged, record_of
 from storage.state.model import Entry, Location, Put
 
@@ -130,7 +130,8 @@ def _write_again(catalogue: Catalogue, volumes: Volumes, entry: Entry, data: byt
         if (volume.id, path) in catalogue.leaving_paths():
             path = catalogue.path_of(entry, {}, own_name=True)
     location = Location(volume.id, spooled.name, path)
-    catalogue.write(Batch(moved={entry.seq: location}))
+    said = catalogue.meta("lineage", "") and isinstance(put := entry.operation, Put) and has_room(data[: put.offset])
+    catalogue.write(Batch(moved={entry.seq: location}, meta={} if said else {"undescribed": True}))
     if path:
         try:
             volume.sync_directories(volume.publish(location.spool, path))

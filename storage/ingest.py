@@ -17,7 +17,7 @@ from conf.settings import ClusterSettings
 from storage import crash
 from storage.journal import Journal
 from storage.objects.copies import Copies
-from storage.objects.incoming import Incoming
+from storage.objects.incoming import Incoming, seen
 from storage.objects.lookups import Lookups
 from storage.objects.upload import Upload
 from storage.objects.volume import NoRoom
@@ -229,7 +229,7 @@ class Ingest:
         """Propose an entry. Its bytes are still to land, and the effects to be carried out."""
         seq = self._core.propose(self._clock())
         waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        waiting.add_done_callback(_seen)  # whoever waits may have given up before
+        waiting.add_done_callback(seen)  # whoever waits may have given up before
         pending = Pending(Entry(self._core.epoch, seq, operation), None, stream, waiting)
         self._pendings.add(pending)
         return pending, waiting
@@ -248,11 +248,6 @@ class Ingest:
         else:
             pending.location = incoming.location
             self._journal.append(pending.entry, pending.location)
-
-
-def _seen(waiting: "asyncio.Future[None]") -> None:
-    if not waiting.cancelled():
-        waiting.exception()
 
 
 def _same_bytes(put: Put, known: Put) -> bool:

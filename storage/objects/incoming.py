@@ -150,7 +150,7 @@ class Incoming:
 
     def _written(self, job: "asyncio.Future[Spooled]", size: int, attempt: int) -> None:
         if attempt != self._attempt:
-            _seen(job)
+            seen(job)
             return
         self._job = self._since = None
         self._queued_bytes -= size
@@ -407,7 +407,7 @@ class Incoming:
 
     def _last_written(self, job: "asyncio.Future[None]", attempt: int) -> None:
         if attempt != self._attempt:
-            _seen(job)
+            seen(job)
             return
         self._since = None
         self._queue = []
@@ -476,7 +476,7 @@ def _discard(spooled: Spooled) -> None:
         spooled.discard()
 
 
-def _seen(job: "asyncio.Future[Any]") -> None:
+def seen(job: "asyncio.Future[Any]") -> None:
     """Its error is nobody's business any more."""
     if not job.cancelled():
         job.exception()

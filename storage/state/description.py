@@ -91,12 +91,14 @@ class Deletion(msgspec.Struct, frozen=True):
     def takes(self, put: Put, said: Description | None) -> bool:
         """It came after this instance, and names it. Of files of another log, or that don't say it, the wall clock
         tells."""
-        of_it = (
-            put.study == self.study and self.series in ("", put.series) and self.sop_instance in ("", put.sop_instance)
-        )
         if said is not None and said.lineage.hex() == self.lineage:
-            return of_it and said.seq < self.seq
-        return of_it and (said.received if said else put.received) < self.at
+            return names(self, put) and said.seq < self.seq
+        return names(self, put) and (said.received if said else put.received) < self.at
+
+
+def names(gone: Delete | Deletion, put: Put) -> bool:
+    """A deletion is of this instance, whenever either came."""
+    return gone.study == put.study and gone.series in ("", put.series) and gone.sop_instance in ("", put.sop_instance)
 
 
 _deletion = msgspec.json.Decoder(Deletion)

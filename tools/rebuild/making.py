@@ -2,10 +2,9 @@
 
 From files: every file of the readable trees, what is complete in the spool folders (acknowledged and not yet
 published), and what only the log has. What a file should be says the old catalogue, where it can still be read, or else
-the file itself; one that is something else now isn't taken for the truth: its entry stays, and its copy is
-missing, unless the log has it. What the old catalogue, or a volume's list of deletions, knows to be deleted, or on its
-way out, stays so. The log that is
-made is a new one and never joins another.
+the file itself; one that is something else now isn't taken for the truth: its entry stays, and its copy is missing,
+unless the log has it. What the old catalogue, or a volume's list of deletions, knows to be deleted, or on its way out,
+stays so. The log that is made is a new one and never joins another.
 
 The new catalogue is made beside the old one and takes its place when it is complete: whatever ends the tool before
 leaves the old one where it was.
@@ -36,7 +35,7 @@ from storage.objects.local_files import exchange, fsync_directory
 from storage.objects.local_volume import LocalVolume, read_marker
 from storage.objects.volume import FOLDERS, Volume, VolumeOffline
 from storage.state.catalogue import FORMAT, Batch, Catalogue
-from storage.state.description import Deletion, Description, deletions_of
+from storage.state.description import Deletion, Description, deletions_of, names
 from storage.state.kv import Transaction
 from storage.state.logged import logged
 from storage.state.model import Delete, Entry, Instance, Location, Put, Tombstone, encode
@@ -207,7 +206,7 @@ class Rebuilding:
                 case Put() as put:
                     newest[put.sop_instance] = record.seq, put
                 case Delete() as gone:
-                    newest = {uid: found for uid, found in newest.items() if not _names(gone, found[1])}
+                    newest = {uid: found for uid, found in newest.items() if not names(gone, found[1])}
         own = not self._old.known or kept.lineage == self._old.log
         for seq, put in sorted(newest.values(), key=lambda found: found[0]):
             newer = own and seq > self._old.applied
@@ -277,9 +276,8 @@ class Rebuilding:
         if location is None or volume is None:
             return None
         with contextlib.suppress(OSError):
-            for name in (f"archive/{location.path}", f"spool/{location.spool}"):
-                with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                    return description_of(volume, name)
+            name = volume.locate(location)
+            return description_of(volume, name) if name else None
         return None
 
     def _is_there(self, table: str, key: bytes) -> bool:
@@ -321,14 +319,6 @@ def written(volumes: Iterable[Volume], digest: bytes, data: bytes) -> Location:
     spooled.finish(digest)
     volume.sync_spool()
     return Location(volume.id, spooled.name, "")
-
-
-def _names(delete: Delete, put: Put) -> bool:
-    return (
-        delete.study == put.study
-        and delete.series in ("", put.series)
-        and delete.sop_instance in ("", put.sop_instance)
-    )
 
 
 def _put_all(txn: Transaction, table: str, rows: list[tuple[bytes, bytes]]) -> None:

@@ -53,10 +53,6 @@ def status_of(lab: Lab, node: str) -> dict[str, Any]:
     return lab.node_status(node) or {}
 
 
-def whole(lab: Lab) -> bool:
-    return lab.in_sync() and all(status_of(lab, node).get("healing", {}).get("missing") == 0 for node in NODES)
-
-
 def copy_rate(source: Path, target: Path, rounds: int = 3) -> float:
     """Bytes a second of `cp` with a sync at the end, median."""
     rates = []
@@ -76,7 +72,7 @@ def heal(count: int, folder: Path | None) -> None:
         label = "CT"
         item = sample(label)
         send(item, range(count))
-        wait_for("both copies", lambda: whole(lab), WAIT_S)
+        wait_for("both copies", lab.complete, WAIT_S)
         node = "b" if lab.primary() == "a" else "a"
         full = max(lab.volumes(node), key=lambda path: len(list((path / "archive").rglob("*.dcm"))))
         source = max(lab.volumes(str(lab.primary())), key=lambda path: len(list((path / "archive").rglob("*.dcm"))))
@@ -85,7 +81,7 @@ def heal(count: int, folder: Path | None) -> None:
         lab.disks(node).fail(lab.volumes(node).index(full) + 1)
         wait_for("it to be noticed", lambda: status_of(lab, node)["healing"]["missing"] > 0, WAIT_S, 0.005)
         start = time.perf_counter()
-        wait_for("the copies", lambda: whole(lab), WAIT_S, 0.05)
+        wait_for("the copies", lab.complete, WAIT_S, 0.05)
         rate = copies * len(item.data) / (time.perf_counter() - start)
         click.echo(
             f"{label}: cp {plain / 1e6:.0f} MB/s, healing {copies} copies {rate / 1e6:.0f} MB/s: {rate / plain:.2f}"
@@ -132,7 +128,7 @@ def rebuild(count: int, folder: Path | None) -> None:
 
     with pair(folder, 1) as lab:
         send(sample("MR"), range(count))
-        wait_for("both copies", lambda: whole(lab), WAIT_S)
+        wait_for("both copies", lab.complete, WAIT_S)
         settings = load(lab.config("b"), {})
         lab.power_off("b")
         rates = []

@@ -206,14 +206,6 @@ def compare_copies(lab: Lab, report: Report) -> None:
     report.add("both copies", f"{len(digests[0])} and {len(digests[1])} files, {'same' if same else 'DIFFERENT'}", same)
 
 
-def both_quiet(lab: Lab) -> bool:
-    """In sync, and what is committed is published on both."""
-    if not lab.in_sync():
-        return False
-    counts = [status and status["instances"] for status in (lab.node_status(node) for node in ("a", "b"))]
-    return counts[0] == counts[1]
-
-
 def demo(lab: Lab, folder: Path, report: Report) -> None:
     modality = Modality(lab)
     send_real_files(modality, report)
@@ -225,8 +217,10 @@ def demo(lab: Lab, folder: Path, report: Report) -> None:
     started = time.monotonic()
     lab.power_on(lost)
     with console.status(f"{lost} is on again and catches up ..."):
-        wait_for("the returned node to catch up", lambda: both_quiet(lab), SYNC_TIMEOUT_S)
-    report.add(f"{lost} caught up", f"{time.monotonic() - started:.1f} s after power-on", True)
+        lab.wait_in_sync(SYNC_TIMEOUT_S)
+        report.add(f"{lost} in sync again", f"{time.monotonic() - started:.1f} s after power-on", True)
+        wait_for("the returned node to have every copy", lab.complete, SYNC_TIMEOUT_S)
+    report.add(f"{lost} has every copy", f"{time.monotonic() - started:.1f} s after power-on", True)
     compare_copies(lab, report)
 
 

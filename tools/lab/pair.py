@@ -378,6 +378,12 @@ class Lab:
         modes = sorted(str(status["mode"]) for status in found if status)
         return modes == ["PAIR", "SYNC"] and any(status and status["vips"] for status in found)
 
+    def complete(self) -> bool:
+        """In sync, and neither node lacks a copy of anything."""
+        found = [self.node_status(node) or {} for node in NODES]
+        same = len({status.get("instances") for status in found}) == 1
+        return self.in_sync() and same and all(status.get("healing", {}).get("missing") == 0 for status in found)
+
     def wait_in_sync(self, timeout_s: float) -> None:
         wait_for(f"the pair to be in sync (logs in {self.dir}/NODE/log)", self.in_sync, timeout_s)
 

@@ -23,6 +23,8 @@ PURE: Final = {
     "gateway/dicom/upper_layer.py",
     "gateway/dicom/dimse.py",
     "storage/replication/replica.py",
+    "storage/state/files.py",
+    "storage/state/file_rows.py",
     "storage/replication/effects.py",
     "storage/replication/epochs.py",
     "storage/replication/messages.py",

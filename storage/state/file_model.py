@@ -1,0 +1,108 @@
+"""The records of the share's files: inodes, and the changes to names and attributes that the log has."""
+
+import msgspec
+
+ROOT: int = 1  # inode number of the share's topmost folder
+
+
+class Inode(msgspec.Struct, frozen=True, array_like=True):
+    """What stat(2) tells. Times are nanoseconds since the epoch."""
+
+    mode: int  # kind and permissions, as st_mode
+    uid: int
+    gid: int
+    nlink: int
+    size: int  # bytes: of a file when it was flushed last, of a symbolic link's target
+    atime: int
+    mtime: int
+    ctime: int
+    rdev: int = 0  # of a device
+    parent: int = 0  # of a folder: the inode it is in
+    target: bytes = b""  # of a symbolic link
+
+
+class Make(msgspec.Struct, frozen=True, tag="make", array_like=True):
+    """A file, folder, symbolic link, FIFO, socket or device comes to be, with the next inode number."""
+
+    parent: int
+    name: bytes
+    mode: int  # with its kind
+    uid: int
+    gid: int
+    at: int
+    rdev: int = 0
+    target: bytes = b""
+
+
+class Link(msgspec.Struct, frozen=True, tag="link", array_like=True):
+    """One more name for what isn't a folder."""
+
+    inode: int
+    parent: int
+    name: bytes
+    at: int
+
+
+class Remove(msgspec.Struct, frozen=True, tag="remove", array_like=True):
+    """unlink(2), or rmdir(2) of a `folder`. `held`: it is open, so it lives on without a name until `Drop`."""
+
+    parent: int
+    name: bytes
+    folder: bool
+    at: int
+    held: bool = False
+
+
+class Rename(msgspec.Struct, frozen=True, tag="rename", array_like=True):
+    """rename(2), or renameat2(2) with `no_replace` or `exchange`. `held`: what it replaces is open."""
+
+    parent: int
+    name: bytes
+    to_parent: int
+    to_name: bytes
+    at: int
+    no_replace: bool = False
+    exchange: bool = False
+    held: bool = False
+
+
+class SetAttributes(msgspec.Struct, frozen=True, tag="set", array_like=True):
+    """chmod(2), chown(2), utimensat(2): what is None stays. Of `mode` the permissions count."""
+
+    inode: int
+    at: int
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    atime: int | None = None
+    mtime: int | None = None
+
+
+class SetXattr(msgspec.Struct, frozen=True, tag="set-xattr", array_like=True):
+    """setxattr(2): `create` and `replace` as its flags."""
+
+    inode: int
+    name: bytes
+    value: bytes
+    at: int
+    create: bool = False
+    replace: bool = False
+
+
+class RemoveXattr(msgspec.Struct, frozen=True, tag="remove-xattr", array_like=True):
+    inode: int
+    name: bytes
+    at: int
+
+
+class Drop(msgspec.Struct, frozen=True, tag="drop", array_like=True):
+    """What has no name any more isn't open any more either."""
+
+    inode: int
+
+
+Change = Make | Link | Remove | Rename | SetAttributes | SetXattr | RemoveXattr | Drop
+
+_encoder = msgspec.msgpack.Encoder()
+encode = _encoder.encode
+decode_inode = msgspec.msgpack.Decoder(Inode).decode

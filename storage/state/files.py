@@ -1,0 +1,320 @@
+"""Names and attributes of the share's files: a state machine on the log, with the rules of POSIX.
+
+What changes them is decided by `apply` alone, from the rows and the change, so two nodes that apply the same log have
+the same rows. What it refuses, it refuses before it has changed anything. Who may do what, the kernel asks before.
+
+Invariants of the rows (`file_rows`), checked by `file_soundness`: each row of `file_names` has one in `file_listing` and
+one in `file_folded`, and the other way round; `nlink` of a file is the number of its names, of a folder 2 and one for
+each folder in it; a folder has one name, and its way up ends at the root; an inode without a name is an orphan, and no
+other is.
+"""
+
+import errno
+import stat
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from storage.state.file_model import (
+    Change,
+    Drop,
+    Inode,
+    Link,
+    Make,
+    Remove,
+    RemoveXattr,
+    Rename,
+    SetAttributes,
+    SetXattr,
+    encode,
+)
+from storage.state.file_rows import (
+    FIRST,
+    NAME_BYTES_MAX,
+    Named,
+    find,
+    folded_key,
+    folder,
+    inode,
+    is_below,
+    is_empty,
+    lookup,
+    number_key,
+    number_of,
+    refuse,
+    xattr_names,
+)
+from storage.state.kv import Transaction
+
+PERMISSIONS: Final = 0o7777
+XATTR_NAMES_BYTES_MAX: Final = 64 << 10  # of one inode: what listxattr(2) can give
+
+
+@dataclass(frozen=True)
+class Applied:
+    """`inode`: what the change was about. `gone`: inodes that are no more; their bytes can go."""
+
+    inode: int
+    gone: tuple[int, ...] = ()
+
+
+def apply(txn: Transaction, change: Change) -> Applied:
+    """Carry a change out. Raises FileRefused as the system call would; then nothing was changed."""
+    if isinstance(change, Make):
+        return _make(txn, change)
+    if isinstance(change, Link):
+        return _link(txn, change)
+    if isinstance(change, Remove):
+        return _remove(txn, change)
+    if isinstance(change, Rename):
+        return _rename(txn, change)
+    if isinstance(change, SetAttributes):
+        return _set_attributes(txn, change)
+    if isinstance(change, SetXattr):
+        return _set_xattr(txn, change)
+    if isinstance(change, RemoveXattr):
+        return _remove_xattr(txn, change)
+    return _drop(txn, change)
+
+
+def _make(txn: Transaction, change: Make) -> Applied:
+    parent = _free_place(txn, change.parent, change.name)
+    mode, gid, is_folder = change.mode, change.gid, stat.S_ISDIR(change.mode)
+    if parent.mode & stat.S_ISGID:  # inode(7): what is made there belongs to the folder's group
+        gid = parent.gid
+        mode |= stat.S_ISGID if is_folder else 0
+    number = _next(txn)
+    made = Inode(
+        mode=mode,
+        uid=change.uid,
+        gid=gid,
+        nlink=2 if is_folder else 1,
+        size=len(change.target),
+        atime=change.at,
+        mtime=change.at,
+        ctime=change.at,
+        rdev=change.rdev,
+        parent=change.parent if is_folder else 0,
+        target=change.target,
+    )
+    _put(txn, number, made)
+    _add_name(txn, change.parent, Named(number, number, change.name))
+    _touch(txn, change.parent, change.at, links=is_folder)
+    return Applied(number)
+
+
+def _link(txn: Transaction, change: Link) -> Applied:
+    linked = inode(txn, change.inode)
+    _free_place(txn, change.parent, change.name)
+    if stat.S_ISDIR(linked.mode):
+        refuse(errno.EPERM)
+    if not linked.nlink:
+        refuse(errno.ENOENT)
+    _put(txn, change.inode, msgspec.structs.replace(linked, nlink=linked.nlink + 1, ctime=change.at))
+    _add_name(txn, change.parent, Named(change.inode, _next(txn), change.name))
+    _touch(txn, change.parent, change.at)
+    return Applied(change.inode)
+
+
+def _remove(txn: Transaction, change: Remove) -> Applied:
+    named = lookup(txn, change.parent, change.name)
+    is_folder = stat.S_ISDIR(inode(txn, named.inode).mode)
+    if change.folder:
+        if not is_folder:
+            refuse(errno.ENOTDIR)
+        if not is_empty(txn, named.inode):
+            refuse(errno.ENOTEMPTY)
+    elif is_folder:
+        refuse(errno.EISDIR)
+    _take_name(txn, change.parent, named)
+    gone = _unlinked(txn, named.inode, change.at, held=change.held)
+    _touch(txn, change.parent, change.at, links=-1 if is_folder else 0)
+    return Applied(named.inode, gone)
+
+
+def _rename(txn: Transaction, change: Rename) -> Applied:
+    named = lookup(txn, change.parent, change.name)
+    _check_name(change.to_name)
+    folder(txn, change.to_parent)
+    target = find(txn, change.to_parent, change.to_name)
+    moved = inode(txn, named.inode)
+    if change.exchange and (change.no_replace or target is None):
+        refuse(errno.EINVAL if change.no_replace else errno.ENOENT)
+    if change.no_replace and target is not None:
+        refuse(errno.EEXIST)
+    _not_below(txn, named.inode, moved, change.to_parent)
+    if target is None:
+        _move(txn, change, named, moved)
+        return Applied(named.inode)
+    there = inode(txn, target.inode)
+    if change.exchange:
+        _not_below(txn, target.inode, there, change.parent)
+        if named.inode != target.inode:
+            _exchange(txn, change, named, target)
+        return Applied(named.inode)
+    if named.inode == target.inode:
+        return Applied(named.inode)  # rename(2): two names of one file stay as they are
+    if stat.S_ISDIR(there.mode):
+        if not is_below(txn, change.parent, target.inode) and not stat.S_ISDIR(moved.mode):
+            refuse(errno.EISDIR)
+        if not is_empty(txn, target.inode):
+            refuse(errno.ENOTEMPTY)
+    elif stat.S_ISDIR(moved.mode):
+        refuse(errno.ENOTDIR)
+    _take_name(txn, change.to_parent, target)
+    gone = _unlinked(txn, target.inode, change.at, held=change.held)
+    if stat.S_ISDIR(there.mode):
+        _touch(txn, change.to_parent, change.at, links=-1)
+    _move(txn, change, named, moved)
+    return Applied(named.inode, gone)
+
+
+def _set_attributes(txn: Transaction, change: SetAttributes) -> Applied:
+    old = inode(txn, change.inode)
+    new = msgspec.structs.replace(
+        old,
+        mode=old.mode if change.mode is None else (old.mode & ~PERMISSIONS) | (change.mode & PERMISSIONS),
+        uid=old.uid if change.uid is None else change.uid,
+        gid=old.gid if change.gid is None else change.gid,
+        atime=old.atime if change.atime is None else change.atime,
+        mtime=old.mtime if change.mtime is None else change.mtime,
+        ctime=change.at,
+    )
+    _put(txn, change.inode, new)
+    return Applied(change.inode)
+
+
+def _set_xattr(txn: Transaction, change: SetXattr) -> Applied:
+    there = inode(txn, change.inode)
+    key = number_key(change.inode) + change.name
+    known = txn.get("file_xattrs", key) is not None
+    if known and change.create:
+        refuse(errno.EEXIST)
+    if not known and change.replace:
+        refuse(errno.ENODATA)
+    if not known:
+        names = xattr_names(txn, change.inode)
+        if sum(len(name) + 1 for name in (*names, change.name)) > XATTR_NAMES_BYTES_MAX:
+            refuse(errno.ENOSPC)
+    txn.put("file_xattrs", key, change.value)
+    _put(txn, change.inode, msgspec.structs.replace(there, ctime=change.at))
+    return Applied(change.inode)
+
+
+def _remove_xattr(txn: Transaction, change: RemoveXattr) -> Applied:
+    there = inode(txn, change.inode)
+    if not txn.delete("file_xattrs", number_key(change.inode) + change.name):
+        refuse(errno.ENODATA)
+    _put(txn, change.inode, msgspec.structs.replace(there, ctime=change.at))
+    return Applied(change.inode)
+
+
+def _drop(txn: Transaction, change: Drop) -> Applied:
+    if not txn.delete("file_orphans", number_key(change.inode)):
+        refuse(errno.ENOENT)
+    _forget(txn, change.inode)
+    return Applied(change.inode, (change.inode,))
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+def _not_below(txn: Transaction, number: int, moved: Inode, to_parent: int) -> None:
+    if stat.S_ISDIR(moved.mode) and is_below(txn, to_parent, number):
+        refuse(errno.EINVAL)
+
+
+def _check_name(name: bytes) -> None:
+    if len(name) > NAME_BYTES_MAX:
+        refuse(errno.ENAMETOOLONG)
+    if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
+        refuse(errno.EINVAL)
+
+
+def _free_place(txn: Transaction, parent: int, name: bytes) -> Inode:
+    """The folder in which something new is to be."""
+    found = folder(txn, parent)
+    _check_name(name)
+    if find(txn, parent, name):
+        refuse(errno.EEXIST)
+    if not found.nlink:
+        refuse(errno.ENOENT)  # removed, and somebody is in it
+    return found
+
+
+def _next(txn: Transaction) -> int:
+    raw = txn.get("file_counters", b"next")
+    number = number_of(raw) if raw is not None else FIRST
+    txn.put("file_counters", b"next", number_key(number + 1))
+    return number
+
+
+def _put(txn: Transaction, number: int, row: Inode) -> None:
+    txn.put("file_inodes", number_key(number), encode(row))
+
+
+def _touch(txn: Transaction, number: int, at: int, links: int = 0) -> None:
+    """A folder's names have changed, and by how many folders in it."""
+    row = inode(txn, number)
+    _put(txn, number, msgspec.structs.replace(row, mtime=at, ctime=at, nlink=row.nlink + links))
+
+
+def _add_name(txn: Transaction, parent: int, named: Named) -> None:
+    key, number, position = number_key(parent), number_key(named.inode), number_key(named.position)
+    txn.put("file_names", key + named.name, number + position)
+    txn.put("file_listing", key + position, number + named.name)
+    txn.put("file_folded", folded_key(parent, named), b"")
+
+
+def _take_name(txn: Transaction, parent: int, named: Named) -> None:
+    key, position = number_key(parent), number_key(named.position)
+    txn.delete("file_names", key + named.name)
+    txn.delete("file_listing", key + position)
+    txn.delete("file_folded", folded_key(parent, named))
+
+
+def _unlinked(txn: Transaction, number: int, at: int, *, held: bool) -> tuple[int, ...]:
+    """A name of it was taken. Returns it if it is no more."""
+    row = inode(txn, number)
+    left = 0 if stat.S_ISDIR(row.mode) else row.nlink - 1
+    if not left and not held:
+        _forget(txn, number)
+        return (number,)
+    _put(txn, number, msgspec.structs.replace(row, nlink=left, ctime=at))
+    if not left:
+        txn.put("file_orphans", number_key(number), b"")
+    return ()
+
+
+def _forget(txn: Transaction, number: int) -> None:
+    for name in xattr_names(txn, number):
+        txn.delete("file_xattrs", number_key(number) + name)
+    txn.delete("file_inodes", number_key(number))
+
+
+def _move(txn: Transaction, change: Rename, named: Named, moved: Inode) -> None:
+    is_folder = stat.S_ISDIR(moved.mode)
+    _take_name(txn, change.parent, named)
+    _add_name(txn, change.to_parent, Named(named.inode, _next(txn), change.to_name))
+    _touch(txn, change.parent, change.at, links=-1 if is_folder else 0)
+    _touch(txn, change.to_parent, change.at, links=1 if is_folder else 0)
+    _moved(txn, named.inode, change.to_parent, change.at)
+
+
+def _exchange(txn: Transaction, change: Rename, named: Named, target: Named) -> None:
+    _take_name(txn, change.parent, named)
+    _take_name(txn, change.to_parent, target)
+    _add_name(txn, change.parent, Named(target.inode, named.position, named.name))
+    _add_name(txn, change.to_parent, Named(named.inode, target.position, target.name))
+    folders = stat.S_ISDIR(inode(txn, named.inode).mode) - stat.S_ISDIR(inode(txn, target.inode).mode)
+    _touch(txn, change.parent, change.at, links=-folders)
+    _touch(txn, change.to_parent, change.at, links=folders)
+    _moved(txn, named.inode, change.to_parent, change.at)
+    _moved(txn, target.inode, change.parent, change.at)
+
+
+def _moved(txn: Transaction, number: int, parent: int, at: int) -> None:
+    row = inode(txn, number)
+    parent = parent if stat.S_ISDIR(row.mode) else 0
+    _put(txn, number, msgspec.structs.replace(row, ctime=at, parent=parent))

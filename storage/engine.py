@@ -19,7 +19,8 @@ from conf.telling import reason_of
 from storage import crash
 from storage.control import Report, Tell
 from storage.environment import Surroundings, real
-from storage.ingest import NotServing
+from storage.files.namespace import Namespace
+from storage.ingest import NotServing, Proposal
 from storage.objects.upload import Upload
 from storage.objects.volume import NoRoom
 from storage.parts import DISK_THREADS, Parts
@@ -34,10 +35,11 @@ from storage.replication.effects import (
     SteppedDown,
     Transmit,
 )
-from storage.replication.messages import Ack, AnyMessage, Pong
+from storage.replication.messages import KNOWS_FILES, Ack, AnyMessage, Pong
 from storage.replication.pending import Pending, Pendings
+from storage.state.file_model import Change
 from storage.state.formats import bring_up_to_date
-from storage.state.model import Delete, Forget, Put, Task, TaskDone
+from storage.state.model import Delete, Files, Forget, Put, Task, TaskDone
 from storage.state.soundness import closed
 from storage.upkeep.disks import LOOK_THREADS
 from storage.upkeep.recovery import recover
@@ -49,6 +51,7 @@ TICK_S: Final = 0.1
 STATE_LOOK_TICKS: Final = 10
 STATE_RESERVE_BYTES: Final = 48 << 20  # kept free where catalogue and log are
 LAPSED_S: Final = 2.0
+SETTLE_S: Final = 0.02  # between two looks whether what was proposed is committed
 
 
 class Engine(Parts):
@@ -238,6 +241,23 @@ class Engine(Parts):
         """Have both nodes note a task, or its end. Raises NotServing."""
         await self.ingest.commit(operation)
 
+    def propose_files(self, change: Change) -> Proposal:
+        """Put a change of the share's files behind all others in the log. Raises NotServing."""
+        return self.ingest.propose_files(change)
+
+    async def begin_files(self) -> Namespace:
+        """The share's names, once all that was ever proposed is in the catalogue; for the one writer that there is,
+        while this node leads. Raises NotServing."""
+        proposed = self.core.accepted
+        while True:
+            await self.settled()
+            if not self.may_serve:
+                raise NotServing("not the primary")
+            if self.journal.applied >= proposed:
+                break
+            await asyncio.sleep(SETTLE_S)
+        return Namespace(self.catalogue.kv, self.propose_files)
+
     async def _commit_forget(self, forget: Forget) -> None:
         with contextlib.suppress(NotServing):
             await self.ingest.commit(forget)
@@ -350,6 +370,8 @@ class Engine(Parts):
                 self._pendings.add(pending)
             if isinstance(pending.entry.operation, Forget):
                 self.core.forget(pending.entry.operation.upto, self.clock())
+            elif isinstance(pending.entry.operation, Files):
+                self.core.need(KNOWS_FILES)
             self.journal.apply(pending.entry, pending.location)
             self._queued = seq
 

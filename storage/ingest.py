@@ -8,6 +8,7 @@ needs both. Should this node's last disk fail then, it stops leading, and whoeve
 import asyncio
 import errno
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -23,12 +24,13 @@ from storage.objects.upload import Upload
 from storage.objects.volume import NoRoom
 from storage.objects.volumes import Volumes
 from storage.replication.duty import Duty
-from storage.replication.messages import PLACES_STREAMS
+from storage.replication.messages import KNOWS_FILES, PLACES_STREAMS
 from storage.replication.peering import Peering
 from storage.replication.pending import Pending, Pendings
 from storage.replication.replica import Replica
 from storage.state.catalogue import Catalogue
-from storage.state.model import Delete, Entry, Forget, Operation, Put, Task, TaskDone
+from storage.state.file_model import Change
+from storage.state.model import Delete, Entry, Files, Forget, Operation, Put, Task, TaskDone
 from storage.workers import Threads
 
 COMMIT_S: Final = 60.0  # longer than any change of the in-sync set takes
@@ -40,6 +42,22 @@ class NotServing(Exception):
 
 class Conflict(Exception):
     """The SOP Instance UID is taken by other bytes; the newcomer is in quarantine."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """An entry on its way. `seq`: its number in the log."""
+
+    seq: int
+    _waiting: "asyncio.Future[None]"
+    _committed: "Callable[[asyncio.Future[None]], Awaitable[None]]"
+
+    async def committed(self) -> None:
+        """Wait until both nodes will carry it out. Raises NotServing; then it isn't known whether they will."""
+        try:
+            await self._committed(self._waiting)
+        except NoRoom as error:
+            raise NotServing(str(error)) from error
 
 
 class Ingest:
@@ -104,15 +122,24 @@ class Ingest:
 
     async def commit(self, operation: Delete | Task | TaskDone | Forget) -> None:
         """Commit a change that brings no bytes; returns when both nodes will carry it out. Raises NotServing."""
+        await self.propose(operation).committed()
+
+    def propose(self, operation: Delete | Task | TaskDone | Forget | Files) -> "Proposal":
+        """Put a change that brings no bytes behind all others in the log. Raises NotServing."""
         if not self._duty.may_serve:
             raise NotServing("not the primary")
         pending, waiting = self._pend(operation, 0)
         self._journal.append(pending.entry, None)
         self._flush()
-        try:
-            await self._committed(waiting)
-        except NoRoom as error:
-            raise NotServing(str(error)) from error
+        return Proposal(pending.entry.seq, waiting, self._committed)
+
+    def propose_files(self, change: Change) -> "Proposal":
+        """The same for a change of the share's files. Raises NotServing."""
+        core = self._core
+        if core.peer_hello is not None and core.peer_hello.features < KNOWS_FILES:
+            raise NotServing(f"node {core.peer} runs a version that doesn't know the share's files: upgrade it")
+        core.need(KNOWS_FILES)
+        return self.propose(Files(change))
 
     async def put(self, upload: Upload, make: Callable[[bytes, int], Put]) -> bool:
         """Commit a finished object. `make(digest, length)` gives its record.

@@ -149,7 +149,8 @@ class Journal:
         return self._unlanded_bytes < UNLANDED_BYTES_MAX and self._log.used < 1
 
     def _append(self, ready: Ready) -> None:
-        self._appended_at = asyncio.get_running_loop().time()
+        if isinstance(ready.entry.operation, Put):
+            self._appended_at = asyncio.get_running_loop().time()
         self._appending.append(ready)
 
     def _logged(self, readies: list[Ready]) -> None:
@@ -218,10 +219,11 @@ class Journal:
         self._next.gone.extend(keys)
         await self._flushed()
 
-    async def quiet(self) -> None:
-        """Return when no images have come in for a moment."""
+    async def quiet(self, at_most_s: float) -> None:
+        """Return when no images have come in for a moment, or after so long."""
         loop = asyncio.get_running_loop()
-        while (rest := self._appended_at + BUSY_S - loop.time()) > 0:  # noqa: ASYNC110 - each append moves the time
+        until = loop.time() + at_most_s
+        while (rest := min(self._appended_at + BUSY_S, until) - loop.time()) > 0:  # noqa: ASYNC110 - appends move it
             await asyncio.sleep(rest)
 
     async def record(self, truncate_after: int | None = None, **meta: Any) -> None:

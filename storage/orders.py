@@ -29,6 +29,7 @@ log = structlog.get_logger()
 
 DIFFERENCES_MAX: Final = 100
 DRAIN_BATCH: Final = 16
+DRAIN_REST_S: Final = 1.0  # at most between two batches, while images come in
 DAY_S: Final = 86400.0
 
 Progress = Callable[[int, int], None]
@@ -113,7 +114,7 @@ class Service:
             moved += len(await engine.journal.move({seq: incoming.location for seq, incoming in found.items()}))
             start, done = batch[-1][0] + 1, done + len(batch)
             progress(done, max(held, done))
-            await engine.journal.quiet()
+            await engine.journal.quiet(DRAIN_REST_S)
         return {"moved": moved, "left": await self._held(volume.id)}
 
     async def _held(self, volume_id: str) -> int:

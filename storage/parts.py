@@ -22,7 +22,7 @@ from storage.replication.effects import (
 )
 from storage.replication.epochs import Epochs
 from storage.replication.follower import Follower
-from storage.replication.messages import AnyMessage
+from storage.replication.messages import KNOWS_FILES, AnyMessage
 from storage.replication.network import Network
 from storage.replication.peering import Peering
 from storage.replication.pending import Pendings
@@ -197,6 +197,8 @@ class Parts:
             str(self.catalogue.meta("lineage", "")),
         )
         core.forgotten = int(self.catalogue.meta("forgotten", 0))
+        with self.catalogue.kv.read() as txn:
+            core.need(KNOWS_FILES if txn.count("file_counters") else 0)
         if cluster:
             core.grants.given_until = self.clock() + limits.grant_s  # a promise given before a restart still holds
         return core

@@ -49,7 +49,7 @@ def node_status(engine: Engine) -> dict[str, Any]:
         "share": engine.told.share,
         "etcd": engine.told.etcd_ok,
         "heard": dict(engine.journal.heard),
-        "trouble": engine.told.trouble or _foreign(engine),
+        "trouble": engine.told.trouble or _foreign(engine) or _outdated(engine),
         "alarms": list(engine.told.alarms),
         "peer_version": engine.peering.routes.peer_version,
         "links": engine.peering.routes.status(),
@@ -133,6 +133,14 @@ def _single_copy(engine: Engine, instances: int) -> int:
     in_sync = core.peer in core.in_sync.confirmed if core.leading else core.joined
     unsent = 0 if in_sync else max(0, core.commit - _known_of_peer(engine))
     return min(instances, unsent + engine.peer_missing)
+
+
+def _outdated(engine: Engine) -> str:
+    """The other node wouldn't understand the log."""
+    core = engine.core
+    if core.peer_hello is None or core.peer_hello.features >= core.needs_features:
+        return ""
+    return f"node {core.peer} runs a version that doesn't know the share's files, and can't follow: upgrade it"
 
 
 def _foreign(engine: Engine) -> str:

@@ -133,6 +133,10 @@ class Replica(Following):
         if self.leading and self._f.stage is not Stage.UNLINKED and self._f.acked < upto:
             self._end_link("it hasn't got what is forgotten from now on", now)
 
+    def need(self, features: int) -> None:
+        """The log says something that older versions don't understand: they are no longer welcome as followers."""
+        self.needs_features = max(self.needs_features, features)
+
     def alive(self, now: float) -> None:
         """Something came from the peer on the present link, if only a part of a message."""
         if self._linked and self._lost_at is None:
@@ -272,6 +276,8 @@ class Replica(Following):
         behind_by, must = self.commit - match, match < self.forgotten
         far = self.rolled_forward and behind_by > max(self.limits.state_after, self.instances // STATE_SHARE)
         state = (far or must) and hello.features >= TAKES_STATE
+        if hello.features < self.needs_features:
+            return  # it wouldn't understand what the log says; it may go on giving copies of what it has
         if must and not state:
             return  # an older version can't; it may go on giving copies of what it has
         self._out.append(Send(Welcome(self.epoch, self._f.session, match, self.commit, self.lineage, state, must)))

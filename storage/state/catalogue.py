@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from storage.replication.epochs import Epochs
-from storage.state import changes, entries, instances, places, rows, transfer
+from storage.state import changes, entries, file_rows, instances, places, rows, transfer
 from storage.state.changes import ADOPTED, same_copy
 from storage.state.description import Description, lineage_of
 from storage.state.entries import seq_key, seq_of
@@ -39,7 +39,8 @@ __all__ = ["ADOPTED", "Batch", "Catalogue", "same_copy", "seq_key"]
 T = TypeVar("T")
 # 1: 0.1, without a number; 2: lineage, series -> study, studies that name several patients; 3: a log beside it;
 # 4: applied instances only in their row, by what differs within a series; 5: copies by volume, folders by number
-FORMAT: Final = 5
+# 6: the share's files
+FORMAT: Final = 6
 PAGE_ROWS: Final = 500
 COPIES_LOOKED_AT: Final = 8  # of a study, to find a volume that has something of it
 TABLES: Final = (
@@ -68,6 +69,7 @@ TABLES: Final = (
     "series_study",  # series, study -> nothing
     "conflict",  # studies that name more than one patient
     "task",  # ID -> Task that isn't over
+    *file_rows.TABLES,
 )
 
 

@@ -1,16 +1,19 @@
 """What each change does to the tables of the catalogue, inside a transaction."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import msgspec
 
-from storage.state import entries, instances, places, rows
+from storage.state import entries, files, instances, places, rows
 from storage.state.entries import seq_key
+from storage.state.file_rows import FileRefused
 from storage.state.kv import Transaction
 from storage.state.model import (
     Delete,
     Entry,
+    Files,
     Forget,
     Leaving,
     Location,
@@ -115,6 +118,9 @@ def apply(txn: Transaction, entry: Entry, location: Location | None) -> int:
         txn.delete("task", operation.id.encode())
     elif isinstance(operation, Forget):
         forget(txn, operation.upto)
+    elif isinstance(operation, Files):
+        with contextlib.suppress(FileRefused):  # who proposed it asked before; in any case both nodes say the same
+            files.apply(txn, operation.change)
     return 0
 
 

@@ -18,7 +18,7 @@ from typing import Final, NoReturn
 import xxhash
 
 from storage.state.file_model import ROOT, Inode, decode_inode
-from storage.state.kv import Transaction
+from storage.state.kv import KeyValues
 
 TABLES: Final = (
     "file_inodes",
@@ -72,7 +72,7 @@ def number_of(raw: bytes) -> int:
     return int.from_bytes(raw, "big")
 
 
-def inode(txn: Transaction, number: int) -> Inode:
+def inode(txn: KeyValues, number: int) -> Inode:
     """Raises FileRefused (ENOENT)."""
     raw = txn.get("file_inodes", number_key(number))
     if raw is not None:
@@ -80,20 +80,20 @@ def inode(txn: Transaction, number: int) -> Inode:
     return _ROOT if number == ROOT else refuse(errno.ENOENT)
 
 
-def folder(txn: Transaction, number: int) -> Inode:
+def folder(txn: KeyValues, number: int) -> Inode:
     """Raises FileRefused (ENOENT, ENOTDIR)."""
     found = inode(txn, number)
     return found if stat.S_ISDIR(found.mode) else refuse(errno.ENOTDIR)
 
 
-def find(txn: Transaction, parent: int, name: bytes) -> Named | None:
+def find(txn: KeyValues, parent: int, name: bytes) -> Named | None:
     raw = txn.get("file_names", number_key(parent) + name)
     if raw is None:
         return None
     return Named(number_of(raw[:NUMBER_BYTES]), number_of(raw[NUMBER_BYTES:]), name)
 
 
-def lookup(txn: Transaction, parent: int, name: bytes) -> Named:
+def lookup(txn: KeyValues, parent: int, name: bytes) -> Named:
     """Raises FileRefused (ENOENT, ENOTDIR, ENAMETOOLONG)."""
     folder(txn, parent)
     if len(name) > NAME_BYTES_MAX:
@@ -101,7 +101,7 @@ def lookup(txn: Transaction, parent: int, name: bytes) -> Named:
     return find(txn, parent, name) or refuse(errno.ENOENT)
 
 
-def listed(txn: Transaction, parent: int, after: int = 0) -> Iterator[Named]:
+def listed(txn: KeyValues, parent: int, after: int = 0) -> Iterator[Named]:
     """The names in a folder behind a position, in the order of their positions."""
     prefix = number_key(parent)
     for key, value in txn.scan("file_listing", prefix + number_key(after + 1)):
@@ -110,11 +110,11 @@ def listed(txn: Transaction, parent: int, after: int = 0) -> Iterator[Named]:
         yield Named(number_of(value[:NUMBER_BYTES]), number_of(key[NUMBER_BYTES:]), value[NUMBER_BYTES:])
 
 
-def is_empty(txn: Transaction, parent: int) -> bool:
+def is_empty(txn: KeyValues, parent: int) -> bool:
     return next(listed(txn, parent), None) is None
 
 
-def real_name(txn: Transaction, parent: int, name: bytes) -> bytes | None:
+def real_name(txn: KeyValues, parent: int, name: bytes) -> bytes | None:
     """How a name is written there, whatever the case it is asked for in; None if there is none."""
     if find(txn, parent, name):
         return name
@@ -129,13 +129,13 @@ def real_name(txn: Transaction, parent: int, name: bytes) -> bytes | None:
     return None
 
 
-def xattr(txn: Transaction, number: int, name: bytes) -> bytes:
+def xattr(txn: KeyValues, number: int, name: bytes) -> bytes:
     """Raises FileRefused (ENODATA)."""
     value = txn.get("file_xattrs", number_key(number) + name)
     return refuse(errno.ENODATA) if value is None else value
 
 
-def xattr_names(txn: Transaction, number: int) -> list[bytes]:
+def xattr_names(txn: KeyValues, number: int) -> list[bytes]:
     prefix = number_key(number)
     found = []
     for key, _ in txn.scan("file_xattrs", prefix):
@@ -145,7 +145,7 @@ def xattr_names(txn: Transaction, number: int) -> list[bytes]:
     return found
 
 
-def orphans(txn: Transaction) -> list[int]:
+def orphans(txn: KeyValues) -> list[int]:
     """Inodes without a name. When a node begins to lead nobody has them open any more."""
     return [number_of(key) for key, _ in txn.scan("file_orphans")]
 
@@ -164,7 +164,7 @@ def digest_of(folded: str) -> bytes:
     return xxhash.xxh3_64_digest(folded.encode("utf-8", "surrogateescape"))
 
 
-def is_below(txn: Transaction, number: int, above: int) -> bool:
+def is_below(txn: KeyValues, number: int, above: int) -> bool:
     """A folder is another, or somewhere in it."""
     while number not in (above, ROOT):
         number = inode(txn, number).parent

@@ -3,10 +3,10 @@
 What changes them is decided by `apply` alone, from the rows and the change, so two nodes that apply the same log have
 the same rows. What it refuses, it refuses before it has changed anything. Who may do what, the kernel asks before.
 
-Invariants of the rows (`file_rows`), checked by `file_soundness`: each row of `file_names` has one in `file_listing` and
-one in `file_folded`, and the other way round; `nlink` of a file is the number of its names, of a folder 2 and one for
-each folder in it; a folder has one name, and its way up ends at the root; an inode without a name is an orphan, and no
-other is.
+Invariants of the rows (`file_rows`), checked by `file_soundness`: each row of `file_names` has one in `file_listing`
+and one in `file_folded`, and the other way round; `nlink` of a file is the number of its names, of a folder 2 and one
+for each folder in it; a folder has one name, and its way up ends at the root; an inode without a name is an orphan, and
+no other is.
 """
 
 import errno
@@ -45,7 +45,7 @@ from storage.state.file_rows import (
     refuse,
     xattr_names,
 )
-from storage.state.kv import Transaction
+from storage.state.kv import KeyValues
 
 PERMISSIONS: Final = 0o7777
 XATTR_NAMES_BYTES_MAX: Final = 64 << 10  # of one inode: what listxattr(2) can give
@@ -59,7 +59,7 @@ class Applied:
     gone: tuple[int, ...] = ()
 
 
-def apply(txn: Transaction, change: Change) -> Applied:
+def apply(txn: KeyValues, change: Change) -> Applied:
     """Carry a change out. Raises FileRefused as the system call would; then nothing was changed."""
     if isinstance(change, Make):
         return _make(txn, change)
@@ -78,7 +78,7 @@ def apply(txn: Transaction, change: Change) -> Applied:
     return _drop(txn, change)
 
 
-def _make(txn: Transaction, change: Make) -> Applied:
+def _make(txn: KeyValues, change: Make) -> Applied:
     parent = _free_place(txn, change.parent, change.name)
     mode, gid, is_folder = change.mode, change.gid, stat.S_ISDIR(change.mode)
     if parent.mode & stat.S_ISGID:  # inode(7): what is made there belongs to the folder's group
@@ -104,7 +104,7 @@ def _make(txn: Transaction, change: Make) -> Applied:
     return Applied(number)
 
 
-def _link(txn: Transaction, change: Link) -> Applied:
+def _link(txn: KeyValues, change: Link) -> Applied:
     linked = inode(txn, change.inode)
     _free_place(txn, change.parent, change.name)
     if stat.S_ISDIR(linked.mode):
@@ -117,7 +117,7 @@ def _link(txn: Transaction, change: Link) -> Applied:
     return Applied(change.inode)
 
 
-def _remove(txn: Transaction, change: Remove) -> Applied:
+def _remove(txn: KeyValues, change: Remove) -> Applied:
     named = lookup(txn, change.parent, change.name)
     is_folder = stat.S_ISDIR(inode(txn, named.inode).mode)
     if change.folder:
@@ -133,7 +133,7 @@ def _remove(txn: Transaction, change: Remove) -> Applied:
     return Applied(named.inode, gone)
 
 
-def _rename(txn: Transaction, change: Rename) -> Applied:
+def _rename(txn: KeyValues, change: Rename) -> Applied:
     named = lookup(txn, change.parent, change.name)
     _check_name(change.to_name)
     folder(txn, change.to_parent)
@@ -170,7 +170,7 @@ def _rename(txn: Transaction, change: Rename) -> Applied:
     return Applied(named.inode, gone)
 
 
-def _set_attributes(txn: Transaction, change: SetAttributes) -> Applied:
+def _set_attributes(txn: KeyValues, change: SetAttributes) -> Applied:
     old = inode(txn, change.inode)
     new = msgspec.structs.replace(
         old,
@@ -185,7 +185,7 @@ def _set_attributes(txn: Transaction, change: SetAttributes) -> Applied:
     return Applied(change.inode)
 
 
-def _set_xattr(txn: Transaction, change: SetXattr) -> Applied:
+def _set_xattr(txn: KeyValues, change: SetXattr) -> Applied:
     there = inode(txn, change.inode)
     key = number_key(change.inode) + change.name
     known = txn.get("file_xattrs", key) is not None
@@ -202,7 +202,7 @@ def _set_xattr(txn: Transaction, change: SetXattr) -> Applied:
     return Applied(change.inode)
 
 
-def _remove_xattr(txn: Transaction, change: RemoveXattr) -> Applied:
+def _remove_xattr(txn: KeyValues, change: RemoveXattr) -> Applied:
     there = inode(txn, change.inode)
     if not txn.delete("file_xattrs", number_key(change.inode) + change.name):
         refuse(errno.ENODATA)
@@ -210,7 +210,7 @@ def _remove_xattr(txn: Transaction, change: RemoveXattr) -> Applied:
     return Applied(change.inode)
 
 
-def _drop(txn: Transaction, change: Drop) -> Applied:
+def _drop(txn: KeyValues, change: Drop) -> Applied:
     if not txn.delete("file_orphans", number_key(change.inode)):
         refuse(errno.ENOENT)
     _forget(txn, change.inode)
@@ -220,7 +220,7 @@ def _drop(txn: Transaction, change: Drop) -> Applied:
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-def _not_below(txn: Transaction, number: int, moved: Inode, to_parent: int) -> None:
+def _not_below(txn: KeyValues, number: int, moved: Inode, to_parent: int) -> None:
     if stat.S_ISDIR(moved.mode) and is_below(txn, to_parent, number):
         refuse(errno.EINVAL)
 
@@ -232,7 +232,7 @@ def _check_name(name: bytes) -> None:
         refuse(errno.EINVAL)
 
 
-def _free_place(txn: Transaction, parent: int, name: bytes) -> Inode:
+def _free_place(txn: KeyValues, parent: int, name: bytes) -> Inode:
     """The folder in which something new is to be."""
     found = folder(txn, parent)
     _check_name(name)
@@ -243,38 +243,38 @@ def _free_place(txn: Transaction, parent: int, name: bytes) -> Inode:
     return found
 
 
-def _next(txn: Transaction) -> int:
+def _next(txn: KeyValues) -> int:
     raw = txn.get("file_counters", b"next")
     number = number_of(raw) if raw is not None else FIRST
     txn.put("file_counters", b"next", number_key(number + 1))
     return number
 
 
-def _put(txn: Transaction, number: int, row: Inode) -> None:
+def _put(txn: KeyValues, number: int, row: Inode) -> None:
     txn.put("file_inodes", number_key(number), encode(row))
 
 
-def _touch(txn: Transaction, number: int, at: int, links: int = 0) -> None:
+def _touch(txn: KeyValues, number: int, at: int, links: int = 0) -> None:
     """A folder's names have changed, and by how many folders in it."""
     row = inode(txn, number)
     _put(txn, number, msgspec.structs.replace(row, mtime=at, ctime=at, nlink=row.nlink + links))
 
 
-def _add_name(txn: Transaction, parent: int, named: Named) -> None:
+def _add_name(txn: KeyValues, parent: int, named: Named) -> None:
     key, number, position = number_key(parent), number_key(named.inode), number_key(named.position)
     txn.put("file_names", key + named.name, number + position)
     txn.put("file_listing", key + position, number + named.name)
     txn.put("file_folded", folded_key(parent, named), b"")
 
 
-def _take_name(txn: Transaction, parent: int, named: Named) -> None:
+def _take_name(txn: KeyValues, parent: int, named: Named) -> None:
     key, position = number_key(parent), number_key(named.position)
     txn.delete("file_names", key + named.name)
     txn.delete("file_listing", key + position)
     txn.delete("file_folded", folded_key(parent, named))
 
 
-def _unlinked(txn: Transaction, number: int, at: int, *, held: bool) -> tuple[int, ...]:
+def _unlinked(txn: KeyValues, number: int, at: int, *, held: bool) -> tuple[int, ...]:
     """A name of it was taken. Returns it if it is no more."""
     row = inode(txn, number)
     left = 0 if stat.S_ISDIR(row.mode) else row.nlink - 1
@@ -287,13 +287,13 @@ def _unlinked(txn: Transaction, number: int, at: int, *, held: bool) -> tuple[in
     return ()
 
 
-def _forget(txn: Transaction, number: int) -> None:
+def _forget(txn: KeyValues, number: int) -> None:
     for name in xattr_names(txn, number):
         txn.delete("file_xattrs", number_key(number) + name)
     txn.delete("file_inodes", number_key(number))
 
 
-def _move(txn: Transaction, change: Rename, named: Named, moved: Inode) -> None:
+def _move(txn: KeyValues, change: Rename, named: Named, moved: Inode) -> None:
     is_folder = stat.S_ISDIR(moved.mode)
     _take_name(txn, change.parent, named)
     _add_name(txn, change.to_parent, Named(named.inode, _next(txn), change.to_name))
@@ -302,7 +302,7 @@ def _move(txn: Transaction, change: Rename, named: Named, moved: Inode) -> None:
     _moved(txn, named.inode, change.to_parent, change.at)
 
 
-def _exchange(txn: Transaction, change: Rename, named: Named, target: Named) -> None:
+def _exchange(txn: KeyValues, change: Rename, named: Named, target: Named) -> None:
     _take_name(txn, change.parent, named)
     _take_name(txn, change.to_parent, target)
     _add_name(txn, change.parent, Named(target.inode, named.position, named.name))
@@ -314,7 +314,7 @@ def _exchange(txn: Transaction, change: Rename, named: Named, target: Named) -> 
     _moved(txn, target.inode, change.parent, change.at)
 
 
-def _moved(txn: Transaction, number: int, parent: int, at: int) -> None:
+def _moved(txn: KeyValues, number: int, parent: int, at: int) -> None:
     row = inode(txn, number)
     parent = parent if stat.S_ISDIR(row.mode) else 0
     _put(txn, number, msgspec.structs.replace(row, ctime=at, parent=parent))

@@ -17,6 +17,7 @@ from storage.state.model import Put, Void, decode_entry
 log = structlog.get_logger()
 
 ROWS_AT_ONCE: Final = 2000
+PLACED: Final = 5  # what is older has its rows converted
 
 Step = Callable[[Transaction, bytes], bytes | None]  # given where to begin; returns the last key it has seen to
 
@@ -39,10 +40,18 @@ def bring_up_to_date(catalogue: Catalogue, cluster_id: str) -> None:
     catalogue.write(Batch(meta={"converting": found, "format": FORMAT}))  # what is half converted no older one may have
     if catalogue.epochs.last[1]:  # a new one is empty
         log.info("catalogue.converting", format=found, to=FORMAT)
-    facts: dict[str, object] = {"converting": 0, "undescribed": catalogue.epochs.last[1] > 0}
+    facts: dict[str, object] = {"converting": 0}
+    if found < PLACED:
+        facts["undescribed"] = catalogue.epochs.last[1] > 0
     if catalogue.epochs.last[1] and not catalogue.meta("lineage", ""):
         # Both nodes of a pair hold one log and must give it the same name.
         facts["lineage"] = f"1-{cluster_id}" if cluster_id else str(uuid.uuid4())
+    if found < PLACED:
+        _convert(catalogue, found)
+    catalogue.write(Batch(meta=facts))
+
+
+def _convert(catalogue: Catalogue, found: int) -> None:
     if found == 1:
         _in_steps(catalogue, _join_some)
     _in_steps(catalogue, _fold_some)
@@ -52,7 +61,6 @@ def bring_up_to_date(catalogue: Catalogue, cluster_id: str) -> None:
     _in_steps(catalogue, _place_some)
     catalogue.kv.update(places.count_anew)
     catalogue.kv.update(lambda txn: entries.note_end(txn, catalogue.epochs))
-    catalogue.write(Batch(meta=facts))
 
 
 def _in_steps(catalogue: Catalogue, step: Step) -> None:

@@ -50,16 +50,20 @@ class CatalogueFull(OSError):
         super().__init__(errno.ENOSPC, "the disk of the catalogue is full")
 
 
-class Transaction(Protocol):
+class KeyValues(Protocol):
+    """Rows of tables by key."""
+
     def get(self, table: str, key: bytes) -> bytes | None: ...
     def put(self, table: str, key: bytes, value: bytes) -> None: ...
-    def append(self, table: str, key: bytes, value: bytes) -> None:
-        """As `put`, for a key that comes after all others as a rule: so pages fill up."""
-        ...
-
     def delete(self, table: str, key: bytes) -> bool: ...
     def scan(self, table: str, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         """Rows in the order of their keys, from `start` on. The table may not be changed meanwhile."""
+        ...
+
+
+class Transaction(KeyValues, Protocol):
+    def append(self, table: str, key: bytes, value: bytes) -> None:
+        """As `put`, for a key that comes after all others as a rule: so pages fill up."""
         ...
 
     def scan_back(self, table: str, before: bytes = b"") -> Iterator[tuple[bytes, bytes]]:

@@ -2,6 +2,8 @@
 
 import msgspec
 
+from storage.state.file_model import Change
+
 
 class Put(msgspec.Struct, frozen=True, tag="put", omit_defaults=True):
     """One instance stored: identity, digest of the data set, and the query keys as text by DICOM keyword."""
@@ -59,7 +61,13 @@ class Forget(msgspec.Struct, frozen=True, tag="forget"):
     upto: int
 
 
-Operation = Put | Delete | Void | Task | TaskDone | Forget
+class Files(msgspec.Struct, frozen=True, tag="files"):
+    """A change of the share's names and attributes."""
+
+    change: Change
+
+
+Operation = Put | Delete | Void | Task | TaskDone | Forget | Files
 
 
 class Entry(msgspec.Struct, frozen=True):

@@ -15,7 +15,10 @@ import msgspec
 
 OPEN_MARK: Final = "open"  # a file that is there while a gateway has the catalogue open
 MAP_BYTES: Final = 1 << 40
-RAW: Final = ("missing", "kept", "number", "copies", "words", "blocks")  # tables whose rows aren't MessagePack
+RAW: Final = (  # tables whose rows aren't MessagePack
+    *("missing", "kept", "number", "copies", "words", "blocks"),
+    *("file_names", "file_listing", "file_xattrs", "file_counters"),
+)
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 

@@ -5,7 +5,6 @@ and made again from the peer (`Healing.examine`). A file in the tree that the ca
 """
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -61,7 +60,7 @@ class Scrub:
         while found := await self._batch(self.at + 1):
             total_bytes = max(1, int(self._catalogue.meta("bytes", 0)))
             for seq in found:
-                await self._journal.quiet()
+                await self._journal.quiet(BUSY_WAIT_S)
                 length = await self._check(seq)
                 await asyncio.sleep(min(PAUSE_S_MAX, self._days * DAY_S * length / total_bytes))
             self.at = found[-1]
@@ -79,8 +78,7 @@ class Scrub:
             for seq in found:
                 if study and not await self._workers.run(self._is_of, seq, study):
                     continue
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._journal.quiet(), BUSY_WAIT_S)
+                await self._journal.quiet(BUSY_WAIT_S)
                 await self._check(seq)
             start = found[-1] + 1
             progress(self.checked - before[0], total["instances"])

@@ -7,6 +7,8 @@ from typing import Any
 from storage import parts
 from storage.appending import Appending
 from storage.checkpoints import Checkpoints
+from storage.files.namespace import Namespace
+from storage.ingest import Proposal
 from storage.log.log import Log
 from storage.log.records import Record
 from storage.log.segment import Segment
@@ -142,6 +144,25 @@ def blocks_unchecked() -> contextlib.AbstractContextManager[None]:
     return replaced(reading, "are_good", lambda *_: True)
 
 
+def names_answered_early() -> contextlib.AbstractContextManager[None]:
+    """Who changes a name is answered before anybody has it for certain."""
+
+    async def at_once(self: Proposal) -> None:
+        pass
+
+    return replaced(Proposal, "committed", at_once)
+
+
+def names_decided_on_old_rows() -> contextlib.AbstractContextManager[None]:
+    """A change of a name is decided without those that aren't in the catalogue yet."""
+    return replaced(Namespace, "_over", lambda self, txn: txn)
+
+
+def names_left_out_of_the_state() -> contextlib.AbstractContextManager[None]:
+    """Whoever takes a state takes no names of the share."""
+    return replaced(transfer, "LATER", ("blocks",))
+
+
 def ack_before_the_peer() -> contextlib.AbstractContextManager[None]:
     return replaced(parts, "Replica", AckBeforePeer.core_class)
 
@@ -172,5 +193,8 @@ MUTANTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
         state_without_what_is_missing,
         silent_files_are_nobodys,
         blocks_unchecked,
+        names_answered_early,
+        names_decided_on_old_rows,
+        names_left_out_of_the_state,
     )
 }

@@ -37,6 +37,7 @@ from storage.state.logged import logged
 from storage.state.model import Delete, Instance, Put, Task, TaskDone, Void
 from storage.upkeep import forgetting, healing, scrub, tidying
 from tests.simulation.machine import Machine, MemoryDisk, PowerCut, VirtualThreads
+from tests.simulation.share import Known, Rows, ShareProgram, rows_of
 from tests.simulation.virtual import Process
 from tests.simulation.wire import Wire
 from tests.simulation.world import Node, Violation, World, drive
@@ -114,6 +115,7 @@ class StoreGateway:
             return
         store.on_change = lambda: self.node.report(store.report())
         self.store = store
+        self.spawn(ShareProgram(world, world.known, store, self.node.name, self.spawn).run())
         try:
             await store.fatal
         except OSError:
@@ -302,6 +304,7 @@ class StoreWorld(World):
         self.objects: dict[str, Object] = {}
         self.tasks: dict[str, str] = {}  # ID -> "promised" (answered), "ending" (asked for), "over" (answered)
         self.chaos_s, self.settle_s = CHAOS_S, SETTLE_S
+        self.known = Known()
         self._number = 0
         # Now and then both copies of an object may be destroyed: then it may be unavailable, but never wrong.
         self.careless = self.rng.random() < 0.15
@@ -593,6 +596,8 @@ class StoreWorld(World):
         for node in self.nodes.values():
             assert isinstance(node, StoreNode)
             self._check_node(node)
+        first, second = (self._names(node) for node in self.nodes.values())
+        self.known.final(first, second)
         if self.careless:
             return  # what is bad is still being set aside, and what is gone asked for
         first, second = (list(_log(node)) for node in self.nodes.values())
@@ -600,6 +605,10 @@ class StoreWorld(World):
             both_live = not isinstance(mine[2], Void) and not isinstance(other[2], Void)
             if mine[:2] != other[:2] or (both_live and mine != other):
                 raise Violation(f"D: the logs differ: {mine} and {other}")
+
+    def _names(self, node: StoreNode) -> Rows:
+        with node.machine.kv.read() as txn:
+            return rows_of(txn)
 
     def _check_node(self, node: StoreNode) -> None:
         catalogue = Catalogue(node.machine.kv)
@@ -696,4 +705,5 @@ def run(seed: int) -> dict[str, Any]:
     with small():
         world = StoreWorld(seed)
         drive(world)
-        return {"entries": world._number, "acknowledged": sum(bool(one.acknowledged) for one in world.objects.values())}
+        objects = sum(bool(one.acknowledged) for one in world.objects.values())
+        return {"entries": world._number, "acknowledged": objects + world.known.answered}

@@ -25,6 +25,7 @@ TTL_S = 3.0
 CHAOS_S = 30.0
 SETTLE_S = 90.0
 FLOOR_S = 4.0
+SETTLE_MAX = 6  # times the patience, however near it comes
 
 structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -301,12 +302,15 @@ class World:
             task.cancel()
 
     async def _until_settled(self, otherwise: str) -> None:
-        """`settle_s` after it came nearer to that last: beside clients that never rest much takes long."""
+        """`settle_s` after it came nearer to that last: beside clients that never rest much takes long, though not for
+        ever."""
         deadline, left = self.loop.now + self.settle_s, self._left()
+        end = self.loop.now + SETTLE_MAX * self.settle_s
         while not self._settled():
             if (now := self._left()) < left:
-                deadline, left = self.loop.now + self.settle_s, now
-            if self.loop.now > deadline:
+                deadline = self.loop.now + self.settle_s
+            left = now
+            if self.loop.now > min(deadline, end):
                 raise Violation(f"{otherwise}: {self._where()}")
             await asyncio.sleep(0.5)
 

@@ -2,9 +2,10 @@
 
 import pytest
 
+from storage.replication import following
 from storage.replication.effects import Adopt, InvariantBroken, Limits, Persist, Publish, Send, SteppedDown, Transmit
 from storage.replication.epochs import Epochs
-from storage.replication.messages import Prepare
+from storage.replication.messages import KNOWS_FILES, Prepare
 from storage.replication.replica import Replica
 
 BOTH, ALONE = frozenset({"a", "b"}), frozenset({"a"})
@@ -240,3 +241,18 @@ def test_peer_without_a_disk_leaves_the_set() -> None:
     a.core.tick(0.5)
     assert a.core.in_sync.ask is not None
     assert a.core.in_sync.ask.members == ALONE
+
+
+def test_a_node_that_would_not_understand_the_log_is_not_welcome(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(following, "FEATURES", KNOWS_FILES - 1)  # both are of that version, and the log says more
+    a, b = pair()
+    a.core.need(KNOWS_FILES)
+    a.core.lead(1, ALONE, 0.0)
+    for node in (a, b):
+        node.core.linked_up(0.0)
+    for node in (a, b, a):
+        node.run()
+    assert a.core.peer_hello is not None
+    assert not b.core.joined
+    a.propose()
+    assert (a.published, b.core.accepted) == (1, 0)

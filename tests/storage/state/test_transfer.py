@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from storage.state import transfer
 from storage.state.catalogue import Batch, Catalogue
+from storage.state.file_model import ROOT, Make, SetXattr
 from storage.state.kv import Kv, LmdbKv, SnapshotLost
-from storage.state.model import Delete, Entry, Location, Put, Task, TaskDone
+from storage.state.model import Delete, Entry, Files, Location, Put, Task, TaskDone
 from storage.state.transfer import Head, StateUnusable
 from tests.conftest import wait_for
 from tests.simulation.machine import MemoryKv
@@ -21,7 +22,11 @@ from tests.storage.state.test_instances import deletes, puts
 tasks = st.builds(Task, st.sampled_from("ab"), st.just("kind"), st.just("AE"), st.just(b""), st.just(1.0))
 ends = st.builds(TaskDone, st.sampled_from("ab"), st.just("done"))
 long_ones = st.builds(lambda put, blocks: msgspec.structs.replace(put, blocks=blocks), puts, st.binary(max_size=48))
-operations = st.lists(puts | puts | long_ones | deletes | tasks | ends, max_size=25)
+names = st.builds(
+    Make, st.sampled_from([ROOT, 16]), st.sampled_from([b"a", b"b"]), st.just(0o040755), *[st.just(0)] * 3
+)
+changes = st.builds(Files, names | st.builds(SetXattr, st.just(16), st.just(b"user.a"), st.binary(), st.just(1)))
+operations = st.lists(puts | puts | long_ones | deletes | tasks | ends | changes, max_size=25)
 
 
 def applied(catalogue: Catalogue, entries: list[Entry], *, copies: bool) -> None:

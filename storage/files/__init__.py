@@ -1,0 +1,1 @@
+"""The share: a mutable file system of which both nodes have each flushed byte."""

@@ -236,6 +236,11 @@ class Settings(Section):
         return self
 
     @property
+    def files_socket(self) -> Path:
+        """Unix socket on which the process that serves the share has its changes logged."""
+        return self.node.run_dir / f"{self.node.name}-files.sock"
+
+    @property
     def control_socket(self) -> Path:
         """Unix socket on which the gateway takes its role and answers `status`."""
         return self.node.run_dir / f"{self.node.name}.sock"

@@ -22,6 +22,7 @@ from gateway.health import Health
 from gateway.metrics import Meter
 from storage.control_socket import ControlServer
 from storage.engine import Engine
+from storage.files_socket import FilesServer
 from storage.replication.effects import InvariantBroken
 from storage.store import Store
 
@@ -55,12 +56,14 @@ async def _main(settings: Settings, read_again: Callable[[], Settings]) -> int:
     store = Store(engine)
     loop.set_exception_handler(lambda _loop, context: _unhandled(engine, context))
     control = ControlServer(engine, settings.control_socket)
+    files = FilesServer(engine, settings.files_socket)
     meter = Meter()
     cluster = settings.cluster
     trusted = frozenset(link.peer_address for link in cluster.routes) if cluster else frozenset()
     server = DicomServer(store, settings.dicom, meter, trusted)
     await engine.start()
     await control.start()
+    await files.start()
     await server.start()
     addresses = [link.address for link in cluster.routes] if cluster else ["127.0.0.1"]
     health = Health(store, settings.http, meter, server.queues, addresses)
@@ -75,6 +78,7 @@ async def _main(settings: Settings, read_again: Callable[[], Settings]) -> int:
     notify("STOPPING=1")
     await health.stop()
     await server.stop()
+    await files.stop()
     await control.stop()
     await engine.stop()
     log.info("gateway.stopped")

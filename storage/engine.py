@@ -19,7 +19,6 @@ from conf.telling import reason_of
 from storage import crash
 from storage.control import Report, Tell
 from storage.environment import Surroundings, real
-from storage.files.namespace import Namespace
 from storage.ingest import NotServing, Proposal
 from storage.objects.upload import Upload
 from storage.objects.volume import NoRoom
@@ -245,18 +244,17 @@ class Engine(Parts):
         """Put a change of the share's files behind all others in the log. Raises NotServing."""
         return self.ingest.propose_files(change)
 
-    async def begin_files(self) -> Namespace:
-        """The share's names, once all that was ever proposed is in the catalogue; for the one writer that there is,
-        while this node leads. Raises NotServing."""
+    async def settle_files(self) -> None:
+        """Wait until all that was ever proposed is in the catalogue: then a writer of the share may begin, the only one
+        there is, and while this node leads. Raises NotServing."""
         proposed = self.core.accepted
         while True:
             await self.settled()
             if not self.may_serve:
                 raise NotServing("not the primary")
             if self.journal.applied >= proposed:
-                break
+                return
             await asyncio.sleep(SETTLE_S)
-        return Namespace(self.catalogue.kv, self.propose_files)
 
     async def _commit_forget(self, forget: Forget) -> None:
         with contextlib.suppress(NotServing):

@@ -219,6 +219,11 @@ class Journal:
         self._next.gone.extend(keys)
         await self._flushed()
 
+    async def forget_bytes(self, numbers: list[int]) -> None:
+        """The bytes of these inodes were removed."""
+        self._next.bytes_gone.extend(numbers)
+        await self._flushed()
+
     async def quiet(self, at_most_s: float) -> None:
         """Return when no images have come in for a moment, or after so long."""
         loop = asyncio.get_running_loop()

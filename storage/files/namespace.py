@@ -13,14 +13,14 @@ from storage.files.overlay import Changes, Overlay
 from storage.state.changes import meta
 from storage.state.file_model import Change
 from storage.state.files import Applied, apply
-from storage.state.kv import KeyValues, Kv, Transaction
+from storage.state.kv import KeyValues, Readable, Transaction
 
 T = TypeVar("T")
 Cell = tuple[str, bytes]
 
 
 class Proposal(Protocol):
-    """A change on its way. `seq`: its number in the log."""
+    """A change on its way. `seq`: its number in the log, 0 as long as that isn't known."""
 
     @property
     def seq(self) -> int: ...
@@ -32,12 +32,12 @@ class Proposal(Protocol):
 class Namespace:
     """Begun when everything that was ever proposed is in the catalogue, and used while this node leads."""
 
-    def __init__(self, kv: Kv, propose: Callable[[Change], Proposal]) -> None:
+    def __init__(self, kv: Readable, propose: Callable[[Change], Proposal]) -> None:
         """`propose` puts a change behind all others in the log; it raises NotServing."""
         self._kv, self._propose = kv, propose
         self._changes = Changes()
-        self._proposed: deque[tuple[int, list[Cell]]] = deque()  # number in the log, what it changes
-        self._latest: dict[Cell, int] = {}  # number of the last one that changes a row
+        self._proposed: deque[tuple[Proposal, list[Cell]]] = deque()  # with what each changes
+        self._latest: dict[Cell, Proposal] = {}  # the last one that changes a row
 
     def look(self, look: Callable[[KeyValues], T]) -> T:
         with self._kv.read() as txn:
@@ -52,17 +52,17 @@ class Namespace:
         proposal = self._propose(change)
         for cell, value in fresh.rows.items():
             self._changes.set(*cell, value)
-            self._latest[cell] = proposal.seq
-        self._proposed.append((proposal.seq, list(fresh.rows)))
+            self._latest[cell] = proposal
+        self._proposed.append((proposal, list(fresh.rows)))
         return applied, proposal
 
     def _over(self, txn: Transaction) -> Overlay:
         """What the snapshot has is forgotten here."""
         applied = int(meta(txn, "applied", 0))
-        while self._proposed and self._proposed[0][0] <= applied:
-            seq, cells = self._proposed.popleft()
+        while self._proposed and 0 < self._proposed[0][0].seq <= applied:
+            proposal, cells = self._proposed.popleft()
             for cell in cells:
-                if self._latest[cell] == seq:
+                if self._latest[cell] is proposal:
                     del self._latest[cell]
                     self._changes.forget(*cell)
         return Overlay(self._changes, txn)

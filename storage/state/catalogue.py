@@ -5,7 +5,6 @@ One writer thread, `write`, one transaction and one sync a batch. Readers open s
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -14,6 +13,7 @@ import msgspec
 
 from storage.replication.epochs import Epochs
 from storage.state import changes, entries, file_rows, instances, places, rows, transfer
+from storage.state.batch import Batch
 from storage.state.changes import ADOPTED, same_copy
 from storage.state.description import Description, lineage_of
 from storage.state.entries import seq_key, seq_of
@@ -70,24 +70,8 @@ TABLES: Final = (
     "conflict",  # studies that name more than one patient
     "task",  # ID -> Task that isn't over
     *file_rows.TABLES,
+    "file_gone",  # inode number -> nothing: its bytes are to be removed from this node's volumes
 )
-
-
-@dataclass
-class Batch:
-    """What one transaction does, in this order. `applies` are committed entries in log order."""
-
-    truncate_after: int | None = None
-    appends: list[tuple[Entry, Location | None]] = field(default_factory=list)
-    applies: list[tuple[Entry, Location | None]] = field(default_factory=list)
-    lost: dict[int, tuple[str, Location]] = field(default_factory=dict)  # seq -> (why, where the copy was)
-    moved: dict[int, Location] = field(default_factory=dict)  # seq -> where its copy lies from now on
-    gone: list[str] = field(default_factory=list)  # keys of `leaving` that are done
-    meta: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def applied(self) -> int:
-        return max((entry.seq for entry, _ in self.applies), default=0)
 
 
 class Catalogue:
@@ -262,6 +246,16 @@ class Catalogue:
                 elif places.is_at(places.was_at(txn.get("missing", seq_key(one.seq))), key):
                     found[key] = None  # it may be found there again
             return found | places.naming(txn, unknown)
+
+    def files_gone(self, limit: int) -> list[int]:
+        """Inodes that are no more, and whose bytes are still to be removed."""
+        with self.kv.read() as txn:
+            return [seq_of(key) for key, _ in islice(txn.scan("file_gone"), limit)]
+
+    def files_space(self) -> str:
+        """The name of the inode numbers."""
+        with self.kv.read() as txn:
+            return file_rows.space(txn)
 
     def forgettable(self, upto: int) -> bool:
         """There is something that `Forget` up to there would make an end of."""
@@ -491,6 +485,8 @@ class Catalogue:
             changes.move(txn, seq, location)
         for key in batch.gone:
             txn.delete("leaving", key.encode())
+        for number in batch.bytes_gone:
+            txn.delete("file_gone", seq_key(number))
         if batch.appends or batch.truncate_after is not None:
             meta["epochs"] = epochs.pairs
             entries.note_end(txn, epochs)

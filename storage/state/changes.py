@@ -120,7 +120,8 @@ def apply(txn: Transaction, entry: Entry, location: Location | None) -> int:
         forget(txn, operation.upto)
     elif isinstance(operation, Files):
         with contextlib.suppress(FileRefused):  # who proposed it asked before; in any case both nodes say the same
-            files.apply(txn, operation.change)
+            for number in files.apply(txn, operation.change).gone:
+                txn.put("file_gone", seq_key(number), b"")
     return 0
 
 

@@ -22,7 +22,8 @@ class Inode(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Make(msgspec.Struct, frozen=True, tag="make", array_like=True):
-    """A file, folder, symbolic link, FIFO, socket or device comes to be, with the next inode number."""
+    """A file, folder, symbolic link, FIFO, socket or device comes to be, with the next inode number. `dirty`: it is a
+    file that is about to be written to."""
 
     parent: int
     name: bytes
@@ -32,6 +33,7 @@ class Make(msgspec.Struct, frozen=True, tag="make", array_like=True):
     at: int
     rdev: int = 0
     target: bytes = b""
+    dirty: bool = False
 
 
 class Link(msgspec.Struct, frozen=True, tag="link", array_like=True):
@@ -101,7 +103,33 @@ class Drop(msgspec.Struct, frozen=True, tag="drop", array_like=True):
     inode: int
 
 
-Change = Make | Link | Remove | Rename | SetAttributes | SetXattr | RemoveXattr | Drop
+class MarkDirty(msgspec.Struct, frozen=True, tag="dirty", array_like=True):
+    """From here on the bytes of a file may be others than those that were flushed last."""
+
+    inode: int
+
+
+class Flush(msgspec.Struct, frozen=True, tag="flush", array_like=True):
+    """The bytes of a file are durable. `clean`: and nothing is being written to it any more."""
+
+    inode: int
+    size: int
+    mtime: int
+    ctime: int
+    clean: bool
+
+
+class BeginWriting(msgspec.Struct, frozen=True, tag="begin", array_like=True):
+    """A writer begins. What an earlier one made and never had committed may have left bytes on a disk: their inode
+    numbers are never given again. `space` is the name of the numbers from the first writer on: those of a catalogue
+    that was made anew are others."""
+
+    space: str
+
+
+Names = Make | Link | Remove | Rename | Drop
+Attributes = SetAttributes | SetXattr | RemoveXattr
+Change = BeginWriting | Names | Attributes | MarkDirty | Flush
 
 _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode

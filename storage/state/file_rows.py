@@ -6,7 +6,8 @@ file_listing   folder, position -> number, name     the order in which a folder 
 file_folded    folder, digest of the name without case, position -> nothing
 file_xattrs    number, name -> value
 file_orphans   number -> nothing                    without a name, and open
-file_counters  "next" -> the next inode number or position
+file_dirty     number -> nothing                    its bytes may be others than those that were flushed last
+file_counters  "next" -> the next inode number or position, "space" -> the name of the numbers
 """
 
 import errno
@@ -27,6 +28,7 @@ TABLES: Final = (
     "file_folded",
     "file_xattrs",
     "file_orphans",
+    "file_dirty",
     "file_counters",
 )
 NAME_BYTES_MAX: Final = 255
@@ -78,6 +80,10 @@ def inode(txn: KeyValues, number: int) -> Inode:
     if raw is not None:
         return decode_inode(raw)
     return _ROOT if number == ROOT else refuse(errno.ENOENT)
+
+
+def is_gone(txn: KeyValues, number: int) -> bool:
+    return number != ROOT and txn.get("file_inodes", number_key(number)) is None
 
 
 def folder(txn: KeyValues, number: int) -> Inode:
@@ -143,6 +149,20 @@ def xattr_names(txn: KeyValues, number: int) -> list[bytes]:
             break
         found.append(key[NUMBER_BYTES:])
     return found
+
+
+def is_dirty(txn: KeyValues, number: int) -> bool:
+    return txn.get("file_dirty", number_key(number)) is not None
+
+
+def dirty(txn: KeyValues) -> list[int]:
+    """Files whose bytes may be others than those that were flushed last."""
+    return [number_of(key) for key, _ in txn.scan("file_dirty")]
+
+
+def space(txn: KeyValues) -> str:
+    """The name of the inode numbers, "" before there was a writer."""
+    return (txn.get("file_counters", b"space") or b"").decode()
 
 
 def orphans(txn: KeyValues) -> list[int]:

@@ -17,11 +17,15 @@ from typing import Final
 import msgspec
 
 from storage.state.file_model import (
+    ROOT,
+    BeginWriting,
     Change,
     Drop,
+    Flush,
     Inode,
     Link,
     Make,
+    MarkDirty,
     Remove,
     RemoveXattr,
     Rename,
@@ -48,12 +52,13 @@ from storage.state.file_rows import (
 from storage.state.kv import KeyValues
 
 PERMISSIONS: Final = 0o7777
+NUMBERS_SKIPPED: Final = 1 << 20  # more than a writer may have on their way
 XATTR_NAMES_BYTES_MAX: Final = 64 << 10  # of one inode: what listxattr(2) can give
 
 
 @dataclass(frozen=True)
 class Applied:
-    """`inode`: what the change was about. `gone`: inodes that are no more; their bytes can go."""
+    """`inode`: what the change was about. `gone`: files that are no more; their bytes can go."""
 
     inode: int
     gone: tuple[int, ...] = ()
@@ -75,6 +80,12 @@ def apply(txn: KeyValues, change: Change) -> Applied:
         return _set_xattr(txn, change)
     if isinstance(change, RemoveXattr):
         return _remove_xattr(txn, change)
+    if isinstance(change, MarkDirty):
+        return _mark_dirty(txn, change)
+    if isinstance(change, Flush):
+        return _flush(txn, change)
+    if isinstance(change, BeginWriting):
+        return _begin_writing(txn, change)
     return _drop(txn, change)
 
 
@@ -99,6 +110,8 @@ def _make(txn: KeyValues, change: Make) -> Applied:
         target=change.target,
     )
     _put(txn, number, made)
+    if change.dirty:
+        txn.put("file_dirty", number_key(number), b"")
     _add_name(txn, change.parent, Named(number, number, change.name))
     _touch(txn, change.parent, change.at, links=is_folder)
     return Applied(number)
@@ -210,14 +223,42 @@ def _remove_xattr(txn: KeyValues, change: RemoveXattr) -> Applied:
     return Applied(change.inode)
 
 
+def _mark_dirty(txn: KeyValues, change: MarkDirty) -> Applied:
+    _file(txn, change.inode)
+    txn.put("file_dirty", number_key(change.inode), b"")
+    return Applied(change.inode)
+
+
+def _flush(txn: KeyValues, change: Flush) -> Applied:
+    old = _file(txn, change.inode)
+    new = msgspec.structs.replace(old, size=change.size, mtime=change.mtime, ctime=max(old.ctime, change.ctime))
+    _put(txn, change.inode, new)
+    if change.clean:
+        txn.delete("file_dirty", number_key(change.inode))
+    return Applied(change.inode)
+
+
+def _begin_writing(txn: KeyValues, change: BeginWriting) -> Applied:
+    if txn.get("file_counters", b"space") is None:
+        txn.put("file_counters", b"space", change.space.encode())
+    txn.put("file_counters", b"next", number_key(_next(txn) + NUMBERS_SKIPPED))
+    return Applied(ROOT)
+
+
 def _drop(txn: KeyValues, change: Drop) -> Applied:
     if not txn.delete("file_orphans", number_key(change.inode)):
         refuse(errno.ENOENT)
-    _forget(txn, change.inode)
-    return Applied(change.inode, (change.inode,))
+    return Applied(change.inode, _forget(txn, change.inode, inode(txn, change.inode)))
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
+
+
+def _file(txn: KeyValues, number: int) -> Inode:
+    found = inode(txn, number)
+    if stat.S_ISDIR(found.mode):
+        refuse(errno.EISDIR)
+    return found if stat.S_ISREG(found.mode) else refuse(errno.EINVAL)
 
 
 def _not_below(txn: KeyValues, number: int, moved: Inode, to_parent: int) -> None:
@@ -275,22 +316,23 @@ def _take_name(txn: KeyValues, parent: int, named: Named) -> None:
 
 
 def _unlinked(txn: KeyValues, number: int, at: int, *, held: bool) -> tuple[int, ...]:
-    """A name of it was taken. Returns it if it is no more."""
+    """A name of it was taken. Returns it if it is a file that is no more."""
     row = inode(txn, number)
     left = 0 if stat.S_ISDIR(row.mode) else row.nlink - 1
     if not left and not held:
-        _forget(txn, number)
-        return (number,)
+        return _forget(txn, number, row)
     _put(txn, number, msgspec.structs.replace(row, nlink=left, ctime=at))
     if not left:
         txn.put("file_orphans", number_key(number), b"")
     return ()
 
 
-def _forget(txn: KeyValues, number: int) -> None:
+def _forget(txn: KeyValues, number: int, row: Inode) -> tuple[int, ...]:
     for name in xattr_names(txn, number):
         txn.delete("file_xattrs", number_key(number) + name)
+    txn.delete("file_dirty", number_key(number))
     txn.delete("file_inodes", number_key(number))
+    return (number,) if stat.S_ISREG(row.mode) else ()
 
 
 def _move(txn: KeyValues, change: Rename, named: Named, moved: Inode) -> None:

@@ -86,8 +86,11 @@ class Snapshot(Protocol):
         ...
 
 
-class Kv(Protocol):
+class Readable(Protocol):
     def read(self) -> AbstractContextManager[Transaction]: ...
+
+
+class Kv(Readable, Protocol):
     def update(self, change: Callable[[Transaction], T]) -> T:
         """Run `change` in a write transaction and make it durable. Whatever it raises, nothing of it was done."""
         ...
@@ -193,6 +196,33 @@ class _LmdbSnapshot:
         if self._txn is not None:
             self._txn.abort()
             self._txn = None
+
+
+class LmdbReader:
+    """For another process than the one that writes. The writer's last commit is seen by what begins afterwards."""
+
+    def __init__(self, path: Path, tables: Sequence[str]) -> None:
+        """Raises OSError."""
+        try:
+            self._env = lmdb.open(str(path), readonly=True, max_dbs=len(tables), max_readers=READERS_MAX)
+            self._tables = {name: self._env.open_db(name.encode(), create=False) for name in tables}
+        except lmdb.Error as error:
+            raise OSError(errno.EIO, f"{path}: {error}") from error
+
+    @contextmanager
+    def read(self) -> Iterator[Transaction]:
+        try:
+            txn = self._env.begin()
+        except lmdb.MapResizedError:
+            self._env.set_mapsize(0)  # as the writer has it
+            txn = self._env.begin()
+        try:
+            yield _LmdbTransaction(txn, self._tables)
+        finally:
+            txn.abort()
+
+    def close(self) -> None:
+        self._env.close()
 
 
 class LmdbKv:

@@ -10,6 +10,7 @@ from typing import Any, Final, TypeVar
 import structlog
 
 from storage import crash
+from storage.files.local import name_of
 from storage.journal import Journal
 from storage.objects.describing import said_in_spool
 from storage.objects.volume import Volume, set_aside
@@ -129,6 +130,27 @@ class Tidying:
                 done += await self._on(volume.id, self._move_away, leavings) or []
         if done:
             await self._journal.forget_leavings(done)
+        await self._remove_bytes()
+
+    async def _remove_bytes(self) -> None:
+        """Those of the share's files that are no more; once all disks are there, as any of them may have some."""
+        gone = await self._workers.run(self._catalogue.files_gone, BATCH)
+        volumes = list(self._volumes)
+        if not gone or len(volumes) < len(self._volumes.slots):
+            return
+        space = await self._workers.run(self._catalogue.files_space)
+        removed = [await self._on(volume.id, self._remove, volume, space, gone) for volume in volumes]
+        if all(removed):
+            await self._journal.forget_bytes(gone)
+
+    def _remove(self, volume: Volume, space: str, numbers: list[int]) -> bool:
+        for number in numbers:
+            try:
+                volume.remove(name_of(space, number))
+            except OSError as error:
+                self._volumes.failed(volume.id, error)
+                return False
+        return True
 
     def _move_away(self, leavings: list[tuple[str, Leaving]]) -> list[str]:
         done, touched = [], set()

@@ -16,10 +16,13 @@ from storage.ingest import NotServing
 from storage.state import file_rows, file_soundness
 from storage.state.file_model import (
     ROOT,
+    BeginWriting,
     Change,
     Drop,
+    Flush,
     Link,
     Make,
+    MarkDirty,
     Remove,
     Rename,
     SetAttributes,
@@ -100,7 +103,8 @@ class ShareProgram:
     async def run(self) -> None:
         while not self._world.calm:
             with contextlib.suppress(NotServing):
-                await self._work(await self._engine.begin_files())
+                await self._engine.settle_files()
+                await self._work(Namespace(self._engine.catalogue.kv, self._engine.propose_files))
             await asyncio.sleep(0.1 + self._rng.random())
 
     async def _work(self, namespace: Namespace) -> None:
@@ -109,6 +113,7 @@ class ShareProgram:
         self._check_sound(namespace)
         self._known.took_over(found, self._node)
         self._failed = False
+        self._propose(namespace, BeginWriting("sim"))
         for number in namespace.look(file_rows.orphans):
             self._propose(namespace, Drop(number))
         while not self._failed and not self._world.calm:
@@ -167,6 +172,10 @@ class ShareProgram:
             return Make(folder, rng.choice(NAMES), kind | 0o644, 0, 0, self._at)
         if choice < 0.4:
             return Remove(folder, name, rng.random() < 0.3, self._at, held)
+        if choice < 0.45:
+            return MarkDirty(known.inode)
+        if choice < 0.5:
+            return Flush(known.inode, self._at, self._at, self._at, rng.random() < 0.5)
         if choice < 0.7:
             to, exchange = rng.choice((ROOT, folder)), rng.random() < 0.2
             return Rename(folder, name, to, rng.choice(NAMES), self._at, exchange=exchange, held=held)

@@ -21,6 +21,13 @@ from tools.lab.network import LabError
 from tools.lab.pair import Lab
 
 
+def are_same(lab: Lab) -> bool:
+    try:
+        return bool(lab.order(primary_of(lab), "verify")["same"])
+    except (OrderFailed, OSError):  # the link has just gone; it comes back
+        return False
+
+
 def faults(lab: Lab, rng: random.Random) -> dict[str, Callable[[str], None]]:
     """name -> what is done to a node. Each mends itself or is mended by `heal`."""
 
@@ -118,7 +125,7 @@ def main(minutes: float, seed: int, folder: Path) -> None:
                 heal(lab)
                 try:
                     # A disk that died unnoticed is found by this, and its copies are made again, the oldest first.
-                    wait_for(lambda: lab.order(primary_of(lab), "verify")["same"], "both nodes to be the same", 300)
+                    wait_for(lambda: are_same(lab), "both nodes to be the same", 300)
                     writer.check()
                 except AssertionError as error:
                     problems.append(f"{name} on {node}: {error}")

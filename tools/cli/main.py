@@ -25,6 +25,7 @@ ELSEWHERE: Final = {
     **dict.fromkeys(("init", "renew"), "tools.cli.init"),
     **dict.fromkeys(("import", "export", "hash-password"), "tools.cli.transfer"),
     "rebuild-index": "tools.cli.rebuild_command",
+    "mount": "tools.cli.mount",
     "lab": "tools.lab.commands",
 }
 

@@ -80,6 +80,8 @@ def _report(rebuilt: Rebuilt, aside: Path | None, as_json: bool, disaster: bool)
         "damaged": rebuilt.damaged,
         "deleted": rebuilt.deleted,
         "old_catalogue": rebuilt.old_catalogue,
+        "names": rebuilt.names,
+        "names_lost": rebuilt.names_lost,
         "files_per_s": round(rate),
     }
 
@@ -88,6 +90,10 @@ def _report(rebuilt: Rebuilt, aside: Path | None, as_json: bool, disaster: bool)
         if not rebuilt.old_catalogue and aside:
             lines.append("the old catalogue couldn't be read: what its volumes don't know to be deleted may be back")
             lines.append("disks that were added while the gateway ran count only if [storage] volumes lists them")
+        if rebuilt.names:
+            lines.append(f"{rebuilt.names} names of the share's files, from the old catalogue")
+        if rebuilt.names_lost:
+            lines.append("the names of the share's files can't be read; their bytes stay below files/ of each volume")
         if rebuilt.damaged:
             lines.append(f"{rebuilt.damaged} files aren't what was stored; they weren't taken")
         if rebuilt.deleted:

@@ -36,12 +36,14 @@ from storage.objects.local_volume import LocalVolume, read_marker
 from storage.objects.volume import FOLDERS, Volume, VolumeOffline
 from storage.state.catalogue import FORMAT, Batch, Catalogue
 from storage.state.description import Deletion, Description, deletions_of, names
+from storage.state.file_model import Change
 from storage.state.kv import Transaction
 from storage.state.logged import logged
-from storage.state.model import Delete, Entry, Instance, Location, Put, Tombstone, encode
+from storage.state.model import Delete, Entry, Files, Instance, Location, Put, Tombstone, encode
 from tools.cli.options import give_to_gateway
 from tools.rebuild.files import Found, chunks, files, read_chunk
 from tools.rebuild.old import Old
+from tools.rebuild.share import has_files, take_names
 
 BATCH_CHUNKS: Final = 16
 COPIED: Final = ("tombstone", "task")  # tables of the old catalogue that go over as they are
@@ -59,6 +61,8 @@ class Rebuilt:
     deleted: int = 0
     seconds: float = 0.0
     old_catalogue: bool = False  # it could be asked
+    names: int = 0  # of the share's files
+    names_lost: bool = False  # there were some, and they can't be read
 
 
 def catalogue_path(settings: Settings) -> Path:
@@ -136,6 +140,7 @@ class Rebuilding:
         for one in deletions_of(line for volume in volumes for line in volume.deletions()):
             self._deletions.setdefault(one.study, []).append(one)
         self._gone: dict[str, Tombstone] = {}
+        self._changes: list[Change] = []  # of the share's names, after those that the old catalogue has
         self._seq = 0
         self.spooled: list[Location] = []  # to be moved into the tree
         self._aimed: set[tuple[str, str]] = set()  # volume, path: where these go
@@ -207,6 +212,8 @@ class Rebuilding:
                     newest[put.sop_instance] = record.seq, put
                 case Delete() as gone:
                     newest = {uid: found for uid, found in newest.items() if not names(gone, found[1])}
+                case Files(change) if kept.lineage == self._old.log and record.seq > self._old.applied:
+                    self._changes.append(change)
         own = not self._old.known or kept.lineage == self._old.log
         for seq, put in sorted(newest.values(), key=lambda found: found[0]):
             newer = own and seq > self._old.applied
@@ -308,6 +315,10 @@ class Rebuilding:
             )
         )
         self.result.instances = self._catalogue.counts()["instances"]
+        found = take_names(self._catalogue, self._old, self._changes)
+        self.result.names = found or 0
+        volumes = (volume for volume in self._volumes.values() if isinstance(volume, LocalVolume))
+        self.result.names_lost = found is None or (not found and has_files(volumes))
         return self.result
 
 

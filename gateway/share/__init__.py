@@ -1,0 +1,1 @@
+"""The share as a mounted file system."""

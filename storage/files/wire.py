@@ -1,0 +1,62 @@
+"""What the process that serves the share and the gateway say to each other: MessagePack, each after its length."""
+
+import asyncio
+from typing import Final
+
+import msgspec
+
+from storage.state.file_model import Change
+
+LENGTH_BYTES: Final = 4
+MESSAGE_BYTES_MAX: Final = 1 << 20
+
+
+class Begin(msgspec.Struct, frozen=True, tag="begin", array_like=True):
+    """I am the one that changes the share from now on."""
+
+
+class Propose(msgspec.Struct, frozen=True, tag="propose", array_like=True):
+    """Put this behind all others in the log."""
+
+    change: Change
+
+
+class Begun(msgspec.Struct, frozen=True, tag="begun", array_like=True):
+    """All that was ever proposed is in the catalogue."""
+
+    catalogue: str  # folder
+    volumes: tuple[str, ...]  # folders
+    reserve_bytes: int  # to be left free on each volume
+
+
+class Committed(msgspec.Struct, frozen=True, tag="committed", array_like=True):
+    """So many of what was proposed on this connection are committed, the last as entry `seq`."""
+
+    count: int
+    seq: int
+
+
+class Ended(msgspec.Struct, frozen=True, tag="ended", array_like=True):
+    """Nothing more is taken, and what isn't committed by now may never be. `why`: one line."""
+
+    why: str
+
+
+Message = Begin | Propose | Begun | Committed | Ended
+_decoder = msgspec.msgpack.Decoder(Message)
+_encode = msgspec.msgpack.Encoder().encode
+
+
+def frame(message: Message) -> bytes:
+    raw = _encode(message)
+    return len(raw).to_bytes(LENGTH_BYTES, "little") + raw
+
+
+async def next_message(reader: asyncio.StreamReader) -> Message:
+    """Raises EOFError at the end, ValueError for what is no message."""
+    head = await reader.readexactly(LENGTH_BYTES)
+    length = int.from_bytes(head, "little")
+    if length > MESSAGE_BYTES_MAX:
+        raise ValueError(f"a message of {length} bytes")
+    message: Message = _decoder.decode(await reader.readexactly(length))
+    return message

@@ -1,0 +1,46 @@
+"""The names of the share's files, which no file says of itself: from the old catalogue, and from the log behind it."""
+
+import contextlib
+from collections.abc import Iterable
+
+from storage.files.local import FOLDER
+from storage.objects.local_volume import LocalVolume
+from storage.state.catalogue import Catalogue
+from storage.state.file_model import Change
+from storage.state.file_rows import TABLES, FileRefused
+from storage.state.file_soundness import broken
+from storage.state.files import apply
+from storage.state.kv import Transaction
+from tools.rebuild.old import Old
+
+TAKEN = (*TABLES, "file_gone")
+
+
+class Unsound(Exception):
+    """Rows are missing."""
+
+
+def take_names(catalogue: Catalogue, old: Old, changes: Iterable[Change]) -> int | None:
+    """Returns how many names there are now; None if what can be read of them doesn't agree with itself: then none are
+    taken. `changes` came after what the old catalogue shows."""
+
+    def take(txn: Transaction) -> int:
+        for table in TAKEN:
+            for key, value in old.rows(table):
+                txn.put(table, key, value)
+        for change in changes:
+            with contextlib.suppress(FileRefused):
+                apply(txn, change)
+        if any(True for _ in broken(txn)):
+            raise Unsound
+        return txn.count("file_names")
+
+    try:
+        return catalogue.kv.update(take)
+    except Unsound:
+        return None
+
+
+def has_files(volumes: Iterable[LocalVolume]) -> bool:
+    """There are bytes of the share's files, and so there were names."""
+    return any((volume.path / FOLDER).is_dir() for volume in volumes)

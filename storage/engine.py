@@ -172,7 +172,7 @@ class Engine(Parts):
         except OSError as error:
             log.error("state.not_looked_at", error=error.strerror)
             return
-        full = free < STATE_RESERVE_BYTES + self.log.segment_bytes
+        full = free < self.state_reserve_bytes
         if full != self._state_full:
             log.error("state.full", free_bytes=free) if full else log.info("state.has_room", free_bytes=free)
         self._state_full = full
@@ -180,6 +180,11 @@ class Engine(Parts):
             self.state_giver.close()  # which keeps what was freed from being used again
         if not full:
             await self.disk.run(self.catalogue.kv.keep_reserve)
+
+    @property
+    def state_reserve_bytes(self) -> int:
+        """Kept free where catalogue and log are."""
+        return STATE_RESERVE_BYTES + self.log.segment_bytes
 
     def _fail_without_authority(self) -> None:
         """A primary whose lease has run out, and that nobody else can help, answers those who wait: what becomes of

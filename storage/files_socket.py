@@ -61,9 +61,8 @@ class FilesServer:
         proposals: asyncio.Queue[Proposal] = asyncio.Queue(UNANSWERED_MAX)
         try:
             await engine.settle_files()
-            volumes = tuple(str(slot.path) for slot in engine.volumes.slots if slot.usable)
-            storage = engine.settings.storage
-            await _say(writer, Begun(str(storage.state / "catalogue"), volumes, storage.reserve_bytes))
+            engine.catalogue.kv.forget_readers()
+            await _say(writer, self._begun())
             log.info("share.begun")
             async with asyncio.TaskGroup() as group:
                 answering = group.create_task(_answer(proposals, writer))
@@ -76,10 +75,26 @@ class FilesServer:
             with contextlib.suppress(ConnectionError):
                 await _say(writer, Ended(str(refused.exceptions[0])))
         except* (EOFError, ConnectionError):
-            pass
+            pass  # it is gone
+        except* (ValueError, msgspec.DecodeError):
+            with contextlib.suppress(ConnectionError):
+                await _say(writer, Ended("it isn't understood: it is of another version"))
         finally:
+            engine.catalogue.kv.forget_readers()  # it may have been killed in the middle of reading
             self._busy = False
             log.info("share.ended")
+
+    def _begun(self) -> Begun:
+        engine, storage = self._engine, self._engine.settings.storage
+        slots = engine.volumes.slots
+        return Begun(
+            str(storage.state / "catalogue"),
+            tuple(str(slot.path) for slot in slots),
+            tuple(str(slot.path) for slot in slots if slot.volume is None or slot.volume.draining),
+            storage.reserve_bytes,
+            engine.state_reserve_bytes,
+            str(storage.log_folder),
+        )
 
 
 async def _answer(proposals: "asyncio.Queue[Proposal]", writer: asyncio.StreamWriter) -> None:

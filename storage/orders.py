@@ -14,6 +14,7 @@ import structlog
 
 from storage import crash
 from storage.engine import Engine
+from storage.files.local import has_files
 from storage.objects.blob_store import READ_BYTES
 from storage.objects.copies import Row
 from storage.objects.incoming import Incoming
@@ -102,6 +103,7 @@ class Service:
     async def _volume_drain(self, progress: Progress, path: str) -> dict[str, Any]:
         """Copy all that lies on a volume to the others; nothing new is put there meanwhile and afterwards."""
         engine, volume = self._engine, self._volume_at(path)
+        await self._refuse_with_files(volume)
         await engine.disk.run(volume.set_draining, True)
         held = await self._held(volume.id)
         moved = done = start = 0
@@ -116,6 +118,10 @@ class Service:
             progress(done, max(held, done))
             await engine.journal.quiet(DRAIN_REST_S)
         return {"moved": moved, "left": await self._held(volume.id)}
+
+    async def _refuse_with_files(self, volume: Volume) -> None:
+        if await self._engine.disk.run(has_files, volume.path):
+            raise Refused(f"{volume.path} holds files of the share, which can't be moved to another volume yet")
 
     async def _held(self, volume_id: str) -> int:
         """How many copies lie on a volume."""
@@ -145,6 +151,7 @@ class Service:
 
     async def _volume_retire(self, _: Progress, path: str) -> dict[str, Any]:
         engine, volume = self._engine, self._volume_at(path)
+        await self._refuse_with_files(volume)
         left = await self._held(volume.id)
         if left:
             raise Refused(f"{path} still holds {left} copies; `tandem volume drain {path}` moves them")

@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+import os
+import resource
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -25,35 +28,68 @@ log = structlog.get_logger()
 
 DISK_THREADS: Final = 8
 OPTIONS: Final = frozenset({"default_permissions", "allow_other", "fsname=tandem", "subtype=tandem"})
+CONNECTIONS: Final = Path("/sys/fs/fuse/connections")
+END_S: Final = 30.0  # for what is under way when it ends
+LOOK_S: Final = 0.5  # how old a look at the room of the catalogue's disk may be
 
 
 def run(settings: Settings, mountpoint: Path) -> str:
     """Serve until it is unmounted, or ended by a signal: ""; or until the gateway is gone: why. Raises OSError."""
-    return asyncio.run(_main(settings, mountpoint))
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # two for each file that is open
+    return asyncio.run(_main(settings, mountpoint.resolve()))
+
+
+class Room:
+    """Of the disks of catalogue and log."""
+
+    def __init__(self, folders: Sequence[str], reserve_bytes: int) -> None:
+        self._folders, self._reserve_bytes = folders, reserve_bytes
+        self._full, self._looked_at = False, float("-inf")
+
+    def is_full(self) -> bool:
+        now = time.monotonic()
+        if now - self._looked_at > LOOK_S:
+            found = [os.statvfs(folder) for folder in self._folders]
+            self._full = any(status.f_bavail * status.f_frsize < self._reserve_bytes for status in found)
+            self._looked_at = now
+        return self._full
 
 
 async def _main(settings: Settings, mountpoint: Path) -> str:
     remote, begun = await RemoteLog.begin(settings.files_socket)
     reader = LmdbReader(Path(begun.catalogue), TABLES)
     disk = Workers(DISK_THREADS, "share")
-    local = LocalFiles([Path(volume) for volume in begun.volumes], begun.reserve_bytes)
-    share = Share(Namespace(reader, remote.propose), local, disk, time.time_ns)
+    volumes, draining = ([Path(folder) for folder in folders] for folders in (begun.volumes, begun.draining))
+    local = LocalFiles(volumes, begun.reserve_bytes, draining)
+    room = Room((begun.catalogue, begun.log), begun.state_reserve_bytes)
+    share = Share(Namespace(reader, remote.propose), local, disk, time.time_ns, room.is_full)
     listening = asyncio.create_task(remote.run())
     try:
+        if not local.complete:
+            log.warning("share.volumes_missing", note="files that lie there can't be read")
         await share.begin()
         pyfuse3.asyncio.enable()
         try:
             pyfuse3.init(Operations(share), str(mountpoint), set(OPTIONS))
         except RuntimeError as error:
             raise OSError(0, f"{mountpoint} can't be mounted: {error}") from error
-        return await _serve(remote)
+        await _serve(remote, mountpoint)
+        if not remote.ended.done():  # what was answered and not waited for is still on its way
+            async with asyncio.timeout(END_S):
+                await share.end()
+        return remote.ended.result() if remote.ended.done() else ""
+    except TimeoutError:
+        raise OSError(0, "not all that was changed last is in the log: the gateway doesn't answer") from None
     finally:
         listening.cancel()
         disk.stop()
+        local.close()
         reader.close()
 
 
-async def _serve(remote: RemoteLog) -> str:
+async def _serve(remote: RemoteLog, mountpoint: Path) -> None:
+    """Until it is unmounted, a signal comes, or the gateway is gone."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -61,13 +97,37 @@ async def _serve(remote: RemoteLog) -> str:
     serving = asyncio.create_task(pyfuse3.main())
     stopping = asyncio.create_task(stop.wait())
     log.info("share.mounted")
-    try:
-        await asyncio.wait((serving, stopping, remote.ended), return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        serving.cancel()
-        stopping.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await serving
-        pyfuse3.close(unmount=True)
-        log.info("share.unmounted")
-    return remote.ended.result() if remote.ended.done() else ""
+    await asyncio.wait((serving, stopping, remote.ended), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not serving.done():
+        await _unmount(mountpoint)
+        await asyncio.wait((serving,), timeout=END_S)
+    if serving.done():  # else something still uses it, and is cut off when this process ends
+        pyfuse3.close(unmount=False)
+    log.info("share.unmounted")
+
+
+async def _unmount(mountpoint: Path) -> None:
+    """Take it away from who uses it, too: nobody may hang."""
+    connection = _connection(mountpoint)
+    if await _fusermount("-u", mountpoint):
+        return
+    await _fusermount("-uz", mountpoint)
+    if connection:
+        with contextlib.suppress(OSError):
+            (CONNECTIONS / connection / "abort").write_text("1")
+
+
+def _connection(mountpoint: Path) -> str:
+    """Its number, "" if it isn't mounted. The file system itself isn't asked."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split()
+        if fields[4].encode().decode("unicode_escape") == str(mountpoint):
+            return fields[2].partition(":")[2]
+    return ""
+
+
+async def _fusermount(how: str, mountpoint: Path) -> bool:
+    quiet = asyncio.subprocess.DEVNULL
+    process = await asyncio.create_subprocess_exec("fusermount3", how, str(mountpoint), stdout=quiet, stderr=quiet)
+    return await process.wait() == 0

@@ -33,6 +33,7 @@ def answered(call: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
     @functools.wraps(call)
     async def answer(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
+            await args[0]._share.room()  # type: ignore[attr-defined]
             return await call(*args, **kwargs)
         except OSError as error:
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from None

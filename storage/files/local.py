@@ -3,26 +3,36 @@ below the name of the numbers (`BeginWriting.space`).
 
     files/3f9a01c2/c4/00000000000012c4
 
-All methods block.
+All methods block, and may be called from several threads.
 """
 
+import contextlib
 import errno
 import os
 import random
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from storage.objects.local_files import fsync_directory
+from storage.objects.volume import MARKER
 
 FOLDER: Final = "files"
-MODE: Final = 0o600
+FILE_MODE, FOLDER_MODE = 0o600, 0o700
+LOOK_S: Final = 0.5  # how old a look at a volume's room may be
+ROOT_USER: Final = 0
 
 
 def name_of(space: str, number: int) -> str:
     """Where the bytes of an inode lie on a volume."""
     return f"{FOLDER}/{space}/{number & 0xFF:02x}/{number:016x}"
+
+
+def has_files(volume: Path) -> bool:
+    """Bytes of some file of the share lie on a volume. Raises OSError."""
+    return any(files for _, _, files in os.walk(volume / FOLDER))
 
 
 @dataclass(frozen=True)
@@ -40,11 +50,13 @@ class LocalFile:
     """An open one. `named`: its name is durable."""
 
     fd: int
-    path: Path
+    folder: int  # an fd of it
+    volume: "_Volume"
     named: bool
 
-    def write(self, data: bytes, at: int) -> None:
-        """Raises OSError."""
+    def write(self, data: bytes, at: int, grows: int) -> None:
+        """`grows`: by how many bytes it gets longer. Raises OSError; part of it may have been written then."""
+        self.volume.take(grows)
         view = memoryview(data)
         while view:
             done = os.pwrite(self.fd, view, at)
@@ -68,57 +80,176 @@ class LocalFile:
     def truncate(self, size: int) -> None:
         os.ftruncate(self.fd, size)
 
+    def cut(self, size: int) -> None:
+        """Leave nothing behind so many bytes."""
+        if os.fstat(self.fd).st_size > size:
+            os.ftruncate(self.fd, size)
+
     def sync(self) -> None:
         """Make bytes, length and name durable. Raises OSError; then nothing is known of them."""
         os.fsync(self.fd)
         if not self.named:
-            fsync_directory(self.path.parent)
+            os.fsync(self.folder)
             self.named = True
 
     def close(self) -> None:
         os.close(self.fd)
+        os.close(self.folder)
+
+
+class _Volume:
+    """Everything below is by its folder's descriptor: what is mounted in its place later is another one."""
+
+    def __init__(self, path: Path, reserve_bytes: int) -> None:
+        """Raises OSError for what is no volume."""
+        self.root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._reserve_bytes = reserve_bytes
+        self._lock = threading.Lock()
+        self._durable: set[str] = {""}  # folders whose names are
+        self._left, self._looked_at = 0, float("-inf")
+        try:
+            status = os.stat(MARKER, dir_fd=self.root)
+        except OSError:
+            self.close()
+            raise
+        self._owner = status.st_uid, status.st_gid
+
+    def capacity(self) -> Capacity:
+        status = os.fstatvfs(self.root)
+        free = max(0, status.f_bavail * status.f_frsize - self._reserve_bytes)
+        return Capacity(status.f_blocks * status.f_frsize, free, status.f_files, status.f_favail)
+
+    def take(self, size: int) -> None:
+        """Raises OSError if there isn't so much room beside the reserve."""
+        if not size:
+            return
+        now = time.monotonic()
+        if now - self._looked_at > LOOK_S or self._left < size:
+            self._left, self._looked_at = self.capacity().free, now
+        if self._left < size:
+            raise OSError(errno.ENOSPC, "the volume is full")
+        self._left -= size
+
+    def open(self, name: str) -> LocalFile:
+        """Raises OSError."""
+        with self._folder(name.rpartition("/")[0]) as folder:
+            try:
+                fd = self._opened(name, os.O_RDWR)
+            except OSError as error:
+                if error.errno != errno.EROFS:
+                    raise
+                fd = self._opened(name, os.O_RDONLY)
+            return LocalFile(fd, os.dup(folder), self, named=True)
+
+    def create(self, name: str) -> LocalFile:
+        """Raises OSError."""
+        folder = name.rpartition("/")[0]
+        with self._lock:
+            self._make(folder)
+        with self._folder(folder) as parent:
+            fd = self._opened(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            self._give(fd)
+            return LocalFile(fd, os.dup(parent), self, named=False)
+
+    def _make(self, folder: str) -> None:
+        """With its parents, durably."""
+        if folder in self._durable:
+            return
+        above = folder.rpartition("/")[0]
+        self._make(above)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder, FOLDER_MODE, dir_fd=self.root)
+        with self._folder(folder) as fd:
+            self._give(fd)
+        with self._folder(above) as fd:
+            os.fsync(fd)
+        self._durable.add(folder)
+
+    def _give(self, fd: int) -> None:
+        """To the gateway, whose volume it is: this process may be root's."""
+        if os.geteuid() == ROOT_USER and self._owner != (ROOT_USER, ROOT_USER):
+            os.fchown(fd, *self._owner)
+
+    def _opened(self, name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE, dir_fd=self.root)
+
+    @contextlib.contextmanager
+    def _folder(self, name: str) -> Iterator[int]:
+        fd = os.open(name or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.root)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        os.close(self.root)
 
 
 class LocalFiles:
-    def __init__(self, volumes: Sequence[Path], reserve_bytes: int) -> None:
-        """`reserve_bytes` are left free on each volume."""
-        self._volumes, self._reserve_bytes = tuple(volumes), reserve_bytes
+    def __init__(self, volumes: Sequence[Path], reserve_bytes: int, draining: Sequence[Path] = ()) -> None:
+        """`reserve_bytes` are left free on each volume; on those that are `draining` nothing new is put. Those that
+        aren't there are left out, and `complete` is False."""
+        self._volumes: list[_Volume] = []
+        self._draining: set[_Volume] = set()
+        self.complete = True
+        for path in volumes:
+            try:
+                self._volumes.append(_Volume(path, reserve_bytes))
+            except OSError:
+                self.complete = False
+                continue
+            if path in draining:
+                self._draining.add(self._volumes[-1])
         self.space = ""  # the name of the numbers, known when a writer has begun
 
     def open(self, number: int) -> LocalFile | None:
-        """None if no volume has it. Raises OSError."""
+        """None if no volume has it. Raises OSError if that can't be said."""
+        problem: OSError | None = None
         for volume in self._volumes:
-            path = volume / name_of(self.space, number)
             try:
-                return LocalFile(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW), path, named=True)
+                return volume.open(name_of(self.space, number))
             except FileNotFoundError:
                 continue
+            except OSError as error:
+                problem = error
+        if problem is not None:
+            raise problem
         return None
 
     def create(self, number: int) -> LocalFile:
         """Raises OSError (ENOSPC)."""
-        free = [self._free_bytes(volume) for volume in self._volumes]
-        if not any(free):
-            raise OSError(errno.ENOSPC, "no volume has room")
-        volume = random.choices(self._volumes, weights=free)[0]  # noqa: S311 - so that a new disk is no hot spot
-        path = volume / name_of(self.space, number)
-        if not path.parent.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for folder in (path.parent.parent, volume / FOLDER, volume):
-                fsync_directory(folder)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        return LocalFile(os.open(path, flags, MODE), path, named=False)
+        free = {volume: room for volume in self._volumes if (room := self._room(volume))}
+        while free:
+            chosen = random.choices(list(free), list(free.values()))[0]  # noqa: S311 - so that a new disk is no hot spot
+            try:
+                return chosen.create(name_of(self.space, number))
+            except FileExistsError:
+                raise
+            except OSError:
+                del free[chosen]
+        raise OSError(errno.ENOSPC, "no volume has room")
 
-    def _free_bytes(self, volume: Path) -> int:
-        status = os.statvfs(volume)
-        return max(0, status.f_bavail * status.f_frsize - self._reserve_bytes)
+    def _room(self, volume: _Volume) -> int:
+        if volume in self._draining:
+            return 0
+        try:
+            return volume.capacity().free
+        except OSError:
+            return 0
 
     def capacity(self) -> Capacity:
-        """Of all volumes."""
-        found = [os.statvfs(volume) for volume in self._volumes]
+        """Of all volumes that answer."""
+        found = []
+        for volume in self._volumes:
+            with contextlib.suppress(OSError):
+                found.append(volume.capacity())
         return Capacity(
-            sum(status.f_blocks * status.f_frsize for status in found),
-            sum(self._free_bytes(volume) for volume in self._volumes),
-            sum(status.f_files for status in found),
-            sum(status.f_favail for status in found),
+            sum(one.total for one in found),
+            sum(one.free for one in found),
+            sum(one.inodes for one in found),
+            sum(one.inodes_free for one in found),
         )
+
+    def close(self) -> None:
+        for volume in self._volumes:
+            volume.close()

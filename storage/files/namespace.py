@@ -68,6 +68,11 @@ class Namespace:
         return Overlay(self._changes, txn)
 
     @property
+    def behind(self) -> int:
+        """Changes that aren't known to be in the catalogue yet."""
+        return len(self._proposed)
+
+    @property
     def waiting(self) -> int:
         """Rows that are changed and not in the catalogue yet."""
         return len(self._latest)

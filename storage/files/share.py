@@ -8,9 +8,10 @@ is in the log in its place, and is covered by the next of those.
 """
 
 import asyncio
+import contextlib
 import errno
 import secrets
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
@@ -41,21 +42,28 @@ from storage.workers import Threads
 
 LISTED_AT_ONCE: Final = 500
 SPACE_BYTES: Final = 4
+BEHIND_MAX: Final = 10_000  # changes on their way before the next one waits
+FREEING: Final = (Remove, Drop, Flush, BeginWriting)  # taken as long as anything is
 
 
 @dataclass
 class OpenFile:
     """One that is open, or being written to. `size`, `mtime` and `ctime` are those of its bytes as they are now.
-    `dirty`: it is marked so. `unflushed`: there are bytes that aren't flushed. `failed`: a sync of it failed; what it
-    held then may be lost, and whoever flushes it hears of it."""
+
+    `dirty`: it is marked so; `known`: by this writer, so that its flush may clear the mark. `changes`: how many are
+    under way. `unflushed`: there are bytes that aren't flushed. `failed`: a sync of it failed; what it held then may be
+    lost, and whoever flushes it hears of it.
+    """
 
     number: int
     size: int
     mtime: int
     ctime: int
     dirty: bool
+    known: bool
     handles: int = 0
     local: LocalFile | None = None
+    changes: int = 0
     unflushed: bool = False
     failed: bool = False
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # for what changes the fields above
@@ -64,9 +72,18 @@ class OpenFile:
 class Share:
     """All methods raise OSError as the system call would."""
 
-    def __init__(self, namespace: Namespace, local: LocalFiles, disk: Threads, now: Callable[[], int]) -> None:
-        """`now()`: nanoseconds since the epoch."""
+    def __init__(
+        self,
+        namespace: Namespace,
+        local: LocalFiles,
+        disk: Threads,
+        now: Callable[[], int],
+        is_full: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`now()`: nanoseconds since the epoch; `is_full()`: the disk of catalogue and log takes nothing new."""
         self._namespace, self._local, self._disk, self._now = namespace, local, disk, now
+        self._is_full = is_full
+        self._first = 0  # inode number of those that are made from here on
         self._open: dict[int, OpenFile] = {}
         self._ghosts: dict[int, Inode] = {}  # no more, and not forgotten by who looked at them
         self._last: Proposal | None = None
@@ -75,21 +92,38 @@ class Share:
         """Once, before anything else: what an earlier writer has left open is closed, and what it didn't flush is as it
         is on the disk."""
         self._change(BeginWriting(secrets.token_hex(SPACE_BYTES)))
-        self._local.space = self._namespace.look(file_rows.space)
+        self._local.space, self._first = self._namespace.look(
+            lambda rows: (file_rows.space(rows), file_rows.next_number(rows))
+        )
         for number in self._namespace.look(file_rows.orphans):
             self._change(Drop(number))
         for number in self._namespace.look(file_rows.dirty):
             await self._settle(number)
         await self._all_committed()
 
+    async def end(self) -> None:
+        """Once, after everything else: what is open is flushed, and everything that was answered is committed."""
+        for file in list(self._open.values()):
+            if file.unflushed and not file.failed:
+                await self._flush(file, clean=False)
+        await self._all_committed()
+
     async def _settle(self, number: int) -> None:
+        """One whose bytes can't be seen now stays dirty."""
         row = self._row(number)
-        local = await self._disk.run(self._local.open, number)
+        try:
+            local = await self._disk.run(self._local.open, number)
+        except OSError:
+            return
+        if local is None and (row.size or not self._local.complete):
+            return
         size, mtime = 0, row.mtime
         if local is not None:
             try:
                 await self._disk.run(local.sync)
                 size, mtime = await self._disk.run(local.found)
+            except OSError:
+                return
             finally:
                 local.close()
         self._change(Flush(number, size, max(mtime, row.mtime), self._now(), clean=True))
@@ -123,7 +157,7 @@ class Share:
         """Make a file and open it."""
         at = self._now()
         number = self._change(Make(parent, name, mode, uid, gid, at, dirty=True)).inode
-        self._open[number] = OpenFile(number, 0, at, at, dirty=True, handles=1)
+        self._open[number] = OpenFile(number, 0, at, at, dirty=True, known=True, handles=1)
         return number
 
     async def link(self, number: int, parent: int, name: bytes) -> None:
@@ -207,7 +241,7 @@ class Share:
             row, dirty = self._namespace.look(
                 lambda rows: (file_rows.inode(rows, number), file_rows.is_dirty(rows, number))
             )
-            file = self._open[number] = OpenFile(number, row.size, row.mtime, row.ctime, dirty)
+            file = self._open[number] = OpenFile(number, row.size, row.mtime, row.ctime, dirty, known=not dirty)
         return file
 
     async def read(self, number: int, at: int, size: int) -> bytes:
@@ -217,31 +251,45 @@ class Share:
             return b""
         local = file.local or await self._located(file)
         found = await self._disk.run(local.read, size, at)
-        return found + bytes(size - len(found))  # behind the last byte on the disk there is a hole
+        if len(found) < size and file.size >= at + size:  # it wasn't cut meanwhile
+            raise OSError(errno.EIO, "bytes of it are missing")
+        return found
 
     async def write(self, number: int, at: int, data: bytes) -> None:
         file = self._open[number]
-        local = await self._writable(file)
-        await self._disk.run(local.write, data, at)
-        file.size = max(file.size, at + len(data))
-        self._changed(file)
+        async with self._changing(file) as local:
+            try:
+                await self._disk.run(local.write, data, at, max(0, at + len(data) - file.size))
+            except OSError:
+                if not file.changes > 1:
+                    await self._disk.run(local.cut, file.size)  # a part of it may be there
+                raise
+            file.size = max(file.size, at + len(data))
 
     async def truncate(self, number: int, size: int) -> None:
         file = self._opened(number)
         file.handles += 1
         try:
-            local = await self._writable(file)
-            await self._disk.run(local.truncate, size)
-            file.size = size
-            self._changed(file)
+            async with self._changing(file) as local:
+                await self._disk.run(local.truncate, size)
+                file.size = size
         finally:
             file.handles -= 1
             if not file.handles:
                 await self._close(file)
 
-    def _changed(self, file: OpenFile) -> None:
-        file.mtime = file.ctime = self._now()
-        file.unflushed = True
+    @contextlib.asynccontextmanager
+    async def _changing(self, file: OpenFile) -> AsyncIterator[LocalFile]:
+        """Its place, for the time of a change. A flush that comes in the middle covers the change or doesn't, so there
+        is something to be flushed afterwards in any case, and no flush makes the file clean meanwhile."""
+        local = await self._writable(file)
+        file.changes += 1
+        try:
+            yield local
+        finally:
+            file.changes -= 1
+            file.mtime = file.ctime = self._now()
+            file.unflushed = True
 
     async def _writable(self, file: OpenFile) -> LocalFile:
         """Its place on a volume, once it is marked dirty for certain. One that was just made isn't waited for: bytes of
@@ -252,11 +300,12 @@ class Share:
             if not file.dirty:
                 self._change(MarkDirty(file.number))
                 await self._all_committed()
-                file.dirty = True
+                file.dirty = file.known = True
             if file.local is None:
                 file.local = await self._disk.run(self._local.open, file.number)
             if file.local is None:
-                if file.size:
+                elsewhere = not self._local.complete and file.number < self._first
+                if file.size or elsewhere:
                     raise OSError(errno.EIO, "its bytes are on no volume that is here")
                 file.local = await self._disk.run(self._local.create, file.number)
             return file.local
@@ -285,18 +334,18 @@ class Share:
         async with file.turn:
             if file.failed:
                 raise OSError(errno.EIO, "an earlier sync of it failed")
-            if file.unflushed:
+            if file.unflushed or file.changes:
                 file.unflushed = False
-                size, mtime, ctime = file.size, file.mtime, file.ctime
+                size = file.size
                 try:
                     if file.local is not None:
                         await self._disk.run(file.local.sync)
                 except OSError:
                     file.failed = True  # the kernel tells of it once
                     raise
-                clean = clean and not file.unflushed
-                self._note_flushed(file, Flush(file.number, size, mtime, ctime, clean))
-            elif clean and file.dirty:
+                clean = clean and file.known and not (file.unflushed or file.changes)
+                self._note_flushed(file, Flush(file.number, size, file.mtime, file.ctime, clean))
+            elif clean and file.dirty and file.known:
                 self._note_flushed(file, Flush(file.number, file.size, file.mtime, file.ctime, clean))
         await self._all_committed()
 
@@ -313,21 +362,37 @@ class Share:
 
     async def _close(self, file: OpenFile) -> None:
         """Nobody has it open any more."""
-        if not self._row(file.number).nlink:
+        try:
+            if self._row(file.number).nlink and not file.failed:
+                await self._flush(file, clean=True)
+        finally:
+            if not file.handles and self._open.get(file.number) is file:  # else somebody has opened it meanwhile
+                self._over(file)
+
+    def _over(self, file: OpenFile) -> None:
+        """Nobody has it open, and that stays so as long as nothing is waited for."""
+        nameless = not self._row(file.number).nlink
+        if (file.unflushed or file.changes) and not (nameless or file.failed):
+            return  # what was written meanwhile is being flushed by who closes it
+        del self._open[file.number]
+        if file.local is not None:
+            file.local.close()
+        if nameless:
             self._change(Drop(file.number))
-        elif not file.failed:
-            await self._flush(file, clean=True)
-        if not file.handles and self._open.get(file.number) is file:
-            del self._open[file.number]
-            if file.local is not None:
-                file.local.close()
 
     # -- the log -------------------------------------------------------------------------------------------------
 
     def _row(self, number: int) -> Inode:
         return self._namespace.look(lambda rows: file_rows.inode(rows, number))
 
+    async def room(self) -> None:
+        """Wait while very many changes are on their way."""
+        if self._namespace.behind > BEHIND_MAX:
+            await self._all_committed()
+
     def _change(self, change: Change) -> Applied:
+        if not isinstance(change, FREEING) and self._is_full():
+            raise OSError(errno.ENOSPC, "the disk of the catalogue is full")
         applied, self._last = self._namespace.change(change)
         return applied
 

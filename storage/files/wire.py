@@ -25,8 +25,11 @@ class Begun(msgspec.Struct, frozen=True, tag="begun", array_like=True):
     """All that was ever proposed is in the catalogue."""
 
     catalogue: str  # folder
-    volumes: tuple[str, ...]  # folders
+    volumes: tuple[str, ...]  # folders, also of those that aren't there now
+    draining: tuple[str, ...]  # those of them on which nothing new is put
     reserve_bytes: int  # to be left free on each volume
+    state_reserve_bytes: int  # to be left free where catalogue and log are
+    log: str  # folder
 
 
 class Committed(msgspec.Struct, frozen=True, tag="committed", array_like=True):

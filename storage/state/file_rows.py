@@ -160,6 +160,12 @@ def dirty(txn: KeyValues) -> list[int]:
     return [number_of(key) for key, _ in txn.scan("file_dirty")]
 
 
+def next_number(txn: KeyValues) -> int:
+    """The next inode number, or position, that is given."""
+    raw = txn.get("file_counters", b"next")
+    return number_of(raw) if raw is not None else FIRST
+
+
 def space(txn: KeyValues) -> str:
     """The name of the inode numbers, "" before there was a writer."""
     return (txn.get("file_counters", b"space") or b"").decode()

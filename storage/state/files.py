@@ -34,7 +34,6 @@ from storage.state.file_model import (
     encode,
 )
 from storage.state.file_rows import (
-    FIRST,
     NAME_BYTES_MAX,
     Named,
     find,
@@ -44,8 +43,8 @@ from storage.state.file_rows import (
     is_below,
     is_empty,
     lookup,
+    next_number,
     number_key,
-    number_of,
     refuse,
     xattr_names,
 )
@@ -285,8 +284,7 @@ def _free_place(txn: KeyValues, parent: int, name: bytes) -> Inode:
 
 
 def _next(txn: KeyValues) -> int:
-    raw = txn.get("file_counters", b"next")
-    number = number_of(raw) if raw is not None else FIRST
+    number = next_number(txn)
     txn.put("file_counters", b"next", number_key(number + 1))
     return number
 

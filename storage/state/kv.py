@@ -122,6 +122,10 @@ class Kv(Readable, Protocol):
         """What is given up when the disk is full is kept again. Blocks."""
         ...
 
+    def forget_readers(self) -> None:
+        """Processes that were killed while they read hold nothing any more."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -365,6 +369,9 @@ class LmdbKv:
     def discard(self) -> None:
         self.close()
         shutil.rmtree(self._path, ignore_errors=True)
+
+    def forget_readers(self) -> None:
+        self._env.reader_check()
 
     def keep_reserve(self) -> None:
         """Have the reserve file, where there is room for it. Blocks."""

@@ -144,12 +144,14 @@ class Tidying:
             await self._journal.forget_bytes(gone)
 
     def _remove(self, volume: Volume, space: str, numbers: list[int]) -> bool:
-        for number in numbers:
-            try:
-                volume.remove(name_of(space, number))
-            except OSError as error:
-                self._volumes.failed(volume.id, error)
-                return False
+        names = [name_of(space, number) for number in numbers]
+        try:
+            for name in names:
+                volume.remove(name)
+            volume.sync_directories({name.rpartition("/")[0] for name in names})
+        except OSError as error:
+            self._volumes.failed(volume.id, error)
+            return False
         return True
 
     def _move_away(self, leavings: list[tuple[str, Leaving]]) -> list[str]:

@@ -153,6 +153,9 @@ class MemoryKv:
     def keep_reserve(self) -> None:
         pass
 
+    def forget_readers(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

@@ -27,6 +27,7 @@ import click
 
 from conf.settings import Settings
 from storage.environment import NEW_FOLDER
+from storage.files.local import has_files
 from storage.log.folder import LocalFolder, LogDamaged
 from storage.log.salvage import Salvaged, set_aside_before
 from storage.objects.blob_store import holds
@@ -43,7 +44,7 @@ from storage.state.model import Delete, Entry, Files, Instance, Location, Put, T
 from tools.cli.options import give_to_gateway
 from tools.rebuild.files import Found, chunks, files, read_chunk
 from tools.rebuild.old import Old
-from tools.rebuild.share import has_files, take_names
+from tools.rebuild.share import take_names
 
 BATCH_CHUNKS: Final = 16
 COPIED: Final = ("tombstone", "task")  # tables of the old catalogue that go over as they are
@@ -317,8 +318,8 @@ class Rebuilding:
         self.result.instances = self._catalogue.counts()["instances"]
         found = take_names(self._catalogue, self._old, self._changes)
         self.result.names = found or 0
-        volumes = (volume for volume in self._volumes.values() if isinstance(volume, LocalVolume))
-        self.result.names_lost = found is None or (not found and has_files(volumes))
+        lie_here = any(has_files(volume.path) for volume in self._volumes.values())
+        self.result.names_lost = found is None or (not found and lie_here)
         return self.result
 
 

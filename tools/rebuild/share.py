@@ -3,9 +3,8 @@
 import contextlib
 from collections.abc import Iterable
 
-from storage.files.local import FOLDER
-from storage.objects.local_volume import LocalVolume
 from storage.state.catalogue import Catalogue
+from storage.state.entries import seq_key
 from storage.state.file_model import Change
 from storage.state.file_rows import TABLES, FileRefused
 from storage.state.file_soundness import broken
@@ -30,7 +29,8 @@ def take_names(catalogue: Catalogue, old: Old, changes: Iterable[Change]) -> int
                 txn.put(table, key, value)
         for change in changes:
             with contextlib.suppress(FileRefused):
-                apply(txn, change)
+                for number in apply(txn, change).gone:
+                    txn.put("file_gone", seq_key(number), b"")
         if any(True for _ in broken(txn)):
             raise Unsound
         return txn.count("file_names")
@@ -39,8 +39,3 @@ def take_names(catalogue: Catalogue, old: Old, changes: Iterable[Change]) -> int
         return catalogue.kv.update(take)
     except Unsound:
         return None
-
-
-def has_files(volumes: Iterable[LocalVolume]) -> bool:
-    """There are bytes of the share's files, and so there were names."""
-    return any((volume.path / FOLDER).is_dir() for volume in volumes)

@@ -1,6 +1,7 @@
 """What was flushed is there after processes died and power went; what wasn't may be missing, and is never another's."""
 
 import contextlib
+import errno
 import os
 import random
 import signal
@@ -14,6 +15,7 @@ import pytest
 
 from tests.conftest import ROOT, Gateway, wait_for
 from tests.gateway.share.conftest import Mounted
+from tools.cli.client import OrderFailed, order
 from tools.lab.disks import Disks
 
 BLOCK = 4096
@@ -276,3 +278,105 @@ def test_names_that_are_lost_are_said_to_be_and_the_bytes_are_nobody_elses(
         assert (mounted.point / f"new{number}").read_bytes() == bytes(100) + b"n"
     kept = [path.read_bytes() for path in (mounted.gateway.volume / "files").rglob("*") if path.is_file()]
     assert b"a" * 5000 in kept
+
+
+def test_what_was_answered_is_kept_when_it_ends_while_the_gateway_is_slow(new_mounted: Callable[[], Mounted]) -> None:
+    mounted = new_mounted()
+    paths = [mounted.point / f"{number}" for number in range(200)]
+    for path in paths:
+        path.write_bytes(b"x")
+    os.kill(mounted.gateway.pid, signal.SIGSTOP)
+    for path in paths:
+        path.chmod(0o600)
+    threading.Timer(2.0, os.kill, (mounted.gateway.pid, signal.SIGCONT)).start()
+    assert mounted.end() == 0
+    mounted.mount()
+    assert {path.stat().st_mode & 0o777 for path in paths} == {0o600}
+
+
+def test_a_file_whose_disk_is_away_is_as_it_was_when_it_is_back(new_mounted: Callable[[], Mounted]) -> None:
+    mounted = new_mounted()
+    gateway, other = mounted.gateway, mounted.gateway.folder / "other"
+    mounted.end()
+    order(gateway.folder / "standalone.sock", "volume-add", {"path": str(other)})
+    mounted.mount()
+    names = [f"f{number}" for number in range(30)]
+    for name in names:
+        (mounted.point / name).write_bytes(b"x" * 50_000)
+    empty = mounted.point / "empty"
+    empty.write_bytes(b"")
+    fds = [os.open(mounted.point / name, os.O_RDWR) for name in names]
+    for fd in fds:
+        os.pwrite(fd, b"y", 0)  # dirty when the power goes
+    mounted.end(signal.SIGKILL)
+    gateway.stop(signal.SIGKILL)
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+    away = other.with_name("away")
+    other.rename(away)
+    gateway.start()
+    mounted.mount()
+    seen = [name for name in names if is_readable(mounted.point / name)]
+    assert 0 < len(seen) < len(names)
+    mounted.end()
+    gateway.stop()
+    away.rename(other)
+    gateway.start()
+    mounted.mount()
+    assert {(mounted.point / name).read_bytes()[1:] for name in names} == {b"x" * 49_999}
+
+
+def is_readable(path: Path) -> bool:
+    assert path.stat().st_size == 50_000
+    try:
+        path.read_bytes()
+    except OSError as error:
+        assert error.errno == errno.EIO
+        return False
+    return True
+
+
+def test_a_volume_with_files_isnt_retired(new_mounted: Callable[[], Mounted]) -> None:
+    mounted = new_mounted()
+    (mounted.point / "a").write_bytes(b"x")
+    for name in ("volume-drain", "volume-retire"):
+        with pytest.raises(OrderFailed, match="holds files of the share"):
+            order(mounted.gateway.folder / "standalone.sock", name, {"path": str(mounted.gateway.volume)})
+
+
+def test_ending_while_many_write_is_no_crash(new_mounted: Callable[[], Mounted]) -> None:
+    mounted, enough = new_mounted(), threading.Event()
+
+    def write(number: int) -> None:
+        with contextlib.suppress(OSError):
+            while not enough.is_set():
+                (mounted.point / f"{number}-{os.urandom(1)[0] % 5}").write_bytes(os.urandom(20_000))
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: len(list(mounted.point.iterdir())) >= 30, "some files")
+    assert mounted.end() == 0
+    enough.set()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def test_nothing_is_left_of_files_removed_while_they_are_closed(new_mounted: Callable[[], Mounted]) -> None:
+    mounted = new_mounted()
+
+    def churn(number: int) -> None:
+        for round_ in range(60):
+            path = mounted.point / f"{number}-{round_}"
+            path.write_bytes(b"x" * 1000)
+            path.unlink()
+
+    threads = [threading.Thread(target=churn, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    files = mounted.gateway.volume / "files"
+    wait_for(lambda: not [path for path in files.rglob("*") if path.is_file()], "the bytes to be removed")

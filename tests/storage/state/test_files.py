@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from storage.state import file_rows, file_soundness
 from storage.state.file_model import (
     ROOT,
+    BeginWriting,
     Change,
     Drop,
     Link,
@@ -56,6 +57,7 @@ class Model:
         self.kv = MemoryKv()
         self.at = 0
         self.open: dict[int, int] = {}  # inode -> how often
+        self.do(BeginWriting("space"))
 
     def do(self, change: Change) -> Applied:
         return self.kv.update(lambda txn: apply(txn, change))

@@ -87,6 +87,7 @@ class Ping(Message, frozen=True):
     missing: int = 0  # copies that the sender lacks,
     counted: int = 0  # of all entries up to here
     adopting: int = 0  # session of the Welcome that the sender is about to carry out
+    leads: bool | None = None  # the sender does now; older versions don't say it
 
 
 class Pong(Message, frozen=True):

@@ -180,7 +180,8 @@ class Replica(Following):
                 self._pinged_at = now
                 session = self._f.session if self.leading and self._f.joined else 0
                 counted = (self.missing, self.counted, self._adopting.session if self._adopting else 0)
-                self._out.append(Send(Ping(self.promised, session, self.commit, now, self._echo, *counted)))
+                ping = Ping(self.promised, session, self.commit, now, self._echo, *counted, self.leading)
+                self._out.append(Send(ping))
         if self.leading:
             self._tick_leader(now)
             waited = now - max(self._greeted_at, self._f.adopting_at)
@@ -310,6 +311,8 @@ class Replica(Following):
         following = self._following
         ours = following is not None and (ping.epoch, ping.session) == following.of
         self.peer_missing, self.peer_counted = ping.missing, ping.counted
+        if self.peer_hello is not None and ping.leads is not None:  # it may have stopped since its Hello
+            self.peer_hello = replace(self.peer_hello, leading=ping.leads)
         if self.leading and ping.adopting == self._f.session:
             self._f.adopting_at = now
         if ours:

@@ -256,3 +256,13 @@ def test_a_node_that_would_not_understand_the_log_is_not_welcome(monkeypatch: py
     assert not b.core.joined
     a.propose()
     assert (a.published, b.core.accepted) == (1, 0)
+
+
+def test_a_leader_that_has_stopped_is_not_held_to_lead() -> None:
+    """Or nobody could be made primary by force: one node's log is longer, and that one is told that the other leads."""
+    a, b = joined()
+    assert b.core.peer_hello is not None and b.core.peer_hello.leading
+    a.core.follow()  # etcd is lost: its lease runs out, and it doesn't resign
+    a.core.tick(1.0)
+    a.run(1.0)
+    assert not b.core.peer_hello.leading

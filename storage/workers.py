@@ -104,8 +104,9 @@ async def within(job: "asyncio.Future[T]", seconds: float) -> T:
         async with asyncio.timeout(seconds):  # not wait_for: before Python 3.12 that may swallow a cancellation
             return await asyncio.shield(job)
     except TimeoutError:
-        job.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody looks at it any more
         raise OSError(errno.ETIMEDOUT, "the disk doesn't answer") from None
+    finally:  # it was too late, or whoever waited was cancelled: nobody looks at it any more
+        job.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
 def resolve(future: "asyncio.Future[Any]", result: Any, error: BaseException | None) -> None:

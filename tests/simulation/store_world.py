@@ -572,6 +572,8 @@ class StoreWorld(World):
             return False
         if any(not slot.usable for store in stores for slot in store.volumes.slots):
             return False  # it comes back, or is taken back
+        if self.calm and any(gateway.tasks for gateway in gateways if isinstance(gateway, StoreGateway)):
+            return False  # somebody still waits for an answer
         leader = leaders[0]
         if not (
             leader.in_sync.confirmed == leader.in_sync.required == {"a", "b"}

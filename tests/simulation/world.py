@@ -296,7 +296,9 @@ class World:
         await self._until_settled("D: the pair didn't come together again")
         await self._scrub_all()
         self.calm = True
-        await asyncio.sleep(12.0)
+        await asyncio.sleep(6.0)
+        await self._until_settled("D: not at rest though nobody asks for anything")
+        await asyncio.sleep(8.0)
         self._final()
         for task in background:
             task.cancel()

@@ -84,6 +84,18 @@ class Gateway:
             self.process.send_signal(number)
         return self.process.wait(30)
 
+    def rebuild_index(self, *words: str) -> str:
+        """Of a stopped one, from its files; returns what the command prints."""
+        config = self.folder / "node.toml"
+        config.write_text(
+            f'[node]\nrun_dir = "{self.folder}"\n[storage]\nstate = "{self.folder / "state"}"\n'
+            f'volumes = ["{self.volume}"]\n'
+        )
+        command = [sys.executable, "-m", "tools", "rebuild-index", "--config", str(config), *words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     def log(self) -> str:
         return (self.folder.parent / f"{self.folder.name}.log").read_text()
 

@@ -120,10 +120,10 @@ async def _unmount(mountpoint: Path) -> None:
 
 def _connection(mountpoint: Path) -> str:
     """Its number, "" if it isn't mounted. The file system itself isn't asked."""
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
         fields = line.split()
-        if fields[4].encode().decode("unicode_escape") == str(mountpoint):
-            return fields[2].partition(":")[2]
+        if fields[4].decode("unicode_escape").encode("latin-1") == os.fsencode(mountpoint):  # spaces are escaped
+            return fields[2].partition(b":")[2].decode()
     return ""
 
 

@@ -146,14 +146,14 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
             return
         after = max(start_id, ABOVE)
         while row.nlink and (found := self._share.listed(fh, after)):
-            for one in found:
-                if not reply(token, one.name, self._entry(one.inode), one.position):
+            for one, of_it in found:
+                if not reply(token, one.name, self._entry(one.inode, of_it), one.position):
                     return
                 after = one.position
 
     @answered
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        await self._share.fsync_names()
+        await self._share.all_committed()
 
     # -- attributes ----------------------------------------------------------------------------------------------
 

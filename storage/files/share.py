@@ -38,10 +38,12 @@ from storage.state.file_model import (
 )
 from storage.state.file_rows import Named
 from storage.state.files import Applied
+from storage.state.kv import KeyValues
 from storage.workers import Threads
 
-LISTED_AT_ONCE: Final = 500
+LISTED_AT_ONCE: Final = 32  # about what one answer to the kernel holds
 SPACE_BYTES: Final = 4
+NOT_HERE: Final = "its bytes are on no volume that is here"
 BEHIND_MAX: Final = 10_000  # changes on their way before the next one waits
 FREEING: Final = (Remove, Drop, Flush, BeginWriting)  # taken as long as anything is
 
@@ -99,14 +101,14 @@ class Share:
             self._change(Drop(number))
         for number in self._namespace.look(file_rows.dirty):
             await self._settle(number)
-        await self._all_committed()
+        await self.all_committed()
 
     async def end(self) -> None:
         """Once, after everything else: what is open is flushed, and everything that was answered is committed."""
         for file in list(self._open.values()):
             if file.unflushed and not file.failed:
                 await self._flush(file, clean=False)
-        await self._all_committed()
+        await self.all_committed()
 
     async def _settle(self, number: int) -> None:
         """One whose bytes can't be seen now stays dirty."""
@@ -137,20 +139,20 @@ class Share:
         """Of a folder."""
         return self._row(number).parent
 
-    def real_name(self, parent: int, name: bytes) -> bytes:
-        """How a name is written there, whatever the case it is asked for in."""
-        found = self._namespace.look(lambda rows: file_rows.real_name(rows, parent, name))
-        return file_rows.refuse(errno.ENOENT) if found is None else found
+    def listed(self, parent: int, after: int) -> list[tuple[Named, Inode]]:
+        """Some names behind a position, with their attributes; none: there are no more."""
 
-    def listed(self, parent: int, after: int) -> list[Named]:
-        """Some names behind a position; none: there are no more."""
-        return self._namespace.look(lambda rows: list(islice(file_rows.listed(rows, parent, after), LISTED_AT_ONCE)))
+        def look(rows: KeyValues) -> list[tuple[Named, Inode]]:
+            found = islice(file_rows.listed(rows, parent, after), LISTED_AT_ONCE)
+            return [(one, self._as_open(one.inode, file_rows.inode(rows, one.inode))) for one in found]
+
+        return self._namespace.look(look)
 
     async def make(
         self, parent: int, name: bytes, mode: int, uid: int, gid: int, rdev: int = 0, target: bytes = b""
     ) -> int:
         made = self._change(Make(parent, name, mode, uid, gid, self._now(), rdev, target))
-        await self._all_committed()
+        await self.all_committed()
         return made.inode
 
     def create(self, parent: int, name: bytes, mode: int, uid: int, gid: int) -> int:
@@ -162,12 +164,12 @@ class Share:
 
     async def link(self, number: int, parent: int, name: bytes) -> None:
         self._change(Link(number, parent, name, self._now()))
-        await self._all_committed()
+        await self.all_committed()
 
     async def remove(self, parent: int, name: bytes, *, folder: bool) -> None:
         number = self.lookup(parent, name)
         self._unname(number, Remove(parent, name, folder, self._now(), number in self._open))
-        await self._all_committed()
+        await self.all_committed()
 
     async def rename(
         self, parent: int, name: bytes, to_parent: int, to_name: bytes, *, no_replace: bool, exchange: bool
@@ -176,7 +178,7 @@ class Share:
         number = replaced.inode if replaced is not None else 0
         held = number in self._open
         self._unname(number, Rename(parent, name, to_parent, to_name, self._now(), no_replace, exchange, held))
-        await self._all_committed()
+        await self.all_committed()
 
     def _unname(self, number: int, change: Remove | Rename) -> None:
         """A change after which an inode (0: none) may be no more. Somebody may still look at it: at a folder that is
@@ -195,7 +197,11 @@ class Share:
     def attributes(self, number: int) -> Inode:
         if ghost := self._ghosts.get(number):
             return ghost
-        row, file = self._row(number), self._open.get(number)
+        return self._as_open(number, self._row(number))
+
+    def _as_open(self, number: int, row: Inode) -> Inode:
+        """With what the log doesn't know yet of one that is open."""
+        file = self._open.get(number)
         if file is None:
             return row
         return msgspec.structs.replace(row, size=file.size, mtime=file.mtime, ctime=max(row.ctime, file.ctime))
@@ -261,7 +267,7 @@ class Share:
             try:
                 await self._disk.run(local.write, data, at, max(0, at + len(data) - file.size))
             except OSError:
-                if not file.changes > 1:
+                if file.changes == 1:
                     await self._disk.run(local.cut, file.size)  # a part of it may be there
                 raise
             file.size = max(file.size, at + len(data))
@@ -299,24 +305,28 @@ class Share:
         async with file.turn:
             if not file.dirty:
                 self._change(MarkDirty(file.number))
-                await self._all_committed()
+                await self.all_committed()
                 file.dirty = file.known = True
-            if file.local is None:
-                file.local = await self._disk.run(self._local.open, file.number)
-            if file.local is None:
+            local = await self._look_for(file)
+            if local is None:
                 elsewhere = not self._local.complete and file.number < self._first
                 if file.size or elsewhere:
-                    raise OSError(errno.EIO, "its bytes are on no volume that is here")
-                file.local = await self._disk.run(self._local.create, file.number)
-            return file.local
+                    raise OSError(errno.EIO, NOT_HERE)
+                local = file.local = await self._disk.run(self._local.create, file.number)
+            return local
 
     async def _located(self, file: OpenFile) -> LocalFile:
         async with file.turn:
-            if file.local is None:
-                file.local = await self._disk.run(self._local.open, file.number)
-            if file.local is None:
-                raise OSError(errno.EIO, "its bytes are on no volume that is here")
-            return file.local
+            local = await self._look_for(file)
+            if local is None:
+                raise OSError(errno.EIO, NOT_HERE)
+            return local
+
+    async def _look_for(self, file: OpenFile) -> LocalFile | None:
+        """On all volumes, once; to be called in the file's turn."""
+        if file.local is None:
+            file.local = await self._disk.run(self._local.open, file.number)
+        return file.local
 
     async def fsync(self, number: int) -> None:
         await self._flush(self._open[number], clean=False)
@@ -325,10 +335,6 @@ class Share:
         """One handle is being closed."""
         file = self._open[number]
         await self._flush(file, clean=file.handles == 1)
-
-    async def fsync_names(self) -> None:
-        """All changes of names and attributes up to now."""
-        await self._all_committed()
 
     async def _flush(self, file: OpenFile, *, clean: bool) -> None:
         async with file.turn:
@@ -347,7 +353,7 @@ class Share:
                 self._note_flushed(file, Flush(file.number, size, file.mtime, file.ctime, clean))
             elif clean and file.dirty and file.known:
                 self._note_flushed(file, Flush(file.number, file.size, file.mtime, file.ctime, clean))
-        await self._all_committed()
+        await self.all_committed()
 
     def _note_flushed(self, file: OpenFile, flush: Flush) -> None:
         self._change(flush)
@@ -388,7 +394,7 @@ class Share:
     async def room(self) -> None:
         """Wait while very many changes are on their way."""
         if self._namespace.behind > BEHIND_MAX:
-            await self._all_committed()
+            await self.all_committed()
 
     def _change(self, change: Change) -> Applied:
         if not isinstance(change, FREEING) and self._is_full():
@@ -396,8 +402,8 @@ class Share:
         applied, self._last = self._namespace.change(change)
         return applied
 
-    async def _all_committed(self) -> None:
-        """Everything that was asked up to now. Entries are committed in their order."""
+    async def all_committed(self) -> None:
+        """Wait for everything that was asked up to now. Entries are committed in their order."""
         last = self._last
         if last is not None:
             await last.committed()

@@ -134,8 +134,7 @@ class LocalVolume:
 
     def sync_directories(self, directories: Iterable[str]) -> None:
         for directory in directories:
-            with contextlib.suppress(FileNotFoundError):
-                fsync_directory(self.path / directory)
+            fsync_directory(self.path / directory)
 
     def sync_all(self) -> None:
         """By the file system, which tells of what it couldn't write since the volume was opened. One that was shut down

@@ -8,6 +8,7 @@ import msgspec
 
 from storage.state import entries, files, instances, places, rows
 from storage.state.entries import seq_key
+from storage.state.file_model import Change
 from storage.state.file_rows import FileRefused
 from storage.state.kv import Transaction
 from storage.state.model import (
@@ -119,10 +120,14 @@ def apply(txn: Transaction, entry: Entry, location: Location | None) -> int:
     elif isinstance(operation, Forget):
         forget(txn, operation.upto)
     elif isinstance(operation, Files):
-        with contextlib.suppress(FileRefused):  # who proposed it asked before; in any case both nodes say the same
-            for number in files.apply(txn, operation.change).gone:
-                txn.put("file_gone", seq_key(number), b"")
+        apply_files(txn, operation.change)
     return 0
+
+
+def apply_files(txn: Transaction, change: Change) -> None:
+    with contextlib.suppress(FileRefused):  # who proposed it asked before; in any case both nodes say the same
+        for number in files.apply(txn, change).gone:
+            txn.put("file_gone", seq_key(number), b"")
 
 
 def over(txn: Transaction, upto: int) -> Iterator[bytes]:

@@ -27,7 +27,7 @@ def broken(txn: Transaction) -> Iterator[str]:
             folders[parent] += 1
             if row.parent != parent:
                 yield f"folder {named.inode} is in {parent} and says {row.parent}"
-        if list(file_rows.listed(txn, parent, named.position - 1))[:1] != [named]:
+        if next(file_rows.listed(txn, parent, named.position - 1), None) != named:
             yield f"a name of inode {named.inode} isn't listed where it says"
         if txn.get("file_folded", file_rows.folded_key(parent, named)) is None:
             yield f"a name of inode {named.inode} isn't found without regard to case"

@@ -11,8 +11,9 @@ no other is.
 
 import errno
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -65,27 +66,7 @@ class Applied:
 
 def apply(txn: KeyValues, change: Change) -> Applied:
     """Carry a change out. Raises FileRefused as the system call would; then nothing was changed."""
-    if isinstance(change, Make):
-        return _make(txn, change)
-    if isinstance(change, Link):
-        return _link(txn, change)
-    if isinstance(change, Remove):
-        return _remove(txn, change)
-    if isinstance(change, Rename):
-        return _rename(txn, change)
-    if isinstance(change, SetAttributes):
-        return _set_attributes(txn, change)
-    if isinstance(change, SetXattr):
-        return _set_xattr(txn, change)
-    if isinstance(change, RemoveXattr):
-        return _remove_xattr(txn, change)
-    if isinstance(change, MarkDirty):
-        return _mark_dirty(txn, change)
-    if isinstance(change, Flush):
-        return _flush(txn, change)
-    if isinstance(change, BeginWriting):
-        return _begin_writing(txn, change)
-    return _drop(txn, change)
+    return _CARRIED_OUT[type(change)](txn, change)
 
 
 def _make(txn: KeyValues, change: Make) -> Applied:
@@ -358,3 +339,18 @@ def _moved(txn: KeyValues, number: int, parent: int, at: int) -> None:
     row = inode(txn, number)
     parent = parent if stat.S_ISDIR(row.mode) else 0
     _put(txn, number, msgspec.structs.replace(row, ctime=at, parent=parent))
+
+
+_CARRIED_OUT: Final[dict[type[Change], Callable[[KeyValues, Any], Applied]]] = {
+    BeginWriting: _begin_writing,
+    Make: _make,
+    Link: _link,
+    Remove: _remove,
+    Rename: _rename,
+    SetAttributes: _set_attributes,
+    SetXattr: _set_xattr,
+    RemoveXattr: _remove_xattr,
+    MarkDirty: _mark_dirty,
+    Flush: _flush,
+    Drop: _drop,
+}

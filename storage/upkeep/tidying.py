@@ -4,6 +4,7 @@ Each disk is asked by itself and within bounds: one that hangs is passed over un
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
@@ -148,7 +149,9 @@ class Tidying:
         try:
             for name in names:
                 volume.remove(name)
-            volume.sync_directories({name.rpartition("/")[0] for name in names})
+            for folder in {name.rpartition("/")[0] for name in names}:
+                with contextlib.suppress(FileNotFoundError):  # none of them ever lay on this volume
+                    volume.sync_directories([folder])
         except OSError as error:
             self._volumes.failed(volume.id, error)
             return False

@@ -110,7 +110,7 @@ class ShareProgram:
     async def _work(self, namespace: Namespace) -> None:
         """Until this node leads no more, or something isn't answered."""
         found = namespace.look(rows_of)
-        self._check_sound(namespace)
+        self._check_sound()
         self._known.took_over(found, self._node)
         self._failed = False
         self._propose(namespace, BeginWriting("sim"))
@@ -122,7 +122,7 @@ class ShareProgram:
                     self._ask(namespace)
             await asyncio.sleep(self._rng.random() * 0.2)
 
-    def _check_sound(self, namespace: Namespace) -> None:
+    def _check_sound(self) -> None:
         with self._engine.catalogue.kv.read() as txn:
             for what in file_soundness.broken(txn):
                 raise Violation(f"the share's rows on node {self._node}: {what}")

@@ -163,15 +163,7 @@ def test_rebuilt_index_is_the_same(new_gateway: Callable[..., Gateway]) -> None:
     before = gateway.status()
     gateway.stop()
     (gateway.volume / "archive" / "broken.dcm").write_bytes(b"not DICOM")
-    config = gateway.folder / "node.toml"
-    config.write_text(
-        f'[node]\nrun_dir = "{gateway.folder}"\n[storage]\nstate = "{gateway.folder / "state"}"\n'
-        f'volumes = ["{gateway.volume}"]\n'
-    )
-    command = [sys.executable, "-m", "tools", "rebuild-index", "--config", str(config), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = json.loads(gateway.rebuild_index("--json"))
     assert (found["instances"], found["unreadable"]) == (20, 1)
     gateway.start()
     after = gateway.status()

@@ -374,18 +374,21 @@ class Lab:
         return str(leading[-1]["node"]) if leading else None
 
     def in_sync(self) -> bool:
-        found = [self.node_status(node) for node in NODES]
-        modes = sorted(str(status["mode"]) for status in found if status)
-        return modes == ["PAIR", "SYNC"] and any(status and status["vips"] for status in found)
+        return _are_in_sync([self.node_status(node) for node in NODES])
 
     def complete(self) -> bool:
         """In sync, and neither node lacks a copy of anything."""
-        found = [self.node_status(node) or {} for node in NODES]
-        same = len({status.get("instances") for status in found}) == 1
-        return self.in_sync() and same and all(status.get("healing", {}).get("missing") == 0 for status in found)
+        found = [self.node_status(node) for node in NODES]
+        same = len({status and status["instances"] for status in found}) == 1
+        return _are_in_sync(found) and same and all(status and status["healing"]["missing"] == 0 for status in found)
 
     def wait_in_sync(self, timeout_s: float) -> None:
         wait_for(f"the pair to be in sync (logs in {self.dir}/NODE/log)", self.in_sync, timeout_s)
+
+
+def _are_in_sync(found: list[dict[str, Any] | None]) -> bool:
+    modes = sorted(str(status["mode"]) for status in found if status)
+    return modes == ["PAIR", "SYNC"] and any(status and status["vips"] for status in found)
 
 
 def _etcd_tls(folder: Path) -> list[str]:

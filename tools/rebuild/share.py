@@ -1,14 +1,12 @@
 """The names of the share's files, which no file says of itself: from the old catalogue, and from the log behind it."""
 
-import contextlib
 from collections.abc import Iterable
 
 from storage.state.catalogue import Catalogue
-from storage.state.entries import seq_key
+from storage.state.changes import apply_files
 from storage.state.file_model import Change
-from storage.state.file_rows import TABLES, FileRefused
+from storage.state.file_rows import TABLES
 from storage.state.file_soundness import broken
-from storage.state.files import apply
 from storage.state.kv import Transaction
 from tools.rebuild.old import Old
 
@@ -28,9 +26,7 @@ def take_names(catalogue: Catalogue, old: Old, changes: Iterable[Change]) -> int
             for key, value in old.rows(table):
                 txn.put(table, key, value)
         for change in changes:
-            with contextlib.suppress(FileRefused):
-                for number in apply(txn, change).gone:
-                    txn.put("file_gone", seq_key(number), b"")
+            apply_files(txn, change)
         if any(True for _ in broken(txn)):
             raise Unsound
         return txn.count("file_names")

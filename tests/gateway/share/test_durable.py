@@ -234,41 +234,27 @@ def test_what_was_flushed_survives_a_power_cut(on_disk: Mounted, seed: int) -> N
         writer.check()
 
 
-def rebuilt(gateway: Gateway, scratch: Path) -> str:
-    config = scratch / f"{gateway.folder.name}-rebuild.toml"
-    config.write_text(
-        f'[node]\nrun_dir = "{gateway.folder}"\n'
-        f'[storage]\nstate = "{gateway.folder}/state"\nvolumes = ["{gateway.volume}"]\n'
-    )
-    words = [sys.executable, "-m", "tools", "rebuild-index", "--config", str(config), "--yes"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_a_catalogue_made_anew_keeps_the_names(new_mounted: Callable[[], Mounted], scratch: Path) -> None:
+def test_a_catalogue_made_anew_keeps_the_names(new_mounted: Callable[[], Mounted]) -> None:
     mounted = new_mounted()
     (mounted.point / "folder").mkdir()
     (mounted.point / "folder" / "a").write_bytes(b"a" * 5000)
     before, inodes = tree(mounted.point), numbers(mounted.point)
     mounted.end(signal.SIGKILL)
     mounted.gateway.stop(signal.SIGKILL)
-    assert "2 names of the share's files" in rebuilt(mounted.gateway, scratch)
+    assert "2 names of the share's files" in mounted.gateway.rebuild_index()
     mounted.gateway.start()
     mounted.mount()
     assert (tree(mounted.point), numbers(mounted.point)) == (before, inodes)
 
 
-def test_names_that_are_lost_are_said_to_be_and_the_bytes_are_nobody_elses(
-    new_mounted: Callable[[], Mounted], scratch: Path
-) -> None:
+def test_names_that_are_lost_are_said_to_be_and_the_bytes_are_nobody_elses(new_mounted: Callable[[], Mounted]) -> None:
     mounted = new_mounted()
     (mounted.point / "a").write_bytes(b"a" * 5000)
     mounted.end()
     mounted.gateway.stop()
     for path in (mounted.gateway.folder / "state" / "catalogue").iterdir():
         path.unlink()
-    assert "their bytes stay below files/" in rebuilt(mounted.gateway, scratch)
+    assert "their bytes stay below files/" in mounted.gateway.rebuild_index()
     mounted.gateway.start()
     mounted.mount()
     for number in range(40):

@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from storage.objects.local_files import RENAME_EXCHANGE, RENAME_NOREPLACE
 from tests.conftest import FUZZ
 from tests.gateway.share.conftest import Mounted
-from tests.storage.state.renaming import EXCHANGE, NO_REPLACE, renameat2
+from tests.storage.state.renaming import renameat2
 
 Names = tuple[bytes, ...]
 DEPTH_MAX = 4
@@ -106,7 +107,7 @@ class Both(RuleBasedStateMachine):
     def link(self, where: Any, to: Any) -> None:
         self.both(lambda path, other: os.link(path, other, follow_symlinks=False), where, to)
 
-    @rule(where=PRESENT, to=st.one_of(PRESENT, FRESH), flags=st.sampled_from([0, 0, NO_REPLACE, EXCHANGE]))
+    @rule(where=PRESENT, to=st.one_of(PRESENT, FRESH), flags=st.sampled_from([0, 0, RENAME_NOREPLACE, RENAME_EXCHANGE]))
     def rename(self, where: int, to: Any, flags: int) -> None:
         if where % len(self.present):  # the topmost folders are in different file systems
             self.both(lambda path, other: renameat2(path, other, flags), where, to)

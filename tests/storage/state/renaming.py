@@ -1,16 +1,12 @@
-"""renameat2(2), which Python has no call for."""
+"""renameat2(2) with its errno as it is."""
 
 import ctypes
 import os
 
-AT_FDCWD = -100
-NO_REPLACE = 1
-EXCHANGE = 2
-
-_libc = ctypes.CDLL(None, use_errno=True)
+from storage.objects.local_files import AT_FDCWD, libc
 
 
 def renameat2(path: bytes, to: bytes, flags: int) -> None:
-    if _libc.renameat2(AT_FDCWD, path, AT_FDCWD, to, flags):
+    if libc.renameat2(AT_FDCWD, path, AT_FDCWD, to, flags):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from storage.objects.local_files import RENAME_EXCHANGE, RENAME_NOREPLACE
 from storage.state import file_rows, file_soundness
 from storage.state.file_model import (
     ROOT,
@@ -33,7 +34,7 @@ from storage.state.file_model import (
 from storage.state.files import Applied, apply
 from storage.state.kv import Transaction
 from tests.simulation.machine import MemoryKv
-from tests.storage.state.renaming import EXCHANGE, NO_REPLACE, renameat2
+from tests.storage.state.renaming import renameat2
 
 NAMES = [b"a", b"a", b"b", b"b", b"A", b"c", "ä".encode(), b"x" * 255, b"x" * 256]
 name = st.sampled_from(NAMES)
@@ -202,7 +203,7 @@ class SameAsReal(RuleBasedStateMachine):
             lambda: self.model.do(Remove(self.model.parent(names), names[-1], folder, self.model.at, held)),
         )
 
-    @rule(where=present, to_where=fresh, flags=st.sampled_from([0, 0, 0, NO_REPLACE, EXCHANGE]))
+    @rule(where=present, to_where=fresh, flags=st.sampled_from([0, 0, 0, RENAME_NOREPLACE, RENAME_EXCHANGE]))
     def rename(self, where: Where, to_where: Where, flags: int) -> None:
         names, to = self.path(where), self.path(to_where)
         held = self.model.held(to)
@@ -215,8 +216,8 @@ class SameAsReal(RuleBasedStateMachine):
                     self.model.parent(to),
                     to[-1],
                     self.model.at,
-                    no_replace=flags == NO_REPLACE,
-                    exchange=flags == EXCHANGE,
+                    no_replace=flags == RENAME_NOREPLACE,
+                    exchange=flags == RENAME_EXCHANGE,
                     held=held,
                 )
             ),

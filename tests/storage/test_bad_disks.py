@@ -1,5 +1,6 @@
 """Disks that hang and disks that are full, under a gateway by itself, on file systems of their own."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -136,9 +137,15 @@ def test_the_disk_of_the_catalogue_is_full(disks: TwoDisks) -> None:
     spares = disks.state / "log"
     wait_for(lambda: list(spares.glob("spare-*")), "the log to have its room")
     filler = disks.state / "filler"
-    with filler.open("wb") as file:
-        free = shutil.disk_usage(disks.state).free
-        os.posix_fallocate(file.fileno(), 0, free - (1 << 20))
+
+    def filled() -> bool:
+        """The log may take room meanwhile."""
+        with contextlib.suppress(OSError), filler.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disks.state).free - (1 << 20))
+            return True
+        return False
+
+    wait_for(filled, "its disk to be full")
     wait_for(lambda: store(gateway, item()) == OUT_OF_RESOURCES, "an honest refusal")
     assert gateway.status()["instances"] >= 1
     gateway.stop()

@@ -1,0 +1,77 @@
+"""What the node whose share is written to does about copies that aren't what they should be: files that were left dirty
+are made the same on both nodes and clean, what the other node lacks is brought to it, what this one lacks is had from
+there. Block by block: only what differs goes over the wire."""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from itertools import islice
+from typing import Final
+
+import structlog
+
+from conf.telling import reason_of
+from storage.files.mirroring import PeerCannot
+from storage.files.peer import PeerLost, PeerState
+from storage.files.share import Share
+from storage.state import file_rows
+from storage.state.kv import KeyValues
+
+log = structlog.get_logger()
+
+AGAIN_S: Final = 5.0
+AT_ONCE: Final = 500  # rows looked at
+
+
+class CatchingUp:
+    def __init__(self, share: Share) -> None:
+        self._share = share
+        self._said: set[int] = set()  # what was logged
+
+    async def run(self) -> None:
+        """As long as there is somebody to log what changes; only for a share that has another node."""
+        mirroring = self._share.mirroring
+        assert mirroring is not None
+        while True:
+            state = mirroring.peer.state
+            with contextlib.suppress(PeerLost):
+                await self.once(state)
+            try:
+                async with asyncio.timeout(AGAIN_S):
+                    await mirroring.peer.changed(state)
+            except TimeoutError:
+                continue
+            except OSError:
+                return
+
+    async def once(self, state: PeerState) -> None:
+        """One round. Raises PeerLost."""
+        for number in self._share.look(file_rows.dirty):
+            await self._try(self._share.settle, number)
+        if not state.session:
+            return
+        after = 0
+        while found := self._lacking_behind(after):
+            for number, node in found:
+                is_own = node == self._share.node
+                await self._try(self._share.heal_own if is_own else self._share.heal_other, number)
+            after = found[-1][0]
+
+    def _lacking_behind(self, after: int) -> list[tuple[int, str]]:
+        """Whole files: a page doesn't end between two nodes of one."""
+
+        def page(rows: KeyValues) -> list[tuple[int, str]]:
+            found = list(islice(file_rows.all_lacking(rows, after), AT_ONCE))
+            return found + [(found[-1][0], node) for node in file_rows.lacking(rows, found[-1][0])] if found else []
+
+        return list(dict.fromkeys(self._share.look(page)))
+
+    async def _try(self, what: Callable[[int], Awaitable[None]], number: int) -> None:
+        """One that can't be caught up now isn't in the way of the others."""
+        try:
+            await what(number)
+            self._said.discard(number)
+        except (OSError, PeerCannot) as error:
+            if number not in self._said:
+                log.warning("share.not_caught_up", inode=number, error=reason_of(error))
+            self._said.add(number)

@@ -1,0 +1,173 @@
+"""The two nodes' ends of what `peer.py` names: the leader's tells and asks, the follower's carries out. It goes over
+the connection of the log's entries, and belongs to the same session as they."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+
+from storage.files.keeper import Keeper
+from storage.files.peer import (
+    Answer,
+    AskedFor,
+    PeerLost,
+    PeerState,
+    Told,
+    decode_answer,
+    decode_op,
+    encode,
+)
+from storage.replication.link import Kind
+from storage.replication.messages import KNOWS_FILES
+from storage.replication.peering import Peering
+from storage.replication.replica import Replica
+
+WINDOW_BYTES: Final = 16 << 20  # told, and not carried out yet
+NONE: Final = PeerState(0, required=False)
+
+
+class Said(msgspec.Struct, frozen=True, array_like=True):
+    """An operation, and whose."""
+
+    epoch: int
+    session: int
+    op: msgspec.Raw
+
+
+_decode = msgspec.msgpack.Decoder(Said).decode
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class Mirror:
+    """See `Peer` for what a leader may call."""
+
+    def __init__(self, core: Replica, peering: Peering, keeper: Keeper) -> None:
+        self._core, self._peering, self.keeper = core, peering, keeper
+        self._state = NONE
+        self._changed = asyncio.Event()
+        self._untaken = 0
+        self._room = asyncio.Event()
+        self._asked: dict[int, asyncio.Future[bytes]] = {}
+        self._last_token = 0
+        self._followed = (0, 0)  # epoch and session of what was carried out last
+        self.on_lost: Callable[[list[int]], None] = lambda numbers: None  # of the other node
+        peering.on_file = self._frame
+
+    # -- leader ----------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> PeerState:
+        self.look()
+        return self._state
+
+    def look(self) -> None:
+        """To be called when the core has changed."""
+        state = self._now()
+        if state == self._state:
+            return
+        before, self._state = self._state, state
+        if state.session != before.session:
+            self._untaken = 0
+            self._room.set()
+            asked, self._asked = self._asked, {}
+            for waiting in asked.values():
+                if not waiting.done():
+                    waiting.set_exception(PeerLost())
+                    waiting.exception()  # whoever waits sees it too
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _now(self) -> PeerState:
+        core = self._core
+        if not core.leading or core.peer is None:
+            return NONE
+        hello = core.peer_hello
+        follows = core.joined and self._peering.link is not None and hello is not None
+        knows = hello is not None and hello.features >= KNOWS_FILES
+        return PeerState(core.session if follows and knows else 0, core.peer in core.in_sync.required)
+
+    async def changed(self, before: PeerState) -> None:
+        while self.state == before:
+            await self._changed.wait()
+
+    def tell(self, session: int, op: Told) -> None:
+        self.tell_raw(session, encode(op))
+
+    def tell_raw(self, session: int, op: bytes | msgspec.Raw) -> None:
+        if self._send(session, 0, op):
+            self._untaken += len(bytes(op)) if isinstance(op, bytes) else len(memoryview(op))
+            if self._untaken > WINDOW_BYTES:
+                self._room.clear()
+
+    async def room(self) -> None:
+        await self._room.wait()
+
+    async def ask(self, session: int, op: AskedFor) -> Answer:
+        return decode_answer(await self.ask_raw(session, encode(op)))
+
+    async def ask_raw(self, session: int, op: bytes | msgspec.Raw) -> bytes:
+        """The encoded answer. Raises PeerLost."""
+        self._last_token += 1
+        token, waiting = self._last_token, asyncio.get_running_loop().create_future()
+        self._asked[token] = waiting
+        try:
+            if not self._send(session, token, op):
+                raise PeerLost
+            answer: bytes = await waiting
+            return answer
+        finally:
+            self._asked.pop(token, None)
+
+    def _send(self, session: int, token: int, op: bytes | msgspec.Raw) -> bool:
+        link = self._peering.link
+        if session == 0 or self.state.session != session or link is None:
+            return False
+        raw = op if isinstance(op, msgspec.Raw) else msgspec.Raw(op)
+        link.send(Kind.FILE, token, _encode(Said(self._core.epoch, session, raw)))
+        return True
+
+    # -- both ends of the link -------------------------------------------------------------------------------------
+
+    def _frame(self, kind: Kind, token: int, payload: bytearray) -> None:
+        """Raises msgspec.DecodeError."""
+        if kind is Kind.FILE:
+            self._take(token, payload)
+        elif kind is Kind.FILE_LOST:
+            self.on_lost(msgspec.msgpack.decode(payload, type=list[int]))
+        elif kind is Kind.FILE_ANSWER:
+            waiting = self._asked.get(token)
+            if waiting is not None and not waiting.done():
+                waiting.set_result(bytes(payload))
+        elif token == self._state.session:
+            self._untaken -= int.from_bytes(payload, "big")
+            if self._untaken <= WINDOW_BYTES:
+                self._room.set()
+
+    def report_lost(self, numbers: list[int]) -> None:
+        """Tell the leader what this node doesn't hold."""
+        hello, link = self._core.peer_hello, self._peering.link
+        if link is not None and hello is not None and hello.features >= KNOWS_FILES:
+            link.send(Kind.FILE_LOST, 0, _encode(numbers))
+
+    # -- follower --------------------------------------------------------------------------------------------------
+
+    def _take(self, token: int, payload: bytearray) -> None:
+        said = _decode(payload)
+        of, size = (said.epoch, said.session), len(memoryview(said.op))
+        if not self._core.follows(*of):
+            return  # of a leader that is none any more, or of a session that has ended
+        if of != self._followed:
+            self._followed = of
+            self.keeper.end_session()
+        op, link = decode_op(said.op), self._peering.link
+
+        def finish(answer: Answer) -> None:
+            if link is None or link.closing:
+                return
+            if token:
+                link.send(Kind.FILE_ANSWER, token, encode(answer))
+            else:
+                (link.control or link).send(Kind.FILE_TAKEN, said.session, size.to_bytes(8, "big"))
+
+        self.keeper.take(op, finish)

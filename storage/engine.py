@@ -36,7 +36,7 @@ from storage.replication.effects import (
 )
 from storage.replication.messages import KNOWS_FILES, Ack, AnyMessage, Pong
 from storage.replication.pending import Pending, Pendings
-from storage.state.file_model import Change
+from storage.state.file_model import BeginWriting, Change, Lacks
 from storage.state.formats import bring_up_to_date
 from storage.state.model import Delete, Files, Forget, Put, Task, TaskDone
 from storage.state.soundness import closed
@@ -91,6 +91,7 @@ class Engine(Parts):
     # -- life --------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
+        self.mirror.on_lost = lambda numbers: self._note_lacking(str(self.core.peer), numbers)
         self.peering.on_progress = lambda: self.core.progress(self.clock())
         self._queue_applies(self.core.commit)
         if self.settings.cluster:
@@ -103,6 +104,7 @@ class Engine(Parts):
         self._spawn(self.tidying.run())
         self._spawn(self.scrub.run())
         self._spawn(self.forgetting.run())
+        self._spawn(self.share_copies.run())
 
     async def _lead_alone(self) -> None:
         """Without another node this one is primary for ever, in a new epoch after each start and each failure."""
@@ -115,6 +117,8 @@ class Engine(Parts):
         for task in list(self._tasks):
             task.cancel()
         await self.peering.stop()
+        await self.mirror.keeper.stop()
+        self.share_disk.stop()
         if not self.fatal.done():
             await self.journal.checkpoint()
         self.journal.close()
@@ -252,6 +256,7 @@ class Engine(Parts):
     async def settle_files(self) -> None:
         """Wait until all that was ever proposed is in the catalogue: then a writer of the share may begin, the only one
         there is, and while this node leads. Raises NotServing."""
+        await self.mirror.keeper.at_rest()
         proposed = self.core.accepted
         while True:
             await self.settled()
@@ -260,6 +265,16 @@ class Engine(Parts):
             if self.journal.applied >= proposed:
                 return
             await asyncio.sleep(SETTLE_S)
+
+    def _files_lost(self, numbers: list[int]) -> None:
+        """This node doesn't hold what it should of these files."""
+        self._note_lacking(self.core.node, numbers) if self.core.leading else self.mirror.report_lost(numbers)
+
+    def _note_lacking(self, node: str, numbers: list[int]) -> None:
+        """Nothing but a row of its own is changed: so the share's one writer may be another process."""
+        with contextlib.suppress(NotServing):
+            for number in numbers:
+                self.propose_files(Lacks(number, node))
 
     async def _commit_forget(self, forget: Forget) -> None:
         with contextlib.suppress(NotServing):
@@ -301,6 +316,7 @@ class Engine(Parts):
     def flush(self) -> None:
         for effect in self.core.take():
             self._carry_out(effect)
+        self.mirror.look()
         standing = self.duty.standing()
         if standing != self._standing:
             self._standing = standing
@@ -355,6 +371,7 @@ class Engine(Parts):
         if state is not None:
             self._queued = self.journal.applied
             self.follower.entries.clear()
+            self.share_copies.again()
             self.core.forgotten = int(self.catalogue.meta("forgotten", 0))
         return state
 
@@ -375,6 +392,8 @@ class Engine(Parts):
                 self.core.forget(pending.entry.operation.upto, self.clock())
             elif isinstance(pending.entry.operation, Files):
                 self.core.need(KNOWS_FILES)
+                if isinstance(pending.entry.operation.change, BeginWriting):
+                    self.share_copies.again()
             self.journal.apply(pending.entry, pending.location)
             self._queued = seq
 

@@ -4,17 +4,19 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import structlog
 
 from conf.settings import ClusterSettings, Settings
 from conf.tls import MutualTls
 from storage.control import boottime
+from storage.files.copies import CopyStore
+from storage.files.local import LocalFiles
 from storage.log.folder import Folder, LocalFolder, LogDamaged
 from storage.log.log import Log
 from storage.log.records import PAYLOAD_BYTES_MAX
@@ -44,6 +46,14 @@ class LogAway(LogDamaged):
     """There is nothing where the log was."""
 
 
+class OpenCopies(Protocol):
+    def __call__(
+        self, volumes: Sequence[Path], reserve_bytes: int, draining: Sequence[Path], *, complete: bool
+    ) -> CopyStore:
+        """See `LocalFiles`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Surroundings:
     networks: tuple[Network, ...]  # between the nodes, the preferred one first
@@ -53,6 +63,7 @@ class Surroundings:
     clock: Callable[[], float] = boottime
     workers: WorkersFactory = Workers
     open_volume: OpenVolume = LocalVolume
+    open_copies: OpenCopies = LocalFiles
     lock: Callable[[], ExitStack | None] = lambda: None  # on the folders of catalogue and log; raises InUse
     free_state_bytes: Callable[[], int] = lambda: 1 << 40  # where catalogue and log are; the smaller one
 

@@ -11,13 +11,30 @@ import structlog
 
 from storage.engine import Engine
 from storage.files.namespace import Proposal
-from storage.files.wire import Begin, Begun, Committed, Ended, Message, Propose, frame, next_message
+from storage.files.peer import PeerLost
+from storage.files.wire import (
+    Ask,
+    Begin,
+    Begun,
+    Committed,
+    Ended,
+    Message,
+    PeerIs,
+    Propose,
+    Said,
+    Tell,
+    frame,
+    next_message,
+)
 from storage.ingest import NotServing
+from storage.state.kv import DATA_FILE
 
 log = structlog.get_logger()
 
+LOOK_S: Final = 0.2  # between two looks whether this node leads by now
+IS_PRIMARY: Final = "this node is the primary now"
+OTHER_CATALOGUE: Final = "this node has taken the other one's state"
 UNANSWERED_MAX: Final = 4096  # changes on their way; more wait in the socket
-NOT_MIRRORED: Final = "the bytes of the share's files aren't mirrored yet: it is for a node that runs alone"
 
 
 class FilesServer:
@@ -52,49 +69,127 @@ class FilesServer:
             writer.close()
 
     async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        engine = self._engine
-        why = NOT_MIRRORED if engine.settings.cluster else "another process serves the share" if self._busy else ""
-        if why:
-            await _say(writer, Ended(why))
-            return
-        self._busy = True
-        proposals: asyncio.Queue[Proposal] = asyncio.Queue(UNANSWERED_MAX)
         try:
-            await engine.settle_files()
-            engine.catalogue.kv.forget_readers()
-            await _say(writer, self._begun())
-            log.info("share.begun")
-            async with asyncio.TaskGroup() as group:
-                answering = group.create_task(_answer(proposals, writer))
-                try:
-                    while isinstance(message := await next_message(reader), Propose):
-                        await proposals.put(engine.propose_files(message.change))
-                finally:
-                    answering.cancel()
+            if self._engine.may_serve:
+                await self._serve_writer(reader, writer)
+            else:
+                await self._serve_reader(reader, writer)
         except* NotServing as refused:
             with contextlib.suppress(ConnectionError):
-                await _say(writer, Ended(str(refused.exceptions[0])))
+                await _say(writer, Ended(_first(refused)))
         except* (EOFError, ConnectionError):
             pass  # it is gone
         except* (ValueError, msgspec.DecodeError):
             with contextlib.suppress(ConnectionError):
                 await _say(writer, Ended("it isn't understood: it is of another version"))
         finally:
-            engine.catalogue.kv.forget_readers()  # it may have been killed in the middle of reading
+            self._engine.catalogue.kv.forget_readers()  # it may have been killed in the middle of reading
+
+    async def _serve_writer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        engine = self._engine
+        if self._busy:
+            await _say(writer, Ended("another process serves the share"))
+            return
+        self._busy = True
+        proposals: asyncio.Queue[Proposal] = asyncio.Queue(UNANSWERED_MAX)
+        try:
+            await engine.settle_files()
+            engine.catalogue.kv.forget_readers()
+            await _say(writer, self._begun(writes=True))
+            log.info("share.begun")
+            async with asyncio.TaskGroup() as group:
+                helpers = [
+                    group.create_task(_answer(proposals, writer)),
+                    group.create_task(self._tell_of_peer(writer)),
+                    group.create_task(self._while_serving()),
+                ]
+                try:
+                    while True:
+                        await self._take(await next_message(reader), proposals, writer, group)
+                finally:
+                    for helper in helpers:
+                        helper.cancel()
+        finally:
             self._busy = False
             log.info("share.ended")
 
-    def _begun(self) -> Begun:
-        engine, storage = self._engine, self._engine.settings.storage
-        slots = engine.volumes.slots
+    async def _take(
+        self,
+        message: Message,
+        proposals: "asyncio.Queue[Proposal]",
+        writer: asyncio.StreamWriter,
+        group: asyncio.TaskGroup,
+    ) -> None:
+        mirror = self._engine.mirror
+        match message:
+            case Propose(change):
+                await proposals.put(self._engine.propose_files(change))
+            case Tell(session, op):
+                mirror.tell_raw(session, op)
+                await mirror.room()
+            case Ask(token, session, op):
+                group.create_task(self._ask(token, session, op, writer))
+            case _:
+                raise ValueError("not for us")
+
+    async def _ask(self, token: int, session: int, op: msgspec.Raw, writer: asyncio.StreamWriter) -> None:
+        answer = b""
+        with contextlib.suppress(PeerLost):
+            answer = await self._engine.mirror.ask_raw(session, op)
+        await _say(writer, Said(token, answer))
+
+    async def _tell_of_peer(self, writer: asyncio.StreamWriter) -> None:
+        """Whenever it has changed."""
+        mirror = self._engine.mirror
+        while True:
+            state = mirror.state
+            await _say(writer, PeerIs(state))
+            await mirror.changed(state)
+
+    async def _while_serving(self) -> None:
+        """Raises NotServing when this node isn't the primary any more, or may not act as it."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if not self._engine.may_serve:
+                raise NotServing("another node has taken over, or may have")
+
+    async def _serve_reader(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Until this node leads, or has another catalogue."""
+        engine = self._engine
+        database = engine.settings.storage.state / "catalogue" / DATA_FILE
+        opened = database.stat().st_ino
+        await _say(writer, self._begun(writes=False))
+        gone = asyncio.ensure_future(reader.read(1))
+        try:
+            while not gone.done() and not engine.may_serve and database.stat().st_ino == opened:
+                await asyncio.wait((gone,), timeout=LOOK_S)
+        finally:
+            gone.cancel()
+        if not gone.done() or gone.cancelled():
+            await _say(writer, Ended(IS_PRIMARY if engine.may_serve else OTHER_CATALOGUE))
+
+    def _begun(self, *, writes: bool) -> Begun:
+        engine, storage, cluster = self._engine, self._engine.settings.storage, self._engine.settings.cluster
+        volumes, draining = engine.share_volumes()
         return Begun(
             str(storage.state / "catalogue"),
-            tuple(str(slot.path) for slot in slots),
-            tuple(str(slot.path) for slot in slots if slot.volume is None or slot.volume.draining),
+            tuple(str(path) for path in volumes),
+            tuple(str(path) for path in draining),
             storage.reserve_bytes,
             engine.state_reserve_bytes,
             str(storage.log_folder),
+            engine.settings.node.name,
+            cluster.peer if cluster else "",
+            writes,
+            len(volumes) == len(engine.volumes.slots),
         )
+
+
+def _first(group: BaseExceptionGroup[NotServing]) -> str:
+    found: BaseException = group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return str(found)
 
 
 async def _answer(proposals: "asyncio.Queue[Proposal]", writer: asyncio.StreamWriter) -> None:

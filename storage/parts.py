@@ -7,6 +7,9 @@ from typing import Any, Final
 
 from conf.settings import Settings
 from storage.environment import Surroundings
+from storage.files.copies import CopyStore
+from storage.files.keeper import Keeper
+from storage.files.mirror import Mirror
 from storage.ingest import Ingest
 from storage.journal import Journal
 from storage.log.log import Log
@@ -35,10 +38,12 @@ from storage.upkeep.disks import DiskWatch
 from storage.upkeep.forgetting import Forgetting
 from storage.upkeep.healing import Healing
 from storage.upkeep.scrub import Scrub
+from storage.upkeep.share_copies import ShareCopies
 from storage.upkeep.tidying import Tidying
 from storage.workers import Threads
 
 DISK_THREADS: Final = 16
+SHARE_THREADS: Final = 8
 
 
 class Parts:
@@ -107,7 +112,36 @@ class Parts:
             not_kept=self._not_kept,
             hang_s=storage.hang_s,
         )
+        self._furnish_share(around)
         self._furnish_upkeep()
+
+    def _furnish_share(self, around: Surroundings) -> None:
+        storage = self.settings.storage
+
+        def open_copies() -> CopyStore:
+            kept, draining = self.share_volumes()
+            complete = len(kept) == len(self.volumes.slots)
+            return around.open_copies(kept, storage.reserve_bytes, draining, complete=complete)
+
+        self.share_disk = around.workers(SHARE_THREADS, "share")
+        self.mirror = Mirror(self.core, self.peering, Keeper(open_copies, self.share_disk, storage.hang_s))
+        self.open_copies = open_copies
+        self.share_copies = ShareCopies(
+            self.catalogue,
+            self.volumes,
+            open_copies,
+            self.share_disk,
+            node=self.settings.node.name,
+            clock=self.clock,
+            on_lost=self._files_lost,
+        )
+
+    def share_volumes(self) -> tuple[list[Path], list[Path]]:
+        """Those that may have copies of the share's files: all but those given up; and which of them take nothing."""
+        slots = [slot for slot in self.volumes.slots if not slot.failed]
+        return [slot.path for slot in slots], [
+            slot.path for slot in slots if slot.volume is None or slot.volume.draining
+        ]
 
     def _furnish_upkeep(self) -> None:
         storage, kept = self.settings.storage, (self.catalogue, self.volumes)
@@ -264,6 +298,9 @@ class Parts:
         raise NotImplementedError
 
     def _not_kept(self, seq: int, error: Exception) -> None:
+        raise NotImplementedError
+
+    def _files_lost(self, numbers: list[int]) -> None:
         raise NotImplementedError
 
     def _die(self, error: BaseException) -> None:

@@ -74,8 +74,16 @@ def node_status(engine: Engine) -> dict[str, Any]:
             **_pace(engine, counts["missing"]),
         },
         "scrub": {"at": engine.scrub.at, "checked": engine.scrub.checked, "bad": engine.scrub.bad},
+        "files": _files(engine),
         "commit": core.commit,
     }
+
+
+def _files(engine: Engine) -> dict[str, int]:
+    """Of the share: how many there are, how many are being written to, and how many one of the nodes lacks."""
+    with engine.catalogue.kv.read() as txn:
+        rows = {"count": "file_inodes", "dirty": "file_dirty", "single_copy": "file_lacking"}
+        return {name: txn.count(table) for name, table in rows.items()}
 
 
 def _taking(taker: StateTaker) -> dict[str, Any] | None:

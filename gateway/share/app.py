@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import resource
 import signal
@@ -16,9 +17,11 @@ import structlog
 
 from conf.settings import Settings
 from gateway.share.fuse import Operations
+from storage.files.catching_up import CatchingUp
 from storage.files.local import LocalFiles
 from storage.files.namespace import Namespace
-from storage.files.remote import RemoteLog
+from storage.files.peer import Pair
+from storage.files.remote import NoGateway, RemoteLog
 from storage.files.share import Share
 from storage.state.catalogue import TABLES
 from storage.state.kv import LmdbReader
@@ -28,16 +31,36 @@ log = structlog.get_logger()
 
 DISK_THREADS: Final = 8
 OPTIONS: Final = frozenset({"default_permissions", "allow_other", "fsname=tandem", "subtype=tandem"})
+OURS: Final = b"fuse.tandem"  # in /proc/self/mountinfo
 CONNECTIONS: Final = Path("/sys/fs/fuse/connections")
 END_S: Final = 30.0  # for what is under way when it ends
+AGAIN_S: Final = 0.2  # between two tries to begin
 LOOK_S: Final = 0.5  # how old a look at the room of the catalogue's disk may be
 
 
 def run(settings: Settings, mountpoint: Path) -> str:
-    """Serve until it is unmounted, or ended by a signal: ""; or until the gateway is gone: why. Raises OSError."""
+    """Serve until it is unmounted, or ended by a signal: ""; or until the gateway is gone: why. In a pair it goes on
+    then, as what this node is by then: the primary's may be read and written, the standby's read. Raises OSError."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # two for each file that is open
-    return asyncio.run(_main(settings, mountpoint.resolve()))
+    return asyncio.run(_main(settings, Path(os.path.abspath(mountpoint))))
+
+
+async def _main(settings: Settings, mountpoint: Path) -> str:
+    said = ""
+    while True:
+        try:
+            why = await _mounted(settings, mountpoint)
+        except NoGateway as error:
+            if settings.cluster is None:
+                raise
+            why = str(error.strerror)
+        if not why or settings.cluster is None:
+            return why
+        if why != said:
+            log.info("share.again", why=why)
+        said = why
+        await asyncio.sleep(AGAIN_S)
 
 
 class Room:
@@ -56,40 +79,58 @@ class Room:
         return self._full
 
 
-async def _main(settings: Settings, mountpoint: Path) -> str:
+async def _mounted(settings: Settings, mountpoint: Path) -> str:
     remote, begun = await RemoteLog.begin(settings.files_socket)
     reader = LmdbReader(Path(begun.catalogue), TABLES)
     disk = Workers(DISK_THREADS, "share")
     volumes, draining = ([Path(folder) for folder in folders] for folders in (begun.volumes, begun.draining))
-    local = LocalFiles(volumes, begun.reserve_bytes, draining)
+    local = LocalFiles(volumes, begun.reserve_bytes, draining, complete=begun.complete)
     room = Room((begun.catalogue, begun.log), begun.state_reserve_bytes)
-    share = Share(Namespace(reader, remote.propose), local, disk, time.time_ns, room.is_full)
-    listening = asyncio.create_task(remote.run())
+    share = Share(
+        Namespace(reader, remote.propose),
+        local,
+        disk,
+        time.time_ns,
+        room.is_full,
+        hang_s=settings.storage.hang_s,
+        pair=Pair(begun.node, begun.peer),
+        peer=remote.peer if begun.peer else None,
+    )
+    helpers = [asyncio.create_task(remote.run())]
     try:
         if not local.complete:
             log.warning("share.volumes_missing", note="files that lie there can't be read")
-        await share.begin()
+        if begun.writes:
+            await share.begin()
+        else:
+            share.begin_reading()
+        if begun.writes and share.mirroring is not None:
+            helpers.append(asyncio.create_task(CatchingUp(share).run()))
+        await _clear(mountpoint)
         pyfuse3.asyncio.enable()
+        options = OPTIONS if begun.writes else OPTIONS | {"ro"}
         try:
-            pyfuse3.init(Operations(share), str(mountpoint), set(OPTIONS))
+            pyfuse3.init(Operations(share, writes=begun.writes), str(mountpoint), set(options))
         except RuntimeError as error:
             raise OSError(0, f"{mountpoint} can't be mounted: {error}") from error
         await _serve(remote, mountpoint)
-        if not remote.ended.done():  # what was answered and not waited for is still on its way
+        if begun.writes and not remote.ended.done():  # what was answered and not waited for is still on its way
             async with asyncio.timeout(END_S):
                 await share.end()
         return remote.ended.result() if remote.ended.done() else ""
     except TimeoutError:
         raise OSError(0, "not all that was changed last is in the log: the gateway doesn't answer") from None
     finally:
-        listening.cancel()
+        for helper in helpers:
+            helper.cancel()
+        await asyncio.wait(helpers)
         disk.stop()
         local.close()
         reader.close()
 
 
 async def _serve(remote: RemoteLog, mountpoint: Path) -> None:
-    """Until it is unmounted, a signal comes, or the gateway is gone."""
+    """Until it is unmounted, a signal comes, or the gateway is gone. Raises OSError if it can't be taken away."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -102,9 +143,17 @@ async def _serve(remote: RemoteLog, mountpoint: Path) -> None:
     if not serving.done():
         await _unmount(mountpoint)
         await asyncio.wait((serving,), timeout=END_S)
-    if serving.done():  # else something still uses it, and is cut off when this process ends
-        pyfuse3.close(unmount=False)
+    if not serving.done():  # it is cut off when this process ends
+        raise OSError(errno.EBUSY, "something is under way that doesn't end")
+    pyfuse3.close(unmount=False)
     log.info("share.unmounted")
+
+
+async def _clear(mountpoint: Path) -> None:
+    """What an earlier process has left there when it was killed."""
+    while _connection(mountpoint, OURS):
+        if not await _fusermount("-uz", mountpoint):
+            return
 
 
 async def _unmount(mountpoint: Path) -> None:
@@ -118,11 +167,12 @@ async def _unmount(mountpoint: Path) -> None:
             (CONNECTIONS / connection / "abort").write_text("1")
 
 
-def _connection(mountpoint: Path) -> str:
-    """Its number, "" if it isn't mounted. The file system itself isn't asked."""
+def _connection(mountpoint: Path, kind: bytes = b"") -> str:
+    """Its number, "" if it isn't mounted, or not as this kind. The file system itself isn't asked."""
     for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
         fields = line.split()
-        if fields[4].decode("unicode_escape").encode("latin-1") == os.fsencode(mountpoint):  # spaces are escaped
+        is_it = fields[4].decode("unicode_escape").encode("latin-1") == os.fsencode(mountpoint)  # spaces are escaped
+        if is_it and (not kind or kind in fields):
             return fields[2].partition(b":")[2].decode()
     return ""
 

@@ -1,6 +1,7 @@
 """FUSE requests translated: decode, call `storage.files.share`, encode. Needs the extra `share` (pyfuse3).
 
-Only this mount changes the tree, so the kernel may remember names and attributes for long.
+On the node that is written to only this mount changes the tree, so the kernel may remember names and attributes for
+long; on the other one it may not, and reads the bytes anew at each open.
 """
 
 import errno
@@ -36,6 +37,8 @@ def answered(call: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
             await args[0]._share.room()  # type: ignore[attr-defined]
             return await call(*args, **kwargs)
         except OSError as error:
+            if error.errno == errno.EIO:
+                log.error("share.failed", call=call.__name__, why=error.strerror)
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
         except pyfuse3.FUSEError:
             raise
@@ -51,9 +54,10 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
 
     supports_dot_lookup = True
 
-    def __init__(self, share: Share) -> None:
+    def __init__(self, share: Share, *, writes: bool) -> None:
         super().__init__()
-        self._share = share
+        self._share, self._writes = share, writes
+        self._remembered_s = REMEMBERED_S if writes else 0.0
 
     def _entry(self, number: int, row: Inode | None = None) -> Any:
         row = row or self._share.attributes(number)
@@ -62,7 +66,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
         entry.st_uid, entry.st_gid, entry.st_rdev, entry.st_size = row.uid, row.gid, row.rdev, row.size
         entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = row.atime, row.mtime, row.ctime
         entry.st_blksize, entry.st_blocks = IO_BYTES, -(-row.size // BLOCK_BYTES)
-        entry.entry_timeout = entry.attr_timeout = REMEMBERED_S
+        entry.entry_timeout = entry.attr_timeout = self._remembered_s
         return entry
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
@@ -83,7 +87,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
             if error.errno != errno.ENOENT:
                 raise
         absent = pyfuse3.EntryAttributes()  # which the kernel may remember as well
-        absent.st_ino, absent.entry_timeout = 0, REMEMBERED_S
+        absent.st_ino, absent.entry_timeout = 0, self._remembered_s
         return absent
 
     @answered
@@ -211,6 +215,8 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
 
     @answered
     async def open(self, inode: int, flags: int, ctx: Any) -> Any:
+        if await self._share.look_again(inode):
+            pyfuse3.invalidate_inode(inode, attr_only=True)
         self._share.open(inode)
         if flags & os.O_TRUNC:
             try:
@@ -218,7 +224,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
             except BaseException:
                 await self._share.release(inode)
                 raise
-        return pyfuse3.FileInfo(fh=inode, keep_cache=True)
+        return pyfuse3.FileInfo(fh=inode, keep_cache=self._writes)
 
     @answered
     async def create(self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: Any) -> tuple[Any, Any]:
@@ -236,11 +242,13 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
 
     @answered
     async def flush(self, fh: int) -> None:
-        await self._share.flush(fh)
+        if self._writes:
+            await self._share.flush(fh)
 
     @answered
     async def fsync(self, fh: int, datasync: bool) -> None:
-        await self._share.fsync(fh)
+        if self._writes:
+            await self._share.fsync(fh)
 
     @answered
     async def release(self, fh: int) -> None:

@@ -1,7 +1,8 @@
 """The bytes of the share's files on this node's volumes: each file as it is, at a place that its inode number names,
-below the name of the numbers (`BeginWriting.space`).
+below the name of the numbers (`BeginWriting.space`). A copy that was made again has a generation behind its number.
 
     files/3f9a01c2/c4/00000000000012c4
+    files/3f9a01c2/c5/00000000000012c5.5b1d0e77
 
 All methods block, and may be called from several threads.
 """
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from storage.files.copies import Capacity
 from storage.objects.volume import MARKER
 
 FOLDER: Final = "files"
@@ -25,9 +27,13 @@ LOOK_S: Final = 0.5  # how old a look at a volume's room may be
 ROOT_USER: Final = 0
 
 
-def name_of(space: str, number: int) -> str:
-    """Where the bytes of an inode lie on a volume."""
-    return f"{FOLDER}/{space}/{number & 0xFF:02x}/{number:016x}"
+def name_of(space: str, number: int, generation: str = "") -> str:
+    """Where a copy of the bytes of an inode lies on a volume."""
+    return f"{_folder_of(space, number & 0xFF)}/{number:016x}{'.' if generation else ''}{generation}"
+
+
+def _folder_of(space: str, part: int) -> str:
+    return f"{FOLDER}/{space}/{part:02x}"
 
 
 def has_files(volume: Path) -> bool:
@@ -35,19 +41,9 @@ def has_files(volume: Path) -> bool:
     return any(files for _, _, files in os.walk(volume / FOLDER))
 
 
-@dataclass(frozen=True)
-class Capacity:
-    """Of a file system, in bytes and inodes."""
-
-    total: int
-    free: int
-    inodes: int
-    inodes_free: int
-
-
 @dataclass
 class LocalFile:
-    """An open one. `named`: its name is durable."""
+    """See `StoredFile`. `named`: its name is durable."""
 
     fd: int
     folder: int  # an fd of it
@@ -55,7 +51,6 @@ class LocalFile:
     named: bool
 
     def write(self, data: bytes, at: int, grows: int) -> None:
-        """`grows`: by how many bytes it gets longer. Raises OSError; part of it may have been written then."""
         self.volume.take(grows)
         view = memoryview(data)
         while view:
@@ -63,7 +58,6 @@ class LocalFile:
             view, at = view[done:], at + done
 
     def read(self, size: int, at: int) -> bytes:
-        """As much as there is. Raises OSError."""
         found = os.pread(self.fd, size, at)
         while len(found) < size:
             more = os.pread(self.fd, size - len(found), at + len(found))
@@ -73,7 +67,6 @@ class LocalFile:
         return found
 
     def found(self) -> tuple[int, int]:
-        """Its length, and when it was written to last (ns)."""
         status = os.fstat(self.fd)
         return status.st_size, status.st_mtime_ns
 
@@ -81,12 +74,10 @@ class LocalFile:
         os.ftruncate(self.fd, size)
 
     def cut(self, size: int) -> None:
-        """Leave nothing behind so many bytes."""
         if os.fstat(self.fd).st_size > size:
             os.ftruncate(self.fd, size)
 
     def sync(self) -> None:
-        """Make bytes, length and name durable. Raises OSError; then nothing is known of them."""
         os.fsync(self.fd)
         if not self.named:
             os.fsync(self.folder)
@@ -130,7 +121,7 @@ class _Volume:
             raise OSError(errno.ENOSPC, "the volume is full")
         self._left -= size
 
-    def open(self, name: str) -> LocalFile:
+    def open(self, name: str, *, named: bool) -> LocalFile:
         """Raises OSError."""
         with self._folder(name.rpartition("/")[0]) as folder:
             try:
@@ -139,7 +130,7 @@ class _Volume:
                 if error.errno != errno.EROFS:
                     raise
                 fd = self._opened(name, os.O_RDONLY)
-            return LocalFile(fd, os.dup(folder), self, named=True)
+            return LocalFile(fd, os.dup(folder), self, named)
 
     def create(self, name: str) -> LocalFile:
         """Raises OSError."""
@@ -150,6 +141,35 @@ class _Volume:
             fd = self._opened(name, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             self._give(fd)
             return LocalFile(fd, os.dup(parent), self, named=False)
+
+    def names(self, folder: str) -> list[tuple[str, float]]:
+        """Each with how long ago it was changed. Raises OSError."""
+        now = time.time()
+        try:
+            with self._folder(folder) as fd, os.scandir(fd) as entries:
+                return [(entry.name, now - entry.stat(follow_symlinks=False).st_mtime) for entry in entries]
+        except FileNotFoundError:
+            return []
+
+    def has(self, name: str) -> bool:
+        """Raises OSError."""
+        try:
+            os.stat(name, dir_fd=self.root, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def seems_to_have(self, name: str) -> bool:
+        """False, too, where that can't be said."""
+        try:
+            return self.has(name)
+        except OSError:
+            return False
+
+    def remove(self, name: str) -> None:
+        """Raises OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self.root)
 
     def _make(self, folder: str) -> None:
         """With its parents, durably."""
@@ -186,12 +206,16 @@ class _Volume:
 
 
 class LocalFiles:
-    def __init__(self, volumes: Sequence[Path], reserve_bytes: int, draining: Sequence[Path] = ()) -> None:
-        """`reserve_bytes` are left free on each volume; on those that are `draining` nothing new is put. Those that
-        aren't there are left out, and `complete` is False."""
+    """See `CopyStore`."""
+
+    def __init__(
+        self, volumes: Sequence[Path], reserve_bytes: int, draining: Sequence[Path] = (), *, complete: bool = True
+    ) -> None:
+        """`reserve_bytes` are left free on each volume; on those that are `draining` nothing new is put. `complete`:
+        this node has no other volumes. Those that aren't there are left out, and it isn't complete then either."""
         self._volumes: list[_Volume] = []
         self._draining: set[_Volume] = set()
-        self.complete = True
+        self.complete = complete
         for path in volumes:
             try:
                 self._volumes.append(_Volume(path, reserve_bytes))
@@ -202,12 +226,11 @@ class LocalFiles:
                 self._draining.add(self._volumes[-1])
         self.space = ""  # the name of the numbers, known when a writer has begun
 
-    def open(self, number: int) -> LocalFile | None:
-        """None if no volume has it. Raises OSError if that can't be said."""
+    def open(self, number: int, generation: str = "", *, named: bool) -> LocalFile | None:
         problem: OSError | None = None
         for volume in self._volumes:
             try:
-                return volume.open(name_of(self.space, number))
+                return volume.open(name_of(self.space, number, generation), named=named)
             except FileNotFoundError:
                 continue
             except OSError as error:
@@ -216,18 +239,36 @@ class LocalFiles:
             raise problem
         return None
 
-    def create(self, number: int) -> LocalFile:
-        """Raises OSError (ENOSPC)."""
+    def create(self, number: int, generation: str = "") -> LocalFile:
+        name = name_of(self.space, number, generation)
+        if any(volume.seems_to_have(name) for volume in self._volumes):
+            raise FileExistsError(errno.EEXIST, "there is one", name)
         free = {volume: room for volume in self._volumes if (room := self._room(volume))}
         while free:
             chosen = random.choices(list(free), list(free.values()))[0]  # noqa: S311 - so that a new disk is no hot spot
             try:
-                return chosen.create(name_of(self.space, number))
+                return chosen.create(name)
             except FileExistsError:
                 raise
             except OSError:
                 del free[chosen]
         raise OSError(errno.ENOSPC, "no volume has room")
+
+    def has(self, number: int, generation: str) -> bool:
+        return any(volume.has(name_of(self.space, number, generation)) for volume in self._volumes)
+
+    def listing(self, part: int) -> list[tuple[int, str, float]]:
+        found = []
+        for volume in self._volumes:
+            for name, age_s in volume.names(_folder_of(self.space, part)):
+                number, _, generation = name.partition(".")
+                with contextlib.suppress(ValueError):  # not ours
+                    found.append((int(number, 16), generation, age_s))
+        return found
+
+    def remove(self, number: int, generation: str) -> None:
+        for volume in self._volumes:
+            volume.remove(name_of(self.space, number, generation))
 
     def _room(self, volume: _Volume) -> int:
         if volume in self._draining:
@@ -238,7 +279,6 @@ class LocalFiles:
             return 0
 
     def capacity(self) -> Capacity:
-        """Of all volumes that answer."""
         found = []
         for volume in self._volumes:
             with contextlib.suppress(OSError):

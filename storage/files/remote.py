@@ -1,6 +1,7 @@
-"""The log as the process that serves the share has it: on the other end of a socket."""
+"""Log and other node as the process that serves the share has them: on the other end of a socket."""
 
 import asyncio
+import contextlib
 import errno
 from collections import deque
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Final
 
 import msgspec
 
-from storage.files.wire import Begin, Begun, Committed, Ended, Propose, frame, next_message
+from storage.files.peer import Answer, AskedFor, PeerLost, PeerState, Told, decode_answer, encode
+from storage.files.wire import Ask, Begin, Begun, Committed, Ended, PeerIs, Propose, Said, Tell, frame, next_message
 from storage.state.file_model import Change
 
 WAITING_MAX: Final = 1 << 16  # far less than `storage.state.files.NUMBERS_SKIPPED`
@@ -27,25 +29,91 @@ class RemoteProposal:
         await asyncio.shield(self.answer)
 
 
+class NoGateway(OSError):
+    """None answers, with one line."""
+
+
+class RemotePeer:
+    """See `Peer`."""
+
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        self.state = PeerState(0, required=True)  # until the gateway has said what it is
+        self._changed = asyncio.Event()
+        self._ended = False
+        self._asked: dict[int, asyncio.Future[Answer]] = {}
+        self._last_token = 0
+
+    def tell(self, session: int, op: Told) -> None:
+        self._writer.write(frame(Tell(session, msgspec.Raw(encode(op)))))
+
+    async def room(self) -> None:
+        with contextlib.suppress(ConnectionError):  # who waits for an answer hears of it
+            await self._writer.drain()
+
+    async def ask(self, session: int, op: AskedFor) -> Answer:
+        if not session or session != self.state.session:
+            raise PeerLost
+        self._last_token += 1
+        token, answer = self._last_token, asyncio.get_running_loop().create_future()
+        self._asked[token] = answer
+        self._writer.write(frame(Ask(token, session, msgspec.Raw(encode(op)))))
+        try:
+            found: Answer = await answer
+            return found
+        finally:
+            self._asked.pop(token, None)
+
+    async def changed(self, before: PeerState) -> None:
+        """Raises OSError (EIO) when there is no gateway any more that would tell."""
+        while self.state == before:
+            if self._ended:
+                raise OSError(errno.EIO, "the gateway is gone")
+            await self._changed.wait()
+
+    def end(self) -> None:
+        """Nothing that is flushed is known to be on both nodes any more."""
+        self._ended = True
+        self.is_now(PeerState(0, required=True))
+
+    def is_now(self, state: PeerState) -> None:
+        before, self.state = self.state, state
+        if state.session != before.session:
+            asked, self._asked = self._asked, {}
+            for answer in asked.values():
+                if not answer.done():
+                    answer.set_exception(PeerLost())
+                    answer.exception()  # whoever waits sees it too
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def said(self, message: Said) -> None:
+        """An answer that comes with the end of its session: the new state is on its way."""
+        answer = self._asked.get(message.token)
+        if answer is not None and not answer.done() and message.answer:
+            answer.set_result(decode_answer(message.answer))
+
+
 class RemoteLog:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
         self._waiting: deque[RemoteProposal] = deque()
         self._committed = 0
+        self.peer = RemotePeer(writer)
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()  # why
 
     @classmethod
     async def begin(cls, path: Path) -> "tuple[RemoteLog, Begun]":
-        """Raises OSError with one line."""
+        """Raises NoGateway, OSError with one line."""
         try:
             reader, writer = await asyncio.open_unix_connection(path)
         except OSError as error:
-            raise OSError(error.errno, f"no gateway answers at {path}: {error.strerror}") from error
+            raise NoGateway(error.errno, f"no gateway answers at {path}: {error.strerror}") from error
         writer.write(frame(Begin()))
         try:
             message = await next_message(reader)
         except (EOFError, ValueError, msgspec.DecodeError) as error:
-            raise OSError(errno.ECONNRESET, "the gateway ended before it answered") from error
+            raise NoGateway(errno.ECONNRESET, "the gateway ended before it answered") from error
         if isinstance(message, Ended):
             raise OSError(errno.EPERM, message.why)
         if not isinstance(message, Begun):
@@ -71,11 +139,17 @@ class RemoteLog:
                 message = await next_message(self._reader)
                 if isinstance(message, Committed):
                     self._note(message)
+                elif isinstance(message, PeerIs):
+                    self.peer.is_now(message.state)
+                elif isinstance(message, Said):
+                    self.peer.said(message)
                 elif isinstance(message, Ended):
                     why = message.why
                     return
-        except (EOFError, OSError, ValueError, msgspec.DecodeError):
+        except (EOFError, OSError):
             return
+        except (ValueError, msgspec.DecodeError):
+            why = "the gateway says what isn't understood: it is of another version"
         finally:
             self._end(why)
 
@@ -89,6 +163,7 @@ class RemoteLog:
     def _end(self, why: str) -> None:
         self.ended.set_result(why)
         self._writer.close()
+        self.peer.end()
         for proposal in self._waiting:
             proposal.answer.set_exception(OSError(errno.EIO, why))
         self._waiting.clear()

@@ -5,14 +5,15 @@ from typing import Final
 
 import msgspec
 
+from storage.files.peer import PeerState
 from storage.state.file_model import Change
 
 LENGTH_BYTES: Final = 4
-MESSAGE_BYTES_MAX: Final = 1 << 20
+MESSAGE_BYTES_MAX: Final = 4 << 20
 
 
 class Begin(msgspec.Struct, frozen=True, tag="begin", array_like=True):
-    """I am the one that changes the share from now on."""
+    """I am the one that changes the share from now on, or that shows it while this node is the standby."""
 
 
 class Propose(msgspec.Struct, frozen=True, tag="propose", array_like=True):
@@ -21,15 +22,47 @@ class Propose(msgspec.Struct, frozen=True, tag="propose", array_like=True):
     change: Change
 
 
+class Tell(msgspec.Struct, frozen=True, tag="tell", array_like=True):
+    """Have the other node do that with its copies. `op`: a `peer.Told`."""
+
+    session: int
+    op: msgspec.Raw
+
+
+class Ask(msgspec.Struct, frozen=True, tag="ask", array_like=True):
+    """The same for a `peer.AskedFor`; `Said` answers."""
+
+    token: int
+    session: int
+    op: msgspec.Raw
+
+
+class Said(msgspec.Struct, frozen=True, tag="said", array_like=True):
+    """What the other node answers, an encoded `peer.Answer`; nothing: the session has ended."""
+
+    token: int
+    answer: bytes
+
+
+class PeerIs(msgspec.Struct, frozen=True, tag="peer", array_like=True):
+    """From now on."""
+
+    state: PeerState
+
+
 class Begun(msgspec.Struct, frozen=True, tag="begun", array_like=True):
-    """All that was ever proposed is in the catalogue."""
+    """All that was ever proposed is in the catalogue. `writes`: this node is the primary, nobody else changes it."""
 
     catalogue: str  # folder
-    volumes: tuple[str, ...]  # folders, also of those that aren't there now
+    volumes: tuple[str, ...]  # folders, also of those that aren't there now, but for those given up
     draining: tuple[str, ...]  # those of them on which nothing new is put
     reserve_bytes: int  # to be left free on each volume
     state_reserve_bytes: int  # to be left free where catalogue and log are
     log: str  # folder
+    node: str  # this one's name
+    peer: str  # the other one's, "" if there is none
+    writes: bool
+    complete: bool  # no volume was given up
 
 
 class Committed(msgspec.Struct, frozen=True, tag="committed", array_like=True):
@@ -45,7 +78,7 @@ class Ended(msgspec.Struct, frozen=True, tag="ended", array_like=True):
     why: str
 
 
-Message = Begin | Propose | Begun | Committed | Ended
+Message = Begin | Propose | Tell | Ask | Begun | Committed | PeerIs | Said | Ended
 _decoder = msgspec.msgpack.Decoder(Message)
 _encode = msgspec.msgpack.Encoder().encode
 

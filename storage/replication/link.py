@@ -64,6 +64,10 @@ class Kind(IntEnum):
     STATE = 17  # payload: msgpack transfer.Ask, or nil for the head; STATE_PART with this number answers
     STATE_PART = 18  # payload: msgpack transfer.Head or Answer; empty if it can't be given now
     CREDIT = 15  # payload: so many bytes of this stream were taken, and as many more may come
+    FILE = 19  # payload: msgpack files.mirror.Said; FILE_ANSWER with this number answers, unless it is 0
+    FILE_ANSWER = 20  # payload: msgpack files.peer.Answer
+    FILE_LOST = 22  # payload: msgpack, inode numbers of which the sender doesn't hold what it should
+    FILE_TAKEN = 21  # stream: a session; payload: so many bytes of its FILEs were carried out
 
 
 OnFrame = Callable[["Link", Kind, int, bytearray], None]

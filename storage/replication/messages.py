@@ -2,12 +2,12 @@
 
 import msgspec
 
-FEATURES = 5  # grows with what a node can carry out; what the other node can't isn't asked of it
+FEATURES = 6  # grows with what a node can carry out; what the other node can't isn't asked of it
 PLACES_STREAMS = 3  # from here on it takes the study of an object that is on its way
 # From here on it acknowledges old entries without their bytes and says up to where it counts them, takes the state
 # where it is far behind, and knows the entry that has both nodes forget what is over.
 TAKES_STATE = 4
-KNOWS_FILES = 5  # from here on it knows the share's files
+KNOWS_FILES = 6  # from here on it knows the share's files, and keeps copies of their bytes
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):

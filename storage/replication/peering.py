@@ -72,6 +72,7 @@ class Peering:
         self._on_message, self._on_suspect = on_message, on_suspect
         self._lookups = lookups
         self.on_clients: Callable[[bytes], None] = lambda _: None
+        self.on_file: Callable[[Kind, int, bytearray], None] = lambda kind, token, payload: None
         self.give_state: Callable[[bytes], Awaitable[bytes]] | None = None
         self._asked: dict[int, asyncio.Future[bytes]] = {}
         self.link: Link | None = None
@@ -361,6 +362,8 @@ class Peering:
                     waiting.set_result(bytes(payload))
             case Kind.CLIENTS:
                 self.on_clients(bytes(payload))
+            case Kind.FILE | Kind.FILE_ANSWER | Kind.FILE_TAKEN | Kind.FILE_LOST:
+                self.on_file(kind, stream, payload)
             case Kind.CREDIT:
                 if stream in self._windows:
                     self._windows[stream] += int.from_bytes(payload, "big")

@@ -105,6 +105,10 @@ class ReplicaState:
         """Follower: following a leader's log; leader: being followed."""
         return self._f.joined if self.leading else self._following is not None
 
+    def follows(self, epoch: int, session: int) -> bool:
+        """Follower: of the leader that it follows now."""
+        return self._following is not None and self._following.of == (epoch, session)
+
     @property
     def rolled_forward(self) -> bool:
         """Leader: everything that any earlier leader may have acknowledged is committed and published here."""

@@ -70,7 +70,7 @@ TABLES: Final = (
     "conflict",  # studies that name more than one patient
     "task",  # ID -> Task that isn't over
     *file_rows.TABLES,
-    "file_gone",  # inode number -> nothing: its bytes are to be removed from this node's volumes
+    "file_gone",  # inode number -> generations of its copies: they are to be removed from this node's volumes
 )
 
 
@@ -247,10 +247,11 @@ class Catalogue:
                     found[key] = None  # it may be found there again
             return found | places.naming(txn, unknown)
 
-    def files_gone(self, limit: int) -> list[int]:
-        """Inodes that are no more, and whose bytes are still to be removed."""
+    def files_gone(self, limit: int) -> dict[int, list[str]]:
+        """Inodes that are no more, and whose bytes are still to be removed: the generations of their copies."""
         with self.kv.read() as txn:
-            return [seq_of(key) for key, _ in islice(txn.scan("file_gone"), limit)]
+            rows = islice(txn.scan("file_gone"), limit)
+            return {seq_of(key): value.decode().split(",") for key, value in rows}
 
     def files_space(self) -> str:
         """The name of the inode numbers."""

@@ -126,8 +126,10 @@ def apply(txn: Transaction, entry: Entry, location: Location | None) -> int:
 
 def apply_files(txn: Transaction, change: Change) -> None:
     with contextlib.suppress(FileRefused):  # who proposed it asked before; in any case both nodes say the same
-        for number in files.apply(txn, change).gone:
-            txn.put("file_gone", seq_key(number), b"")
+        gone = files.apply(txn, change).gone
+        if gone:
+            copies = b",".join(generation.encode() for _, generation in gone)
+            txn.put("file_gone", seq_key(gone[0][0]), copies)
 
 
 def over(txn: Transaction, upto: int) -> Iterator[bytes]:

@@ -110,13 +110,30 @@ class MarkDirty(msgspec.Struct, frozen=True, tag="dirty", array_like=True):
 
 
 class Flush(msgspec.Struct, frozen=True, tag="flush", array_like=True):
-    """The bytes of a file are durable. `clean`: and nothing is being written to it any more."""
+    """The bytes of a file are durable. `clean`: and nothing is being written to it any more. `lacking`: the nodes that
+    don't hold them; None: as before."""
 
     inode: int
     size: int
     mtime: int
     ctime: int
     clean: bool
+    lacking: tuple[str, ...] | None = None
+
+
+class Lacks(msgspec.Struct, frozen=True, tag="lacks", array_like=True):
+    """A node's copy of a file's bytes is lost, or isn't what was flushed."""
+
+    inode: int
+    node: str
+
+
+class Held(msgspec.Struct, frozen=True, tag="held", array_like=True):
+    """A node holds what was flushed again, in the copy of this generation."""
+
+    inode: int
+    node: str
+    generation: str
 
 
 class BeginWriting(msgspec.Struct, frozen=True, tag="begin", array_like=True):
@@ -129,7 +146,8 @@ class BeginWriting(msgspec.Struct, frozen=True, tag="begin", array_like=True):
 
 Names = Make | Link | Remove | Rename | Drop
 Attributes = SetAttributes | SetXattr | RemoveXattr
-Change = BeginWriting | Names | Attributes | MarkDirty | Flush
+Copies = Lacks | Held
+Change = BeginWriting | Names | Attributes | MarkDirty | Flush | Copies
 
 _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode

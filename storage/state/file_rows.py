@@ -7,6 +7,8 @@ file_folded    folder, digest of the name without case, position -> nothing
 file_xattrs    number, name -> value
 file_orphans   number -> nothing                    without a name, and open
 file_dirty     number -> nothing                    its bytes may be others than those that were flushed last
+file_lacking   number, node -> nothing              it doesn't hold what was flushed last
+file_copies    number, node -> generation           of its copy, where that was made again
 file_counters  "next" -> the next inode number or position, "space" -> the name of the numbers
 """
 
@@ -29,6 +31,8 @@ TABLES: Final = (
     "file_xattrs",
     "file_orphans",
     "file_dirty",
+    "file_lacking",
+    "file_copies",
     "file_counters",
 )
 NAME_BYTES_MAX: Final = 255
@@ -142,13 +146,7 @@ def xattr(txn: KeyValues, number: int, name: bytes) -> bytes:
 
 
 def xattr_names(txn: KeyValues, number: int) -> list[bytes]:
-    prefix = number_key(number)
-    found = []
-    for key, _ in txn.scan("file_xattrs", prefix):
-        if not key.startswith(prefix):
-            break
-        found.append(key[NUMBER_BYTES:])
-    return found
+    return [key[NUMBER_BYTES:] for key, _ in _of_file(txn, "file_xattrs", number)]
 
 
 def is_dirty(txn: KeyValues, number: int) -> bool:
@@ -158,6 +156,36 @@ def is_dirty(txn: KeyValues, number: int) -> bool:
 def dirty(txn: KeyValues) -> list[int]:
     """Files whose bytes may be others than those that were flushed last."""
     return [number_of(key) for key, _ in txn.scan("file_dirty")]
+
+
+def lacking(txn: KeyValues, number: int) -> tuple[str, ...]:
+    """The nodes that don't hold what was flushed last of a file."""
+    return tuple(key[NUMBER_BYTES:].decode() for key, _ in _of_file(txn, "file_lacking", number))
+
+
+def all_lacking(txn: KeyValues, after: int = 0) -> Iterator[tuple[int, str]]:
+    """(inode number, node that lacks it), of the numbers behind one."""
+    for key, _ in txn.scan("file_lacking", number_key(after + 1)):
+        yield number_of(key[:NUMBER_BYTES]), key[NUMBER_BYTES:].decode()
+
+
+def generation(txn: KeyValues, number: int, node: str) -> str:
+    """Of a node's copy of a file, "" for the first one. What has another is none, and can go."""
+    return (txn.get("file_copies", number_key(number) + node.encode()) or b"").decode()
+
+
+def generations(txn: KeyValues, number: int) -> tuple[str, ...]:
+    """All that nodes have of a file now."""
+    return tuple(value.decode() for _, value in _of_file(txn, "file_copies", number))
+
+
+def _of_file(txn: KeyValues, table: str, number: int) -> list[tuple[bytes, bytes]]:
+    prefix, found = number_key(number), []
+    for key, value in txn.scan(table, prefix):
+        if not key.startswith(prefix):
+            break
+        found.append((key, value))
+    return found
 
 
 def next_number(txn: KeyValues) -> int:

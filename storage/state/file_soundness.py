@@ -39,9 +39,11 @@ def broken(txn: Transaction) -> Iterator[str]:
             yield f"{len(names)} names, and {txn.count(table)} rows in {table}"
     for number, row in inodes.items():
         yield from _broken_inode(txn, number, row, links[number], folders[number])
-    for key, _ in txn.scan("file_dirty"):
-        if number_of(key) not in inodes or not stat.S_ISREG(inodes[number_of(key)].mode):
-            yield f"inode {number_of(key)} is dirty, and no file"
+    for table in ("file_dirty", "file_lacking", "file_copies"):
+        for key, _ in txn.scan(table):
+            row = inodes.get(number_of(key[:NUMBER_BYTES]))
+            if row is None or not stat.S_ISREG(row.mode):
+                yield f"inode {number_of(key[:NUMBER_BYTES])} is in {table}, and no file"
     for key, _ in txn.scan("file_xattrs"):
         if number_of(key[:NUMBER_BYTES]) not in inodes and key[:NUMBER_BYTES] != number_key(ROOT):
             yield f"attributes of inode {number_of(key[:NUMBER_BYTES])}, which isn't there"

@@ -23,7 +23,9 @@ from storage.state.file_model import (
     Change,
     Drop,
     Flush,
+    Held,
     Inode,
+    Lacks,
     Link,
     Make,
     MarkDirty,
@@ -40,9 +42,11 @@ from storage.state.file_rows import (
     find,
     folded_key,
     folder,
+    generations,
     inode,
     is_below,
     is_empty,
+    lacking,
     lookup,
     next_number,
     number_key,
@@ -58,15 +62,16 @@ XATTR_NAMES_BYTES_MAX: Final = 64 << 10  # of one inode: what listxattr(2) can g
 
 @dataclass(frozen=True)
 class Applied:
-    """`inode`: what the change was about. `gone`: files that are no more; their bytes can go."""
+    """`inode`: what the change was about. `gone`: a file that is no more, each of its copies by number and generation;
+    their bytes can go."""
 
     inode: int
-    gone: tuple[int, ...] = ()
+    gone: tuple[tuple[int, str], ...] = ()
 
 
 def apply(txn: KeyValues, change: Change) -> Applied:
     """Carry a change out. Raises FileRefused as the system call would; then nothing was changed."""
-    return _CARRIED_OUT[type(change)](txn, change)
+    return CARRIED_OUT[type(change)](txn, change)
 
 
 def _make(txn: KeyValues, change: Make) -> Applied:
@@ -209,12 +214,31 @@ def _mark_dirty(txn: KeyValues, change: MarkDirty) -> Applied:
     return Applied(change.inode)
 
 
-def _flush(txn: KeyValues, change: Flush) -> Applied:
+def flushed(txn: KeyValues, change: Flush) -> Applied:
     old = _file(txn, change.inode)
     new = msgspec.structs.replace(old, size=change.size, mtime=change.mtime, ctime=max(old.ctime, change.ctime))
     _put(txn, change.inode, new)
     if change.clean:
         txn.delete("file_dirty", number_key(change.inode))
+    if change.lacking is not None:
+        _hold_all(txn, change.inode)
+        for node in change.lacking:
+            txn.put("file_lacking", number_key(change.inode) + node.encode(), b"")
+    return Applied(change.inode)
+
+
+def _lacks(txn: KeyValues, change: Lacks) -> Applied:
+    _file(txn, change.inode)
+    txn.put("file_lacking", number_key(change.inode) + change.node.encode(), b"")
+    return Applied(change.inode)
+
+
+def _held(txn: KeyValues, change: Held) -> Applied:
+    _file(txn, change.inode)
+    key = number_key(change.inode) + change.node.encode()
+    txn.delete("file_lacking", key)
+    if change.generation:
+        txn.put("file_copies", key, change.generation.encode())
     return Applied(change.inode)
 
 
@@ -294,8 +318,13 @@ def _take_name(txn: KeyValues, parent: int, named: Named) -> None:
     txn.delete("file_folded", folded_key(parent, named))
 
 
-def _unlinked(txn: KeyValues, number: int, at: int, *, held: bool) -> tuple[int, ...]:
-    """A name of it was taken. Returns it if it is a file that is no more."""
+def _hold_all(txn: KeyValues, number: int) -> None:
+    for node in lacking(txn, number):
+        txn.delete("file_lacking", number_key(number) + node.encode())
+
+
+def _unlinked(txn: KeyValues, number: int, at: int, *, held: bool) -> tuple[tuple[int, str], ...]:
+    """A name of it was taken. Returns its copies if it is a file that is no more."""
     row = inode(txn, number)
     left = 0 if stat.S_ISDIR(row.mode) else row.nlink - 1
     if not left and not held:
@@ -306,12 +335,18 @@ def _unlinked(txn: KeyValues, number: int, at: int, *, held: bool) -> tuple[int,
     return ()
 
 
-def _forget(txn: KeyValues, number: int, row: Inode) -> tuple[int, ...]:
+def _forget(txn: KeyValues, number: int, row: Inode) -> tuple[tuple[int, str], ...]:
+    copies = sorted({"", *generations(txn, number)})
+    for key, _ in list(txn.scan("file_copies", number_key(number))):
+        if not key.startswith(number_key(number)):
+            break
+        txn.delete("file_copies", key)
+    _hold_all(txn, number)
     for name in xattr_names(txn, number):
         txn.delete("file_xattrs", number_key(number) + name)
     txn.delete("file_dirty", number_key(number))
     txn.delete("file_inodes", number_key(number))
-    return (number,) if stat.S_ISREG(row.mode) else ()
+    return tuple((number, generation) for generation in copies) if stat.S_ISREG(row.mode) else ()
 
 
 def _move(txn: KeyValues, change: Rename, named: Named, moved: Inode) -> None:
@@ -341,7 +376,7 @@ def _moved(txn: KeyValues, number: int, parent: int, at: int) -> None:
     _put(txn, number, msgspec.structs.replace(row, ctime=at, parent=parent))
 
 
-_CARRIED_OUT: Final[dict[type[Change], Callable[[KeyValues, Any], Applied]]] = {
+CARRIED_OUT: Final[dict[type[Change], Callable[[KeyValues, Any], Applied]]] = {
     BeginWriting: _begin_writing,
     Make: _make,
     Link: _link,
@@ -351,6 +386,8 @@ _CARRIED_OUT: Final[dict[type[Change], Callable[[KeyValues, Any], Applied]]] = {
     SetXattr: _set_xattr,
     RemoveXattr: _remove_xattr,
     MarkDirty: _mark_dirty,
-    Flush: _flush,
+    Flush: flushed,
+    Lacks: _lacks,
+    Held: _held,
     Drop: _drop,
 }

@@ -142,10 +142,10 @@ class Tidying:
         space = await self._workers.run(self._catalogue.files_space)
         removed = [await self._on(volume.id, self._remove, volume, space, gone) for volume in volumes]
         if all(removed):
-            await self._journal.forget_bytes(gone)
+            await self._journal.forget_bytes(list(gone))
 
-    def _remove(self, volume: Volume, space: str, numbers: list[int]) -> bool:
-        names = [name_of(space, number) for number in numbers]
+    def _remove(self, volume: Volume, space: str, gone: dict[int, list[str]]) -> bool:
+        names = [name_of(space, number, copy) for number, copies in gone.items() for copy in copies]
         try:
             for name in names:
                 volume.remove(name)

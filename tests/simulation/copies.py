@@ -72,13 +72,13 @@ class MemoryCopies:
 
     def create(self, number: int, generation: str) -> MemoryCopy:
         name = name_of(self.space, number, generation)
+        if any(name in disk.names for disk in self._disks if not disk.broken):
+            raise FileExistsError(errno.EEXIST, "File exists", name)
         for disk in self._rng.sample(self._disks, len(self._disks)):
             try:
                 disk.touch(writes=True)
             except OSError:
                 continue
-            if name in disk.names:
-                raise FileExistsError(errno.EEXIST, "File exists", name)
             disk.names[name] = File()
             disk.note(name)
             return MemoryCopy(disk, name, disk.names[name], named=False)

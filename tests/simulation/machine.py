@@ -24,6 +24,9 @@ from tests.storage.log.folders import MemoryFolder
 T = TypeVar("T")
 
 
+BLOCK_BYTES = 512  # of a disk, which are written or not
+
+
 class Hang(BaseException):
     """A disk operation that doesn't come back as long as its disk hangs, and with an error then."""
 
@@ -199,7 +202,7 @@ class MemoryDisk:
     broken: bool = False
     full: bool = False
     hung: bool = False
-    held: list[Callable[[], None]] = field(default_factory=list)  # what hangs, to be let go
+    held: list[Callable[[float], None]] = field(default_factory=list)  # what hangs, to be let go after some seconds
     count: int = 0
     deletions: list[bytes] = field(default_factory=list)
     quarantined: list[tuple[str, str]] = field(default_factory=list)  # (sop_instance, reason)
@@ -217,8 +220,8 @@ class MemoryDisk:
         """It hangs no longer."""
         self.hung = False
         held, self.held = self.held, []
-        for let_go in held:
-            let_go()
+        for number, let_go in enumerate(held):  # in their order, as a file's lock does it
+            let_go(0.001 + number * 1e-7)
 
     def sync_directory(self, directory: str) -> None:
         self.touch()
@@ -278,10 +281,22 @@ class MemoryDisk:
                     at = self.rng.randrange(len(file.data))
                     file.data[at:] = bytes(len(file.data) - at)
                 file.synced = bytes(file.data)
+            elif name.startswith("files/") and file.synced != file.data:
+                file.data = self._partly_written(file.synced, bytes(file.data))
+                file.synced = bytes(file.data)
             else:
                 file.data = bytearray(file.synced)
         self.changed.clear()
         self.renamed.clear()
+
+    def _partly_written(self, synced: bytes, written: bytes) -> bytearray:
+        """What was changed since the last sync is there or not, block by block."""
+        size = self.rng.choice((len(synced), len(written)))
+        kept = bytearray()
+        for at in range(0, size, BLOCK_BYTES):
+            block = self.rng.choice((synced, written))[at : min(at + BLOCK_BYTES, size)]
+            kept += block + bytes(min(BLOCK_BYTES, size - at) - len(block))
+        return kept
 
 
 class MemorySpooled:
@@ -517,9 +532,10 @@ class VirtualThreads:
             self._lost = self._count == 1  # with it the only thread
             if isinstance(getattr(function, "__self__", None), Incoming):  # half done: it can't be done from the start
                 late = OSError(errno.EAGAIN, "it answered too late")
-                hang.disk.held.append(lambda: self._loop.post(self._process, 0.001, _too_late, future, late))
+                hang.disk.held.append(lambda after: self._loop.post(self._process, after, _too_late, future, late))
             elif not self._lost:
-                hang.disk.held.append(lambda: self._loop.post(self._process, 0.001, self._work, future, function, args))
+                job = (self._work, future, function, args)
+                hang.disk.held.append(lambda after: self._loop.post(self._process, after, *job))
             return
         except Exception as raised:
             result, error = None, raised

@@ -4,10 +4,18 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import msgspec
+
 from storage import parts
 from storage.appending import Appending
 from storage.checkpoints import Checkpoints
+from storage.files import mirroring
+from storage.files.keeper import Keeper
+from storage.files.mirroring import Mirroring
 from storage.files.namespace import Namespace
+from storage.files.opened import OpenFile
+from storage.files.peer import Sync, Synced
+from storage.files.share import Share
 from storage.ingest import Proposal
 from storage.log.log import Log
 from storage.log.records import Record
@@ -15,10 +23,11 @@ from storage.log.segment import Segment
 from storage.objects import reading
 from storage.objects.incoming import Incoming
 from storage.replication import follower
-from storage.state import changes, entries, transfer
+from storage.state import changes, entries, files, transfer
 from storage.state.catalogue import Catalogue
 from storage.state.description import Description
-from storage.state.kv import Transaction
+from storage.state.file_model import Change, Flush, MarkDirty
+from storage.state.kv import KeyValues, Transaction
 from storage.state.model import Delete, Location
 from storage.upkeep import recovery
 from tests.simulation.machine import MemoryVolume
@@ -163,6 +172,55 @@ def names_left_out_of_the_state() -> contextlib.AbstractContextManager[None]:
     return replaced(transfer, "LATER", ("blocks",))
 
 
+def flush_answered_before_the_peer() -> contextlib.AbstractContextManager[None]:
+    """What is flushed was told to the other node, and isn't waited for there."""
+
+    async def at_once(self: Mirroring, file: OpenFile) -> tuple[str, ...]:
+        return ()
+
+    return replaced(Mirroring, "sync", at_once)
+
+
+def copy_not_synced() -> contextlib.AbstractContextManager[None]:
+    """The other node says that what it was told is durable, and has never had it synced."""
+    carry_out = Keeper._one
+
+    def unsynced(self: Keeper, kept: Any, op: Any) -> Any:
+        return Synced() if isinstance(op, Sync) and kept.begun else carry_out(self, kept, op)
+
+    return replaced(Keeper, "_one", unsynced)
+
+
+def dirty_after_the_write() -> contextlib.AbstractContextManager[None]:
+    """A file is marked as changed with its flush, and not before it is written to."""
+    change = Share._change
+
+    def marked_never(self: Share, one: Change) -> Any:
+        return None if isinstance(one, MarkDirty) else change(self, one)
+
+    return replaced(Share, "_change", marked_never)
+
+
+def stale_block_kept() -> contextlib.AbstractContextManager[None]:
+    """What is brought to a node that was away ends with the second block."""
+    bring = Mirroring._bring_blocks
+
+    async def shorter(self: Mirroring, file: OpenFile, local: Any, session: int, size: int) -> None:
+        await bring(self, file, local, session, min(size, 2 * mirroring.BLOCK_BYTES))
+
+    return replaced(Mirroring, "_bring_blocks", shorter)
+
+
+def lacking_not_noted() -> contextlib.AbstractContextManager[None]:
+    """A flush that the other node hasn't got is held to be on both."""
+    flushed = files.flushed
+
+    def on_both(txn: KeyValues, change: Flush) -> Any:
+        return flushed(txn, msgspec.structs.replace(change, lacking=change.lacking and ()))
+
+    return replaced(files, "CARRIED_OUT", {**files.CARRIED_OUT, Flush: on_both})
+
+
 def ack_before_the_peer() -> contextlib.AbstractContextManager[None]:
     return replaced(parts, "Replica", AckBeforePeer.core_class)
 
@@ -196,5 +254,10 @@ MUTANTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
         names_answered_early,
         names_decided_on_old_rows,
         names_left_out_of_the_state,
+        flush_answered_before_the_peer,
+        copy_not_synced,
+        dirty_after_the_write,
+        stale_block_kept,
+        lacking_not_noted,
     )
 }

@@ -21,6 +21,7 @@ from storage import checkpoints, crash, environment
 from storage.control import Report, Tell
 from storage.engine import Engine
 from storage.environment import Surroundings, open_log
+from storage.files import catching_up, keeper, mirror, mirroring
 from storage.ingest import Conflict, NotServing
 from storage.log.log import Log
 from storage.objects import blocks, incoming, reading
@@ -29,13 +30,15 @@ from storage.objects.describing import description_of
 from storage.objects.reading import Unavailable
 from storage.objects.volume import NoRoom, VolumeOffline
 from storage.replication import giving, peering
-from storage.state import transfer
+from storage.state import file_rows, transfer
 from storage.state.catalogue import Catalogue
 from storage.state.description import SIZE
 from storage.state.entries import epochs_of
 from storage.state.logged import logged
 from storage.state.model import Delete, Instance, Put, Task, TaskDone, Void
-from storage.upkeep import forgetting, healing, scrub, tidying
+from storage.upkeep import forgetting, healing, scrub, share_copies, tidying
+from tests.simulation.copies import MemoryCopies
+from tests.simulation.files import FileProgram, KnownFiles
 from tests.simulation.machine import Machine, MemoryDisk, PowerCut, VirtualThreads
 from tests.simulation.share import Known, Rows, ShareProgram, rows_of
 from tests.simulation.virtual import Process
@@ -85,6 +88,7 @@ class StoreGateway:
         self.wire = Wire(world, node.name, node.peer, self.process)
         self.connection = None
         self.store: Engine | None = None
+        self.program: FileProgram | None = None
         self.tasks: set[asyncio.Task[Any]] = set()
 
     def start(self) -> None:
@@ -105,23 +109,35 @@ class StoreGateway:
             clock=self.node.clock,
             workers=threads,
             open_volume=machine.open_volume,
+            open_copies=lambda paths, _reserve, _draining, *, complete: MemoryCopies(machine, paths, complete=complete),
         )
         missed = set(Catalogue(machine.kv).missing())
         try:
             store = Engine(settings(self.node.name, self.node.peer, list(machine.disks), world.state_after), around)
+            if world.files is None:
+                store.share_copies.look = _nothing  # type: ignore[method-assign]  # names alone: no file has bytes
             self._check_after_power(store, missed)
             await store.start()
         except PowerCut:
             return
         store.on_change = lambda: self.node.report(store.report())
         self.store = store
-        self.spawn(ShareProgram(world, world.known, store, self.node.name, self.spawn).run())
+        self._share(store, threads(4, "share"))
         try:
             await store.fatal
         except OSError:
             self.process.dead = True  # started again by the supervisor
         except Exception as error:
             raise Violation(f"node {self.node.name} gives up: {type(error).__name__}: {error}") from error
+
+    def _share(self, store: Engine, threads: VirtualThreads) -> None:
+        """Of half the seeds one program works on names alone, of the others one on whole files."""
+        world, node = self.world, self.node.name
+        if world.files is None:
+            self.spawn(ShareProgram(world, world.known, store, node, self.spawn).run())
+            return
+        self.program = FileProgram(world, world.files, store, node, threads, self.spawn)
+        self.spawn(self.program.run())
 
     def _open_log(self, catalogue: Catalogue) -> Log:
         kept = open_log(self.node.machine.log, catalogue, LOG_BYTES)
@@ -181,10 +197,11 @@ class StoreGateway:
 
     # -- clients -----------------------------------------------------------------------------------------------
 
-    def spawn(self, coroutine: Any) -> None:
+    def spawn(self, coroutine: Any) -> "asyncio.Task[Any]":
         task = self.world.loop.spawn(self.process, coroutine)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
+        return task
 
     async def put(self, uid: str, payload: bytes, done: Callable[[str], None]) -> None:
         store = self.store
@@ -254,6 +271,10 @@ class StoreGateway:
             raise Violation(f"D: bytes of {instance.put.sop_instance} were given out that nobody stored")
 
 
+async def _nothing() -> None:
+    pass
+
+
 class NoView:
     def show(self, study: str, target: Path) -> None:
         pass
@@ -305,6 +326,7 @@ class StoreWorld(World):
         self.tasks: dict[str, str] = {}  # ID -> "promised" (answered), "ending" (asked for), "over" (answered)
         self.chaos_s, self.settle_s = CHAOS_S, SETTLE_S
         self.known = Known()
+        self.files = KnownFiles() if seed % 2 else None
         self._number = 0
         # Now and then both copies of an object may be destroyed: then it may be unavailable, but never wrong.
         self.careless = self.rng.random() < 0.15
@@ -453,6 +475,9 @@ class StoreWorld(World):
             core = store.core
             if not core.whole or core.durable != core.accepted or store.journal.behind:
                 return False
+            with store.catalogue.kv.read() as txn:
+                if txn.count("file_lacking") or txn.count("file_dirty"):
+                    return False
         return stores[0].core.durable == stores[1].core.durable  # type: ignore[union-attr]
 
     def _break_disk(self, node: StoreNode, _for_s: float) -> None:
@@ -528,6 +553,15 @@ class StoreWorld(World):
             await self.loop.spawn(node.gateway.process, self._examine(node.gateway))
         await self._until_settled("D: not healed")
 
+    async def _clients_end(self) -> None:
+        while self.files is not None:
+            await self._until_settled("D: not at rest after what was left open was closed")
+            gateways = [node.gateway for node in self.nodes.values()]
+            leader = next(one for one in gateways if isinstance(one, StoreGateway) and one.store.core.leading)  # type: ignore[union-attr]
+            with contextlib.suppress(OSError, NotServing):  # another one took over just now
+                await self.loop.spawn(leader.process, leader.program.settle(careless=self.careless))  # type: ignore[union-attr]
+                return
+
     def _heal(self) -> None:
         for node in self.nodes.values():
             assert isinstance(node, StoreNode)
@@ -599,7 +633,10 @@ class StoreWorld(World):
             assert isinstance(node, StoreNode)
             self._check_node(node)
         first, second = (self._names(node) for node in self.nodes.values())
-        self.known.final(first, second)
+        if self.files is None:
+            self.known.final(first, second)
+        else:
+            self._check_files(self.files, first, second)
         if self.careless:
             return  # what is bad is still being set aside, and what is gone asked for
         first, second = (list(_log(node)) for node in self.nodes.values())
@@ -607,6 +644,40 @@ class StoreWorld(World):
             both_live = not isinstance(mine[2], Void) and not isinstance(other[2], Void)
             if mine[:2] != other[:2] or (both_live and mine != other):
                 raise Violation(f"D: the logs differ: {mine} and {other}")
+
+    def _check_files(self, known: KnownFiles, first: Rows, second: Rows) -> None:
+        """What was flushed is on both nodes, and the same."""
+        if first != second:
+            raise Violation(f"D: different rows in {[table for table in first if first[table] != second[table]]}")
+        if self.careless:
+            return
+        for number, content in known.contents.items():
+            copies = [self._copy(node, number) for node in self.nodes.values()]
+            if copies[0] is None or copies[1] is None:
+                if content.answered and not content.removing:
+                    raise Violation(f"A: inode {number} isn't there")
+                continue
+            if copies[0] != copies[1]:
+                raise Violation(f"D: the copies of inode {number} differ")
+            known.check(number, copies[0], "a and b")
+
+    def _copy(self, node: StoreNode, number: int) -> bytes | None:
+        """The bytes of a file there, as the rows and the disks say; None if there is none of that number."""
+        with node.machine.kv.read() as txn:
+            if file_rows.is_gone(txn, number):
+                return None
+            if file_rows.is_dirty(txn, number) or file_rows.lacking(txn, number):
+                raise Violation(f"D: inode {number} isn't clean, or not on both nodes")
+            copies = MemoryCopies(node.machine, list(node.machine.disks))
+            copies.space = file_rows.space(txn)
+            size = file_rows.inode(txn, number).size
+            found = copies.open(number, file_rows.generation(txn, number, node.name), named=True)
+        if found is None and size:
+            raise Violation(f"D: node {node.name} has no copy of inode {number}")
+        data = found.read(1 << 20, 0) if found is not None else b""
+        if len(data) != size:
+            raise Violation(f"D: inode {number} on node {node.name} is {len(data)} bytes long, and not {size}")
+        return data
 
     def _names(self, node: StoreNode) -> Rows:
         with node.machine.kv.read() as txn:
@@ -684,6 +755,12 @@ SMALL: Final = {
     (checkpoints, "CHECKPOINT_INTERVAL_S"): 1.0,
     (environment, "SEGMENT_BYTES_MIN"): 0,
     (tidying, "SWEEP_S"): 2.0,
+    (mirroring, "BLOCK_BYTES"): 1024,
+    (keeper, "BLOCK_BYTES"): 1024,
+    (mirror, "WINDOW_BYTES"): 4096,
+    (catching_up, "AGAIN_S"): 1.0,
+    (share_copies, "LOOK_S"): 1.0,
+    (share_copies, "PARTS"): 256,
     (scrub, "REST_S"): 1.0,
 }
 
@@ -708,4 +785,5 @@ def run(seed: int) -> dict[str, Any]:
         world = StoreWorld(seed)
         drive(world)
         objects = sum(bool(one.acknowledged) for one in world.objects.values())
-        return {"entries": world._number, "acknowledged": objects + world.known.answered}
+        files = world.files.answered if world.files else 0
+        return {"entries": world._number, "acknowledged": objects + world.known.answered + files}

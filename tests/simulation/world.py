@@ -298,6 +298,7 @@ class World:
         self.calm = True
         await asyncio.sleep(6.0)
         await self._until_settled("D: not at rest though nobody asks for anything")
+        await self._clients_end()
         await asyncio.sleep(8.0)
         self._final()
         for task in background:
@@ -468,6 +469,9 @@ class World:
                 if process.stopped:
                     self.loop.resume(process)
         self.heal_cables()
+
+    async def _clients_end(self) -> None:
+        """What clients have left open is closed."""
 
     async def _scrub_all(self) -> None:
         """Nothing to scrub in memory."""

@@ -11,14 +11,15 @@ from tools.cli.options import Failure, config_option, settings_of
 
 
 @click.command()
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
 @config_option
 @click.option("--data", type=click.Path(path_type=Path), help="Of a gateway that runs with this --data.")
 def mount(folder: Path, config: Path | None, data: Path | None) -> None:
     """Mount the share's files on FOLDER, until it is unmounted (umount FOLDER) or this is ended.
 
-    The node must run alone so far: in a pair the files' bytes aren't mirrored yet. What is flushed (close, fsync) is
-    durable, and so is each mkdir, rename, link and unlink when it returns. Needs the gateway of this node, /dev/fuse
+    In a pair it follows what the node is: on the primary it may be read and written, on the standby read; what is open
+    is closed at a failover. What is flushed (close, fsync) is durable, on both nodes while both are in sync, and so is
+    each mkdir, rename, link and unlink when it returns. Needs the gateway of this node, /dev/fuse
     and pyfuse3 (pip install 'tandem-dicom[share]').
     """
     from tools.cli.main import configure_log, standalone

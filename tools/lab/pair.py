@@ -4,6 +4,7 @@ Everything is real: etcd, gateway, HA agent, smbd; only the cables are virtual. 
 cable out, killing everything in its namespace, and removing the namespace.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -59,6 +60,11 @@ def wait_for(what: str, condition: Callable[[], bool], timeout_s: float, interva
         time.sleep(interval_s)
 
 
+def can_mount() -> bool:
+    """The share's files can be shown here as a file system."""
+    return importlib.util.find_spec("pyfuse3") is not None and Path("/dev/fuse").exists()
+
+
 @dataclass(frozen=True)
 class Lab:
     """A lab's folder; all its state is there and in the kernel."""
@@ -75,6 +81,14 @@ class Lab:
 
     def volumes(self, node: str) -> list[Path]:
         return sorted((self.node_dir(node) / "volumes").iterdir())
+
+    def files(self, node: str) -> Path:
+        """Where the share's files are mounted, for processes of the node."""
+        return self.node_dir(node) / "files"
+
+    def files_from_outside(self, node: str) -> Path:
+        """The same for others, as long as it is mounted. Raises LabError."""
+        return Path(f"/proc/{self.pid(node, 'mount')}/root{self.files(node)}")
 
     def settings(self) -> dict[str, Any]:
         try:
@@ -229,6 +243,10 @@ class Lab:
         tandem = [*(("env", f"PYTHONPATH={version}") if version else ()), sys.executable, "-m", "tools"]
         for name in ("gateway", "ha"):
             commands[name] = [*tandem, name, "--config", str(self.config(node))]
+        commands.pop("mount", None)
+        if version is None and can_mount():
+            self.files(node).mkdir(exist_ok=True)
+            commands["mount"] = [*tandem, "mount", str(self.files(node)), "--config", str(self.config(node))]
         processes.write_text(json.dumps(commands, indent=1))
 
     def _start(self, member: str) -> None:

@@ -187,14 +187,19 @@ def add(txn: Transaction, table: str, rows: Iterable[Row]) -> None:
         txn.append(table, key, value)
 
 
+def check_counts(txn: Transaction, head: Head) -> None:
+    """Raises StateUnusable if not all rows of a state are there."""
+    found = counts(txn, head.applied) | {table: txn.count(table) for table in LATER}
+    if any(found[table] != count for table, count in head.tables.items()):
+        raise StateUnusable(f"rows are missing: {found} instead of {head.tables}")
+
+
 def complete(old: Kv, new: Kv, head: Head) -> None:
     """Add to a state that was taken what this node knows of its own copies and of itself; all that it has applied is of
     the log that the state is of. Blocks; raises StateUnusable."""
     applied = head.applied
     with new.read() as txn:
-        found = counts(txn, applied) | {table: txn.count(table) for table in LATER}
-        if any(found[table] != count for table, count in head.tables.items()):
-            raise StateUnusable(f"rows are missing: {found} instead of {head.tables}")
+        check_counts(txn, head)
     with old.read() as before:
         for rows in _batches(_own_rows(before, _scanned(new, "kept"))):
             new.update(partial(_put_all, rows))

@@ -124,7 +124,7 @@ def state_range_skipped() -> contextlib.AbstractContextManager[None]:
 
     stack = contextlib.ExitStack()
     stack.enter_context(replaced(transfer, "add", some))
-    stack.enter_context(replaced(transfer, "counts", lambda txn, applied: {}))
+    stack.enter_context(replaced(transfer, "check_counts", lambda txn, head: None))
     return stack
 
 

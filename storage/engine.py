@@ -273,7 +273,7 @@ class Engine(Parts):
     def _note_lacking(self, node: str, numbers: list[int]) -> None:
         """Nothing but a row of its own is changed: so the share's one writer may be another process."""
         with contextlib.suppress(NotServing):
-            for number in numbers:
+            for number in numbers if self.core.peer else ():
                 self.propose_files(Lacks(number, node))
 
     async def _commit_forget(self, forget: Forget) -> None:

@@ -96,7 +96,8 @@ async def _mounted(settings: Settings, mountpoint: Path) -> str:
         pair=Pair(begun.node, begun.peer),
         peer=remote.peer if begun.peer else None,
     )
-    helpers = [asyncio.create_task(remote.run())]
+    remote.ended.add_done_callback(lambda _: setattr(share, "over", True))
+    helpers = [asyncio.create_task(remote.run()), asyncio.create_task(_reinforce(disk, settings.storage.hang_s))]
     try:
         if not local.complete:
             log.warning("share.volumes_missing", note="files that lie there can't be read")
@@ -118,6 +119,10 @@ async def _mounted(settings: Settings, mountpoint: Path) -> str:
             async with asyncio.timeout(END_S):
                 await share.end()
         return remote.ended.result() if remote.ended.done() else ""
+    except OSError as error:
+        if remote.ended.done() and not isinstance(error, TimeoutError):
+            return remote.ended.result()  # it isn't the primary any more, perhaps
+        raise
     except TimeoutError:
         raise OSError(0, "not all that was changed last is in the log: the gateway doesn't answer") from None
     finally:
@@ -127,6 +132,13 @@ async def _mounted(settings: Settings, mountpoint: Path) -> str:
         disk.stop()
         local.close()
         reader.close()
+
+
+async def _reinforce(disk: Workers, hang_s: float) -> None:
+    """A disk that hangs holds threads, and nothing else."""
+    while True:
+        await asyncio.sleep(LOOK_S)
+        disk.reinforce(hang_s)
 
 
 async def _serve(remote: RemoteLog, mountpoint: Path) -> None:

@@ -20,13 +20,14 @@ from storage.state.kv import KeyValues
 log = structlog.get_logger()
 
 AGAIN_S: Final = 5.0
+LATER_S: Final = 300.0  # what fails again and again is tried so seldom
 AT_ONCE: Final = 500  # rows looked at
 
 
 class CatchingUp:
     def __init__(self, share: Share) -> None:
         self._share = share
-        self._said: set[int] = set()  # what was logged
+        self._later: dict[int, tuple[float, float]] = {}  # what failed: when it is tried again, how long after the last
 
     async def run(self) -> None:
         """As long as there is somebody to log what changes; only for a share that has another node."""
@@ -68,10 +69,14 @@ class CatchingUp:
 
     async def _try(self, what: Callable[[int], Awaitable[None]], number: int) -> None:
         """One that can't be caught up now isn't in the way of the others."""
+        now = asyncio.get_running_loop().time()
+        at, wait_s = self._later.get(number, (now, AGAIN_S))
+        if now < at:
+            return
         try:
             await what(number)
-            self._said.discard(number)
+            self._later.pop(number, None)
         except (OSError, PeerCannot) as error:
-            if number not in self._said:
+            if number not in self._later:
                 log.warning("share.not_caught_up", inode=number, error=reason_of(error))
-            self._said.add(number)
+            self._later[number] = now + wait_s, min(2 * wait_s, LATER_S)

@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import errno
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Final, TypeVar
 
 from storage.files.copies import Capacity, CopyStore, StoredFile
@@ -16,6 +18,7 @@ from storage.state import file_rows
 from storage.state.file_model import (
     Drop,
     Flush,
+    Held,
     Lacks,
     MarkDirty,
 )
@@ -23,7 +26,8 @@ from storage.workers import Threads, within
 
 T = TypeVar("T")
 NOT_HERE: Final = "its bytes are on no volume that is here"
-NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
+REFUSED: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EINVAL)  # which says nothing of the disk
+GENERATION_BYTES: Final = 4
 
 
 class Content(Names):
@@ -52,6 +56,7 @@ class Content(Names):
         self._left: set[int] = set()  # a thread may still write to what was this node's copy of these
         self._first = 0  # inode number of those that are made from here on
         self._writes = True
+        self.over = False  # nothing is changed here any more
 
     @contextlib.asynccontextmanager
     async def _held_open(self, number: int) -> AsyncIterator[OpenFile]:
@@ -75,12 +80,12 @@ class Content(Names):
         """The nodes that don't hold what was flushed last."""
         return self._namespace.look(lambda rows: file_rows.lacking(rows, number))
 
-    def _local_copy(self, number: int, named: bool) -> StoredFile | None:
-        """Blocks; raises OSError."""
+    async def _local_copy(self, number: int, *, named: bool) -> StoredFile | None:
+        """This node's, opened, if there is one. Raises OSError."""
         if not self._local.space:  # whoever only looks may have come before the first writer
             self._local.space = self._namespace.look(file_rows.space)
         generation = self._namespace.look(lambda rows: file_rows.generation(rows, number, self._node))
-        return self._local.open(number, generation, named=named)
+        return await self._on_disk(partial(self._local.open, number, generation, named=named))
 
     async def _on_copy(self, file: OpenFile, function: Callable[..., T], *args: object) -> T:
         """The same for what works on its open copy."""
@@ -193,7 +198,7 @@ class Content(Names):
             await change(local)
             return
         except OSError as error:
-            if error.errno in NO_ROOM:
+            if error.errno in REFUSED:
                 with contextlib.suppress(OSError):
                     await self._on_copy(file, local.cut, file.size)  # a part of it may be there
                 raise
@@ -203,6 +208,8 @@ class Content(Names):
     async def _changing(self, file: OpenFile) -> AsyncIterator[None]:
         """For the time of a change. A flush that comes in the middle covers the change or doesn't, so there is
         something to be flushed afterwards in any case, and no flush makes the file clean meanwhile."""
+        if self.over:
+            raise OSError(errno.EIO, "another node is written to by now")
         await self._writable(file)
         file.changes += 1
         try:
@@ -245,9 +252,12 @@ class Content(Names):
     async def _make_copy(self, file: OpenFile) -> None:
         """This node's first. In the file's turn."""
         elsewhere = not self._local.complete and file.number < self._first
-        if file.size or elsewhere:
+        if file.size or (elsewhere and self.mirroring is None):
             raise OSError(errno.EIO, NOT_HERE)
-        file.local = await self._on_disk(self._local.create, file.number, "")
+        generation = secrets.token_hex(GENERATION_BYTES) if elsewhere else ""  # an empty one may lie on what is away
+        file.local = await self._on_disk(self._local.create, file.number, generation)
+        if generation:
+            self._change(Held(file.number, self._node, generation))
         if file.fresh and self.mirroring is not None:
             self.mirroring.made(file)
         file.fresh = False
@@ -262,7 +272,7 @@ class Content(Names):
     async def _look_for(self, file: OpenFile) -> StoredFile | None:
         """On all volumes, once; to be called in the file's turn."""
         if file.local is None and not file.fresh:
-            local = await self._on_disk(self._local_copy, file.number, not file.dirty)
+            local = await self._local_copy(file.number, named=not file.dirty)
             if local is not None and not file.known:
                 file.size, mtime = await self._on_disk(local.found)  # as it was left
                 file.mtime = max(file.mtime, mtime)

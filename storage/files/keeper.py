@@ -40,6 +40,7 @@ from storage.workers import Threads, within
 
 log = structlog.get_logger()
 
+NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
 AT_ONCE_BYTES: Final = 4 << 20  # of one file, given to a thread in one go
 NOT_BEGUN: Final = "it wasn't begun, or something that was told of it couldn't be done"
 GONE: Final = "its copy isn't here"
@@ -58,6 +59,7 @@ class _Kept:
     size: int = 0
     suspect: bool = False
     left: bool = False  # to a thread that doesn't come back
+    broken: bool = False  # something that was told of it couldn't be done
     queue: deque[tuple[Op, Finish]] = field(default_factory=deque)
     working: bool = False
 
@@ -122,7 +124,7 @@ class Keeper:
             for (_, finish), answer in zip(batch, answers, strict=True):
                 finish(answer)
         kept.working = False
-        if kept.file is None and not kept.suspect:
+        if kept.file is None and not (kept.suspect or kept.broken):
             self._kept.pop(kept.number, None)
 
     async def _carry_out(self, kept: _Kept, ops: list[Op]) -> tuple[_Kept, list[Answer]]:
@@ -131,9 +133,13 @@ class Keeper:
             job = self._disk.run(self._all, kept, ops)
             return kept, await within(job, self._hang_s)
         except OSError as error:
-            kept.begun, kept.left = False, error.errno == errno.ETIMEDOUT
-            if error.errno == errno.ETIMEDOUT:  # a thread still has it, and comes back to it at any time
-                kept = self._kept[kept.number] = _Kept(kept.number, suspect=True, queue=kept.queue, working=True)
+            kept.begun, kept.broken, kept.left = False, True, error.errno == errno.ETIMEDOUT
+            if error.errno not in NO_ROOM and any(isinstance(op, Sync) for op in ops):
+                kept.suspect = True  # the kernel tells of it once, and shows what isn't on the disk
+            if kept.left:  # a thread still has it, and comes back to it at any time
+                kept = self._kept[kept.number] = _Kept(
+                    kept.number, suspect=True, broken=True, queue=kept.queue, working=True
+                )
             self._close_store()
             log.warning("share.copy_failed", inode=kept.number, error=reason_of(error))
             return kept, [Failed(reason_of(error))] * len(ops)
@@ -159,6 +165,7 @@ class Keeper:
                 return self._fetch(kept, op)
             case End():
                 self._let_go(kept)
+                kept.broken = False
                 return Synced()
         if not kept.begun or kept.file is None:
             return Failed(NOT_BEGUN)
@@ -175,6 +182,7 @@ class Keeper:
 
     def _begin(self, kept: _Kept, op: Create | Begin | Renew) -> Answer:
         self._let_go(kept)
+        kept.broken = True  # until it is begun
         store = self._opened(op.space)
         if isinstance(op, Create):
             return self._made(kept, store, "", 0)
@@ -185,12 +193,14 @@ class Keeper:
                 if found is not None:
                     found.close()
                 return Failed("it isn't the same")
+            if found is None and (kept.suspect or not store.complete):
+                return Failed(GONE)
             if found is None:
                 return self._made(kept, store, op.copy, 0)
         elif found is None:
             spare = op.spare if kept.suspect or not store.complete else op.copy
             return self._made(kept, store, spare, op.size)
-        kept.file, kept.copy, kept.size, kept.begun = found, op.copy, op.size, True
+        kept.file, kept.copy, kept.size, kept.begun, kept.broken = found, op.copy, op.size, True, False
         if isinstance(op, Renew):
             found.truncate(op.size)
         return Renewed(kept.copy)
@@ -203,7 +213,7 @@ class Keeper:
             if found is None:
                 raise
             made = found
-        kept.file, kept.copy, kept.size, kept.begun, kept.suspect = made, copy, size, True, False
+        kept.file, kept.copy, kept.size, kept.begun, kept.broken, kept.suspect = made, copy, size, True, False, False
         made.truncate(size)
         return Renewed(copy)
 
@@ -225,6 +235,8 @@ class Keeper:
         """Look at a copy, be it begun or not."""
         if kept.begun and kept.file is not None and kept.copy == op.copy:
             return look(kept.file)
+        if kept.broken:
+            return Failed(NOT_BEGUN)
         file = self._opened(op.space).open(op.inode, op.copy, named=False)
         if file is None:
             return Failed(GONE)

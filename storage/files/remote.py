@@ -115,7 +115,7 @@ class RemoteLog:
         except (EOFError, ValueError, msgspec.DecodeError) as error:
             raise NoGateway(errno.ECONNRESET, "the gateway ended before it answered") from error
         if isinstance(message, Ended):
-            raise OSError(errno.EPERM, message.why)
+            raise NoGateway(errno.EPERM, message.why)
         if not isinstance(message, Begun):
             raise OSError(errno.EPROTO, "the gateway speaks another language: it is of another version")
         return cls(reader, writer), message

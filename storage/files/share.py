@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from storage.files.content import NOT_HERE, Content
+from storage.files.content import NOT_HERE, REFUSED, Content
 from storage.files.copies import StoredFile
 from storage.files.mirroring import PeerCannot
 from storage.files.opened import OpenFile
@@ -66,7 +66,7 @@ class Share(Content):
         if self._node in self._lacking(number):
             return
         try:
-            local = await self._on_disk(self._local_copy, number, False)
+            local = await self._local_copy(number, named=False)
         except OSError:
             return
         if local is None and (row.size or not self._local.complete):
@@ -76,7 +76,9 @@ class Share(Content):
             try:
                 await self._on_disk(local.sync)
                 size, mtime = await self._on_disk(local.found)
-            except OSError:
+            except OSError as error:
+                if error.errno not in REFUSED:
+                    self._doubtful.add(number)
                 return
             finally:
                 self._disk.run(local.close)
@@ -135,8 +137,9 @@ class Share(Content):
                     await self._locate_own(file)
                 await mirroring.bring(file)
                 async with file.turn:
-                    there = mirroring.is_alike(file) and await mirroring.synced(file)
-                    if there and mirroring.pair.peer in self._lacking(number):
+                    if not (mirroring.is_alike(file) and await mirroring.synced(file)):
+                        raise PeerCannot("the other node can't keep it")
+                    if mirroring.pair.peer in self._lacking(number):
                         self._change(Held(number, mirroring.pair.peer, file.peer_copy))
         await self.all_committed()
 
@@ -149,13 +152,15 @@ class Share(Content):
             async with self._held_open(number) as file, file.turn, file.order:
                 if not file.lost:
                     return
-                if (file.unflushed or file.changes) and not mirroring.is_alike(file):
-                    file.failed = True  # what went to the other node alone may not have arrived
-                generation, local = await self._renewed(file)
+                if file.unflushed or file.changes:  # it went to the other node alone, and may not have arrived
+                    file.failed |= not (mirroring.is_alike(file) and await mirroring.synced(file))
+                generation, local, is_new = await self._renewed(file)
                 try:
                     size = await mirroring.pull(file, local, None if file.dirty else file.size)
                 except BaseException:
                     self._disk.run(local.close)
+                    if is_new:
+                        self._disk.run(self._local.remove, number, generation)
                     raise
                 self._change(Held(number, self._node, generation))
                 file.local, file.lost = local, False
@@ -167,14 +172,15 @@ class Share(Content):
                     file.known = file.unflushed = True
         await self.all_committed()
 
-    async def _renewed(self, file: OpenFile) -> tuple[str, StoredFile]:
-        """A copy to be filled: what was this node's if it was away for a while, another one if it failed just now."""
+    async def _renewed(self, file: OpenFile) -> tuple[str, StoredFile, bool]:
+        """A copy to be filled, its generation, and whether it is a new one: what was this node's if it was away for a
+        while, another one if it failed just now."""
         generation = self._namespace.look(lambda rows: file_rows.generation(rows, file.number, self._node))
         left = file.number in self._left
         if not left:
-            found = await self._on_disk(self._local_copy, file.number, False)
+            found = await self._local_copy(file.number, named=False)
             if found is not None:
-                return generation, found
+                return generation, found, False
         if left or not self._local.complete:
             generation = secrets.token_hex(SPACE_BYTES)
-        return generation, await self._on_disk(self._local.create, file.number, generation)
+        return generation, await self._on_disk(self._local.create, file.number, generation), True

@@ -122,7 +122,8 @@ class Flush(msgspec.Struct, frozen=True, tag="flush", array_like=True):
 
 
 class Lacks(msgspec.Struct, frozen=True, tag="lacks", array_like=True):
-    """A node's copy of a file's bytes is lost, or isn't what was flushed."""
+    """A node's copy of a file's bytes is lost, or isn't what was flushed. Of the last copy that isn't noted: it may
+    come back with its disk."""
 
     inode: int
     node: str

@@ -229,7 +229,8 @@ def flushed(txn: KeyValues, change: Flush) -> Applied:
 
 def _lacks(txn: KeyValues, change: Lacks) -> Applied:
     _file(txn, change.inode)
-    txn.put("file_lacking", number_key(change.inode) + change.node.encode(), b"")
+    if set(lacking(txn, change.inode)) <= {change.node}:  # one node holds it, or it is of no use to say so
+        txn.put("file_lacking", number_key(change.inode) + change.node.encode(), b"")
     return Applied(change.inode)
 
 

@@ -26,6 +26,7 @@ log = structlog.get_logger()
 
 LOOK_S: Final = 10.0  # between two looks whether the volumes are others
 PASS_S: Final = 86_400.0  # between two passes over all files
+HANG_S: Final = 10.0  # a thread that is at one job for so long is replaced
 AT_ONCE: Final = 500  # rows looked at
 RESTS_S: Final = 600.0  # since its last change: nobody works on it
 PARTS: Final = 256  # folders in which the files of a volume lie
@@ -43,9 +44,10 @@ class ShareCopies:
         *,
         node: str,
         clock: Callable[[], float],
-        on_lost: Callable[[list[int]], None],
+        on_lost: Callable[[list[int]], object],
     ) -> None:
-        """`on_lost(inode numbers)`: this node doesn't hold what it should of these."""
+        """`on_lost(inode numbers)`: this node doesn't hold what it should of these. It is called again until the rows
+        say so."""
         self._catalogue, self._volumes, self._open_store, self._disk = catalogue, volumes, open_store, disk
         self._node, self._clock, self._on_lost = node, clock, on_lost
         self._passed: tuple[tuple[str, ...], float] = ((), float("-inf"))  # with which volumes, and when
@@ -59,6 +61,7 @@ class ShareCopies:
 
     async def look(self) -> None:
         """A pass, if it is time for one. Without a volume that may come back nothing can be said."""
+        self._disk.reinforce(HANG_S)
         slots = self._volumes.slots
         if not all(slot.usable or slot.failed for slot in slots):
             return
@@ -96,6 +99,7 @@ class ShareCopies:
             if lost:
                 log.warning("share.copies_lost", count=len(lost), first=lost[0])
                 self._on_lost(lost)
+                self._wanted = max(1, self._wanted)
 
     def _lost_behind(self, store: CopyStore, after: int) -> tuple[list[int], int | None]:
         """Of some rows, and the last one; None: there are no more."""

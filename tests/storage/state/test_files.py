@@ -23,6 +23,9 @@ from storage.state.file_model import (
     BeginWriting,
     Change,
     Drop,
+    Flush,
+    Held,
+    Lacks,
     Link,
     Make,
     Remove,
@@ -405,3 +408,22 @@ def test_what_is_refused_changes_nothing() -> None:
             model.do(change)
         with model.kv.read() as txn:
             assert {table: list(txn.scan(table)) for table in file_rows.TABLES} == before
+
+
+def test_the_last_copy_is_never_noted_as_lost() -> None:
+    """It may come back with its disk; noted, neither node would give it, and none would take the other's."""
+    model = Model()
+    number = model.do(Make(ROOT, b"a", stat.S_IFREG | 0o644, 0, 0, 1)).inode
+    model.do(Flush(number, 5, 2, 2, clean=True, lacking=("b",)))
+    model.do(Lacks(number, "a"))
+    with model.kv.read() as txn:
+        assert file_rows.lacking(txn, number) == ("b",)
+    model.do(Held(number, "b", "5b1d0e77"))
+    model.do(Lacks(number, "a"))
+    model.do(Flush(number, 6, 3, 3, clean=True))
+    with model.kv.read() as txn:
+        assert file_rows.lacking(txn, number) == ("a",)
+        assert file_rows.generation(txn, number, "b") == "5b1d0e77"
+    assert sorted(model.do(Remove(ROOT, b"a", False, 4)).gone) == [(number, ""), (number, "5b1d0e77")]
+    with model.kv.read() as txn:
+        assert list(file_rows.all_lacking(txn)) == []

@@ -31,6 +31,7 @@ DAMAGE: Final = (
     lmdb.PanicError,
 )
 DATA_FILE: Final = "data.mdb"
+LOCK_FILE: Final = "lock.mdb"
 TAKEN_FOLDER: Final = "catalogue.taken"  # beside the catalogue's: one that is being taken from the other node
 GROWN_AT_START: Final = 0.5  # a map fuller than this is doubled before anybody reads from it
 
@@ -351,6 +352,9 @@ class LmdbKv:
             self._env.close()
             try:
                 (other._path / DATA_FILE).rename(self._path / DATA_FILE)
+                # Another process may still read the old file. The lock file would go on counting that one's
+                # transactions, and the next of ours would begin on whichever of the two roots that number names.
+                (self._path / LOCK_FILE).unlink(missing_ok=True)
                 fsync_directory(self._path)
             finally:
                 self._open()

@@ -139,8 +139,10 @@ class Mirror:
             waiting = self._asked.get(token)
             if waiting is not None and not waiting.done():
                 waiting.set_result(bytes(payload))
+            self._peering.on_progress()
         elif token == self._state.session:
             self._untaken -= int.from_bytes(payload, "big")
+            self._peering.on_progress()  # it is slow, not stuck
             if self._untaken <= WINDOW_BYTES:
                 self._room.set()
 

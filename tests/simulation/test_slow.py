@@ -18,6 +18,7 @@ class SlowWorld(StoreWorld):
         super().__init__(seed)
         self.wire_bytes_s, self.careless, self.disorder = WIRE_BYTES_S, False, 0.0
         self.chaos_s = 120.0
+        self.files = None  # the share's bytes go over the same wire, and aren't shared out with objects' yet
         self.alone = 0
         self.looked = 0
         for node in self.nodes.values():

@@ -4,7 +4,6 @@ One thread has the log. What an entry brings is durable with its record, in it o
 """
 
 import asyncio
-import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -15,6 +14,7 @@ from conf.telling import reason_of
 from storage import crash
 from storage.log.log import Log
 from storage.objects.incoming import Incoming
+from storage.objects.volume import NO_ROOM
 from storage.state.logged import record_of
 from storage.state.model import Entry, Location
 from storage.workers import WorkersFactory
@@ -22,7 +22,6 @@ from storage.workers import WorkersFactory
 log = structlog.get_logger()
 
 BATCH_ENTRIES_MAX: Final = 256
-NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
 FULL_RETRY_S: Final = 1.0
 
 Chunks = Sequence[bytes | bytearray]

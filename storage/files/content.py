@@ -3,17 +3,17 @@
 import asyncio
 import contextlib
 import errno
-import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Final, TypeVar
 
-from storage.files.copies import Capacity, CopyStore, StoredFile
+from storage.files.copies import Capacity, CopyStore, StoredFile, new_generation
 from storage.files.mirroring import Mirroring, PeerCannot
 from storage.files.names import Names
 from storage.files.namespace import Namespace
 from storage.files.opened import OpenFile
 from storage.files.peer import Pair, Peer, PeerLost
+from storage.objects.volume import NO_ROOM
 from storage.state import file_rows
 from storage.state.file_model import (
     Drop,
@@ -26,8 +26,7 @@ from storage.workers import Threads, within
 
 T = TypeVar("T")
 NOT_HERE: Final = "its bytes are on no volume that is here"
-REFUSED: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EINVAL)  # which says nothing of the disk
-GENERATION_BYTES: Final = 4
+REFUSED: Final = (*NO_ROOM, errno.EFBIG, errno.EINVAL)  # which says nothing of the disk
 
 
 class Content(Names):
@@ -110,13 +109,17 @@ class Content(Names):
     def _opened(self, number: int) -> OpenFile:
         file = self._open.get(number)
         if file is None:
-            row, dirty = self._namespace.look(
-                lambda rows: (file_rows.inode(rows, number), file_rows.is_dirty(rows, number))
+            row, dirty, lacking = self._namespace.look(
+                lambda rows: (
+                    file_rows.inode(rows, number),
+                    file_rows.is_dirty(rows, number),
+                    file_rows.lacking(rows, number),
+                )
             )
             known = number not in self._unsettled and number not in self._doubtful
             file = self._open[number] = OpenFile(number, row.size, row.mtime, row.ctime, dirty, known)
             file.unflushed = dirty and known and self._writes  # it was left so, and may be otherwise on the other node
-            file.lost = self.mirroring is not None and self._node in self._lacking(number)
+            file.lost = self.mirroring is not None and self._node in lacking
         return file
 
     async def read(self, number: int, at: int, size: int) -> bytes:
@@ -254,7 +257,7 @@ class Content(Names):
         elsewhere = not self._local.complete and file.number < self._first
         if file.size or (elsewhere and self.mirroring is None):
             raise OSError(errno.EIO, NOT_HERE)
-        generation = secrets.token_hex(GENERATION_BYTES) if elsewhere else ""  # an empty one may lie on what is away
+        generation = new_generation() if elsewhere else ""  # an empty one may lie on what is away
         file.local = await self._on_disk(self._local.create, file.number, generation)
         if generation:
             self._change(Held(file.number, self._node, generation))

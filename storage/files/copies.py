@@ -1,8 +1,15 @@
 """Copies of the bytes of the share's files on one node, as who writes them sees them; `local.py` is this machine's."""
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
+
+import xxhash
+
+from storage.objects.blocks import BLOCK_BYTES
+
+GENERATION_BYTES: Final = 4
 
 
 @dataclass(frozen=True)
@@ -80,3 +87,13 @@ class CopyStore(Protocol):
 
 
 OpenStore = Callable[[], CopyStore]
+
+
+def digest_of(file: StoredFile, block: int) -> bytes:
+    """xxh3-128 of one block of `BLOCK_BYTES` of a copy, the last one shorter. Blocks; raises OSError."""
+    return xxhash.xxh3_128_digest(file.read(BLOCK_BYTES, block * BLOCK_BYTES))
+
+
+def new_generation() -> str:
+    """Of a copy that nobody has."""
+    return secrets.token_hex(GENERATION_BYTES)

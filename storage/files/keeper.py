@@ -12,12 +12,10 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import structlog
-import xxhash
 
 from conf.telling import reason_of
-from storage.files.copies import CopyStore, OpenStore, StoredFile
+from storage.files.copies import CopyStore, OpenStore, StoredFile, digest_of
 from storage.files.peer import (
-    BLOCK_BYTES,
     BLOCKS_AT_ONCE,
     Answer,
     Begin,
@@ -36,11 +34,12 @@ from storage.files.peer import (
     Synced,
     Write,
 )
+from storage.objects.blocks import BLOCK_BYTES
+from storage.objects.volume import NO_ROOM
 from storage.workers import Threads, within
 
 log = structlog.get_logger()
 
-NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
 AT_ONCE_BYTES: Final = 4 << 20  # of one file, given to a thread in one go
 NOT_BEGUN: Final = "it wasn't begun, or something that was told of it couldn't be done"
 GONE: Final = "its copy isn't here"
@@ -223,7 +222,7 @@ class Keeper:
             for number in range(op.first, op.first + BLOCKS_AT_ONCE):
                 if number * BLOCK_BYTES >= size:
                     break
-                digests.append(xxhash.xxh3_128_digest(file.read(BLOCK_BYTES, number * BLOCK_BYTES)))
+                digests.append(digest_of(file, number))
             return Blocks(size, tuple(digests))
 
         return self._on(kept, op, look)

@@ -11,7 +11,7 @@ from storage.files.keeper import Keeper
 from storage.files.peer import (
     Answer,
     AskedFor,
-    PeerLost,
+    Asking,
     PeerState,
     Told,
     decode_answer,
@@ -44,12 +44,9 @@ class Mirror:
 
     def __init__(self, core: Replica, peering: Peering, keeper: Keeper) -> None:
         self._core, self._peering, self.keeper = core, peering, keeper
-        self._state = NONE
-        self._changed = asyncio.Event()
+        self._asking = Asking(NONE)
         self._untaken = 0
         self._room = asyncio.Event()
-        self._asked: dict[int, asyncio.Future[bytes]] = {}
-        self._last_token = 0
         self._followed = (0, 0)  # epoch and session of what was carried out last
         self.on_lost: Callable[[list[int]], None] = lambda numbers: None  # of the other node
         peering.on_file = self._frame
@@ -59,24 +56,14 @@ class Mirror:
     @property
     def state(self) -> PeerState:
         self.look()
-        return self._state
+        return self._asking.state
 
     def look(self) -> None:
         """To be called when the core has changed."""
         state = self._now()
-        if state == self._state:
-            return
-        before, self._state = self._state, state
-        if state.session != before.session:
+        if state != self._asking.state and self._asking.is_now(state):
             self._untaken = 0
             self._room.set()
-            asked, self._asked = self._asked, {}
-            for waiting in asked.values():
-                if not waiting.done():
-                    waiting.set_exception(PeerLost())
-                    waiting.exception()  # whoever waits sees it too
-        self._changed.set()
-        self._changed = asyncio.Event()
 
     def _now(self) -> PeerState:
         core = self._core
@@ -89,14 +76,14 @@ class Mirror:
 
     async def changed(self, before: PeerState) -> None:
         while self.state == before:
-            await self._changed.wait()
+            await self._asking.change()
 
     def tell(self, session: int, op: Told) -> None:
-        self.tell_raw(session, encode(op))
+        self.tell_raw(session, msgspec.Raw(encode(op)))
 
-    def tell_raw(self, session: int, op: bytes | msgspec.Raw) -> None:
+    def tell_raw(self, session: int, op: msgspec.Raw) -> None:
         if self._send(session, 0, op):
-            self._untaken += len(bytes(op)) if isinstance(op, bytes) else len(memoryview(op))
+            self._untaken += len(memoryview(op))
             if self._untaken > WINDOW_BYTES:
                 self._room.clear()
 
@@ -104,27 +91,17 @@ class Mirror:
         await self._room.wait()
 
     async def ask(self, session: int, op: AskedFor) -> Answer:
-        return decode_answer(await self.ask_raw(session, encode(op)))
+        return decode_answer(await self.ask_raw(session, msgspec.Raw(encode(op))))
 
-    async def ask_raw(self, session: int, op: bytes | msgspec.Raw) -> bytes:
+    async def ask_raw(self, session: int, op: msgspec.Raw) -> bytes:
         """The encoded answer. Raises PeerLost."""
-        self._last_token += 1
-        token, waiting = self._last_token, asyncio.get_running_loop().create_future()
-        self._asked[token] = waiting
-        try:
-            if not self._send(session, token, op):
-                raise PeerLost
-            answer: bytes = await waiting
-            return answer
-        finally:
-            self._asked.pop(token, None)
+        return await self._asking.ask(lambda token: self._send(session, token, op))
 
-    def _send(self, session: int, token: int, op: bytes | msgspec.Raw) -> bool:
+    def _send(self, session: int, token: int, op: msgspec.Raw) -> bool:
         link = self._peering.link
         if session == 0 or self.state.session != session or link is None:
             return False
-        raw = op if isinstance(op, msgspec.Raw) else msgspec.Raw(op)
-        link.send(Kind.FILE, token, _encode(Said(self._core.epoch, session, raw)))
+        link.send(Kind.FILE, token, _encode(Said(self._core.epoch, session, op)))
         return True
 
     # -- both ends of the link -------------------------------------------------------------------------------------
@@ -136,11 +113,9 @@ class Mirror:
         elif kind is Kind.FILE_LOST:
             self.on_lost(msgspec.msgpack.decode(payload, type=list[int]))
         elif kind is Kind.FILE_ANSWER:
-            waiting = self._asked.get(token)
-            if waiting is not None and not waiting.done():
-                waiting.set_result(bytes(payload))
+            self._asking.answered(token, bytes(payload))
             self._peering.on_progress()
-        elif token == self._state.session:
+        elif token == self._asking.state.session:
             self._untaken -= int.from_bytes(payload, "big")
             self._peering.on_progress()  # it is slow, not stuck
             if self._untaken <= WINDOW_BYTES:

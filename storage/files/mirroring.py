@@ -1,16 +1,14 @@
 """The second copy of each file of the share, as the node that is written to keeps it: told of every change, made
 durable with this node's, brought up to date block by block after it was away, read where this node's own is lost."""
 
-import secrets
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Any
 
 import xxhash
 
-from storage.files.copies import StoredFile
+from storage.files.copies import StoredFile, digest_of, new_generation
 from storage.files.opened import OpenFile
 from storage.files.peer import (
-    BLOCK_BYTES,
     Answer,
     Begin,
     Blocks,
@@ -30,13 +28,13 @@ from storage.files.peer import (
     Synced,
     Write,
 )
+from storage.objects.blocks import BLOCK_BYTES
 from storage.state import file_rows
 from storage.state.file_model import Held
 from storage.state.kv import KeyValues
 
 OnDisk = Callable[..., Awaitable[Any]]
 Look = Callable[[Callable[[KeyValues], Any]], Any]
-GENERATION_BYTES: Final = 4
 
 
 class PeerCannot(Exception):
@@ -152,7 +150,7 @@ class Mirroring:
             async with file.order:
                 size, local = file.size, file.local
                 copy = self.generation(file.number, self.pair.peer)
-                spare = secrets.token_hex(GENERATION_BYTES)
+                spare = new_generation()
                 answer = await self.peer.ask(session, Renew(self._space(), file.number, copy, spare, size))
                 if not isinstance(answer, Renewed):
                     raise PeerCannot(why(answer))
@@ -167,7 +165,7 @@ class Mirroring:
         for number in range(count):
             if number >= len(theirs):
                 compare = Compare(self._space(), file.number, file.peer_copy, number)
-                theirs += await self._digests(session, compare)
+                theirs += (await self.compared(session, compare)).digests
             own = await self._on_disk(digest_of, local, number)
             if number < len(theirs) and theirs[number] == own:
                 continue
@@ -178,9 +176,6 @@ class Mirroring:
                 if data and self.tells(file):
                     self.peer.tell(session, Write(file.number, at, data))
             await self.peer.room()
-
-    async def _digests(self, session: int, compare: Compare) -> tuple[bytes, ...]:
-        return (await self.compared(session, compare)).digests
 
     async def compared(self, session: int, compare: Compare) -> Blocks:
         """Raises PeerLost, PeerCannot."""
@@ -201,7 +196,7 @@ class Mirroring:
         theirs = list(first.digests)
         for block in range(-(-size // BLOCK_BYTES)):
             if block >= len(theirs):
-                theirs += await self._digests(session, Compare(self._space(), number, copy, block))
+                theirs += (await self.compared(session, Compare(self._space(), number, copy, block))).digests
             if block >= len(theirs):
                 raise PeerCannot("the other copy is too short")
             if await self._on_disk(digest_of, local, block) != theirs[block]:
@@ -227,11 +222,6 @@ class Mirroring:
 
     def _other_copy(self, file: OpenFile) -> str:
         return file.peer_copy if self.tells(file) else self.generation(file.number, self.pair.peer)
-
-
-def digest_of(local: StoredFile, block: int) -> bytes:
-    """xxh3-128 of one block of a copy. Blocks; raises OSError."""
-    return xxhash.xxh3_128_digest(local.read(BLOCK_BYTES, block * BLOCK_BYTES))
 
 
 def why(answer: Answer) -> str:

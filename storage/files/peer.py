@@ -5,12 +5,13 @@ is said of it; from then on what is written here is told there, in the same orde
 the two copies alike. What was told in a session that ended may be there or not, so a file is begun anew.
 """
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 import msgspec
 
-BLOCK_BYTES: Final = 1 << 20  # what is compared by its digest
 BLOCKS_AT_ONCE: Final = 16
 
 
@@ -100,7 +101,7 @@ class Synced(msgspec.Struct, frozen=True, tag="synced", array_like=True):
 
 class Blocks(msgspec.Struct, frozen=True, tag="blocks", array_like=True):
     size: int  # bytes of the whole copy
-    digests: tuple[bytes, ...]  # xxh3-128 of each block of BLOCK_BYTES, the last one shorter
+    digests: tuple[bytes, ...]  # xxh3-128 of each block, see `copies.digest_of`
 
 
 class Fetched(msgspec.Struct, frozen=True, tag="fetched", array_like=True):
@@ -146,6 +147,51 @@ class PeerState(msgspec.Struct, frozen=True, array_like=True):
 
     session: int
     required: bool
+
+
+class Asking:
+    """How the other node was known to be last, and what it was asked in that session."""
+
+    def __init__(self, state: PeerState) -> None:
+        self.state = state
+        self._changed = asyncio.Event()
+        self._waiting: dict[int, asyncio.Future[bytes]] = {}
+        self._last_token = 0
+
+    def is_now(self, state: PeerState) -> bool:
+        """Returns whether the session is another one; then nothing that was asked is answered any more."""
+        before, self.state = self.state, state
+        if state.session != before.session:
+            waiting, self._waiting = self._waiting, {}
+            for answer in waiting.values():
+                if not answer.done():
+                    answer.set_exception(PeerLost())
+                    answer.exception()  # whoever waits sees it too
+        self._changed.set()
+        self._changed = asyncio.Event()
+        return state.session != before.session
+
+    async def change(self) -> None:
+        """Wait until it is another state, or the same again."""
+        await self._changed.wait()
+
+    async def ask(self, send: Callable[[int], bool]) -> bytes:
+        """The encoded answer to what `send(token)` sends, which says whether it could. Raises PeerLost."""
+        self._last_token += 1
+        token, answer = self._last_token, asyncio.get_running_loop().create_future()
+        self._waiting[token] = answer
+        try:
+            if not send(token):
+                raise PeerLost
+            found: bytes = await answer
+            return found
+        finally:
+            self._waiting.pop(token, None)
+
+    def answered(self, token: int, answer: bytes) -> None:
+        waiting = self._waiting.get(token)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(answer)
 
 
 @dataclass(frozen=True)

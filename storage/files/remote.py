@@ -9,7 +9,7 @@ from typing import Final
 
 import msgspec
 
-from storage.files.peer import Answer, AskedFor, PeerLost, PeerState, Told, decode_answer, encode
+from storage.files.peer import Answer, AskedFor, Asking, PeerState, Told, decode_answer, encode
 from storage.files.wire import Ask, Begin, Begun, Committed, Ended, PeerIs, Propose, Said, Tell, frame, next_message
 from storage.state.file_model import Change
 
@@ -38,11 +38,12 @@ class RemotePeer:
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
-        self.state = PeerState(0, required=True)  # until the gateway has said what it is
-        self._changed = asyncio.Event()
+        self._asking = Asking(PeerState(0, required=True))  # until the gateway has said what it is
         self._ended = False
-        self._asked: dict[int, asyncio.Future[Answer]] = {}
-        self._last_token = 0
+
+    @property
+    def state(self) -> PeerState:
+        return self._asking.state
 
     def tell(self, session: int, op: Told) -> None:
         self._writer.write(frame(Tell(session, msgspec.Raw(encode(op)))))
@@ -52,24 +53,20 @@ class RemotePeer:
             await self._writer.drain()
 
     async def ask(self, session: int, op: AskedFor) -> Answer:
-        if not session or session != self.state.session:
-            raise PeerLost
-        self._last_token += 1
-        token, answer = self._last_token, asyncio.get_running_loop().create_future()
-        self._asked[token] = answer
-        self._writer.write(frame(Ask(token, session, msgspec.Raw(encode(op)))))
-        try:
-            found: Answer = await answer
-            return found
-        finally:
-            self._asked.pop(token, None)
+        def send(token: int) -> bool:
+            if not session or session != self.state.session:
+                return False
+            self._writer.write(frame(Ask(token, session, msgspec.Raw(encode(op)))))
+            return True
+
+        return decode_answer(await self._asking.ask(send))
 
     async def changed(self, before: PeerState) -> None:
         """Raises OSError (EIO) when there is no gateway any more that would tell."""
         while self.state == before:
             if self._ended:
                 raise OSError(errno.EIO, "the gateway is gone")
-            await self._changed.wait()
+            await self._asking.change()
 
     def end(self) -> None:
         """Nothing that is flushed is known to be on both nodes any more."""
@@ -77,21 +74,12 @@ class RemotePeer:
         self.is_now(PeerState(0, required=True))
 
     def is_now(self, state: PeerState) -> None:
-        before, self.state = self.state, state
-        if state.session != before.session:
-            asked, self._asked = self._asked, {}
-            for answer in asked.values():
-                if not answer.done():
-                    answer.set_exception(PeerLost())
-                    answer.exception()  # whoever waits sees it too
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._asking.is_now(state)
 
     def said(self, message: Said) -> None:
         """An answer that comes with the end of its session: the new state is on its way."""
-        answer = self._asked.get(message.token)
-        if answer is not None and not answer.done() and message.answer:
-            answer.set_result(decode_answer(message.answer))
+        if message.answer:
+            self._asking.answered(message.token, message.answer)
 
 
 class RemoteLog:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from storage.files.content import NOT_HERE, REFUSED, Content
-from storage.files.copies import StoredFile
+from storage.files.copies import StoredFile, new_generation
 from storage.files.mirroring import PeerCannot
 from storage.files.opened import OpenFile
 from storage.files.peer import PeerLost
@@ -183,5 +183,5 @@ class Share(Content):
             if found is not None:
                 return generation, found, False
         if left or not self._local.complete:
-            generation = secrets.token_hex(SPACE_BYTES)
+            generation = new_generation()
         return generation, await self._on_disk(self._local.create, file.number, generation), True

@@ -12,6 +12,7 @@ All methods block and are called from worker threads. Files are named relative t
 in the spool folder. Publication is a rename that may be lost in a power cut; the log says what to do again.
 """
 
+import errno
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, Protocol
@@ -19,6 +20,7 @@ from typing import Final, Protocol
 from storage.objects.blob_store import BlobStore
 from storage.state.model import Location
 
+NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)  # a disk is full: no fault of it
 MARKER: Final = "tandem-volume.json"
 DELETIONS: Final = "deletions.jsonl"
 FOLDERS: Final = ("spool", "archive", "quarantine")

@@ -17,7 +17,7 @@ from storage.objects.incoming import Incoming
 from storage.objects.local_volume import LocalVolume
 from storage.objects.locks import InUse
 from storage.objects.placement import LiesOn, Studies, least_loaded
-from storage.objects.volume import NoRoom, Volume, VolumeOffline
+from storage.objects.volume import NO_ROOM, NoRoom, Volume, VolumeOffline
 
 log = structlog.get_logger()
 
@@ -210,7 +210,7 @@ class Volumes:
         slot = self._by_id.get(volume_id)
         if slot is None or slot.volume is None or slot.failed:
             return
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in NO_ROOM:
             slot.state, slot.free_bytes, slot.looked_at = "full", 0, self._clock() + FULL_FOR_S
             log.warning("volume.full", volume=volume_id)
             return
@@ -289,7 +289,7 @@ class Volumes:
         except OSError as error:
             if error.errno in NOT_ALLOWED:
                 self._fails(slot, slot.volume, error)
-            elif error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            elif error.errno not in NO_ROOM:
                 slot.hung = slot.away = False
                 self.failed(slot.volume.id, error)
         else:

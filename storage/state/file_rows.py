@@ -146,7 +146,7 @@ def xattr(txn: KeyValues, number: int, name: bytes) -> bytes:
 
 
 def xattr_names(txn: KeyValues, number: int) -> list[bytes]:
-    return [key[NUMBER_BYTES:] for key, _ in _of_file(txn, "file_xattrs", number)]
+    return [key[NUMBER_BYTES:] for key, _ in of_file(txn, "file_xattrs", number)]
 
 
 def is_dirty(txn: KeyValues, number: int) -> bool:
@@ -160,7 +160,7 @@ def dirty(txn: KeyValues) -> list[int]:
 
 def lacking(txn: KeyValues, number: int) -> tuple[str, ...]:
     """The nodes that don't hold what was flushed last of a file."""
-    return tuple(key[NUMBER_BYTES:].decode() for key, _ in _of_file(txn, "file_lacking", number))
+    return tuple(key[NUMBER_BYTES:].decode() for key, _ in of_file(txn, "file_lacking", number))
 
 
 def all_lacking(txn: KeyValues, after: int = 0) -> Iterator[tuple[int, str]]:
@@ -176,10 +176,11 @@ def generation(txn: KeyValues, number: int, node: str) -> str:
 
 def generations(txn: KeyValues, number: int) -> tuple[str, ...]:
     """All that nodes have of a file now."""
-    return tuple(value.decode() for _, value in _of_file(txn, "file_copies", number))
+    return tuple(value.decode() for _, value in of_file(txn, "file_copies", number))
 
 
-def _of_file(txn: KeyValues, table: str, number: int) -> list[tuple[bytes, bytes]]:
+def of_file(txn: KeyValues, table: str, number: int) -> list[tuple[bytes, bytes]]:
+    """The rows of a table whose keys begin with an inode number."""
     prefix, found = number_key(number), []
     for key, value in txn.scan(table, prefix):
         if not key.startswith(prefix):

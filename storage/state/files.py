@@ -50,6 +50,7 @@ from storage.state.file_rows import (
     lookup,
     next_number,
     number_key,
+    of_file,
     refuse,
     xattr_names,
 )
@@ -221,7 +222,7 @@ def flushed(txn: KeyValues, change: Flush) -> Applied:
     if change.clean:
         txn.delete("file_dirty", number_key(change.inode))
     if change.lacking is not None:
-        _hold_all(txn, change.inode)
+        _delete_of_file(txn, "file_lacking", change.inode)
         for node in change.lacking:
             txn.put("file_lacking", number_key(change.inode) + node.encode(), b"")
     return Applied(change.inode)
@@ -319,9 +320,9 @@ def _take_name(txn: KeyValues, parent: int, named: Named) -> None:
     txn.delete("file_folded", folded_key(parent, named))
 
 
-def _hold_all(txn: KeyValues, number: int) -> None:
-    for node in lacking(txn, number):
-        txn.delete("file_lacking", number_key(number) + node.encode())
+def _delete_of_file(txn: KeyValues, table: str, number: int) -> None:
+    for key, _ in of_file(txn, table, number):
+        txn.delete(table, key)
 
 
 def _unlinked(txn: KeyValues, number: int, at: int, *, held: bool) -> tuple[tuple[int, str], ...]:
@@ -338,13 +339,8 @@ def _unlinked(txn: KeyValues, number: int, at: int, *, held: bool) -> tuple[tupl
 
 def _forget(txn: KeyValues, number: int, row: Inode) -> tuple[tuple[int, str], ...]:
     copies = sorted({"", *generations(txn, number)})
-    for key, _ in list(txn.scan("file_copies", number_key(number))):
-        if not key.startswith(number_key(number)):
-            break
-        txn.delete("file_copies", key)
-    _hold_all(txn, number)
-    for name in xattr_names(txn, number):
-        txn.delete("file_xattrs", number_key(number) + name)
+    for table in ("file_copies", "file_lacking", "file_xattrs"):
+        _delete_of_file(txn, table, number)
     txn.delete("file_dirty", number_key(number))
     txn.delete("file_inodes", number_key(number))
     return tuple((number, generation) for generation in copies) if stat.S_ISREG(row.mode) else ()

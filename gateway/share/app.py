@@ -111,7 +111,7 @@ async def _mounted(settings: Settings, mountpoint: Path) -> str:
         pyfuse3.asyncio.enable()
         options = OPTIONS if begun.writes else OPTIONS | {"ro"}
         try:
-            pyfuse3.init(Operations(share, writes=begun.writes), str(mountpoint), set(options))
+            pyfuse3.init(Operations(share), str(mountpoint), set(options))
         except RuntimeError as error:
             raise OSError(0, f"{mountpoint} can't be mounted: {error}") from error
         await _serve(remote, mountpoint)
@@ -119,12 +119,12 @@ async def _mounted(settings: Settings, mountpoint: Path) -> str:
             async with asyncio.timeout(END_S):
                 await share.end()
         return remote.ended.result() if remote.ended.done() else ""
-    except OSError as error:
-        if remote.ended.done() and not isinstance(error, TimeoutError):
+    except TimeoutError:  # an OSError, too
+        raise OSError(0, "not all that was changed last is in the log: the gateway doesn't answer") from None
+    except OSError:
+        if remote.ended.done():
             return remote.ended.result()  # it isn't the primary any more, perhaps
         raise
-    except TimeoutError:
-        raise OSError(0, "not all that was changed last is in the log: the gateway doesn't answer") from None
     finally:
         for helper in helpers:
             helper.cancel()

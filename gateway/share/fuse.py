@@ -54,10 +54,10 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
 
     supports_dot_lookup = True
 
-    def __init__(self, share: Share, *, writes: bool) -> None:
+    def __init__(self, share: Share) -> None:
         super().__init__()
-        self._share, self._writes = share, writes
-        self._remembered_s = REMEMBERED_S if writes else 0.0
+        self._share = share
+        self._remembered_s = REMEMBERED_S if share.writes else 0.0
 
     def _entry(self, number: int, row: Inode | None = None) -> Any:
         row = row or self._share.attributes(number)
@@ -224,7 +224,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
             except BaseException:
                 await self._share.release(inode)
                 raise
-        return pyfuse3.FileInfo(fh=inode, keep_cache=self._writes)
+        return pyfuse3.FileInfo(fh=inode, keep_cache=self._share.writes)
 
     @answered
     async def create(self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: Any) -> tuple[Any, Any]:
@@ -242,13 +242,11 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
 
     @answered
     async def flush(self, fh: int) -> None:
-        if self._writes:
-            await self._share.flush(fh)
+        await self._share.flush(fh)
 
     @answered
     async def fsync(self, fh: int, datasync: bool) -> None:
-        if self._writes:
-            await self._share.fsync(fh)
+        await self._share.fsync(fh)
 
     @answered
     async def release(self, fh: int) -> None:

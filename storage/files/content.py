@@ -54,7 +54,7 @@ class Content(Names):
         self._doubtful: set[int] = set()  # a sync of them failed
         self._left: set[int] = set()  # a thread may still write to what was this node's copy of these
         self._first = 0  # inode number of those that are made from here on
-        self._writes = True
+        self.writes = True  # else it is only looked at
         self.over = False  # nothing is changed here any more
 
     @contextlib.asynccontextmanager
@@ -118,7 +118,7 @@ class Content(Names):
             )
             known = number not in self._unsettled and number not in self._doubtful
             file = self._open[number] = OpenFile(number, row.size, row.mtime, row.ctime, dirty, known)
-            file.unflushed = dirty and known and self._writes  # it was left so, and may be otherwise on the other node
+            file.unflushed = dirty and known and self.writes  # it was left so, and may be otherwise on the other node
             file.lost = self.mirroring is not None and self._node in lacking
         return file
 
@@ -162,7 +162,7 @@ class Content(Names):
         mirroring = self.mirroring
         clean_there = mirroring is not None and mirroring.pair.peer not in self._lacking(file.number)
         changed = file.dirty and not (mirroring is not None and mirroring.is_alike(file))
-        if not clean_there or changed or not self._writes:
+        if not clean_there or changed or not self.writes:
             raise error
         self._change(Lacks(file.number, self._node))
         file.lost = True
@@ -293,6 +293,8 @@ class Content(Names):
         await self._flush(file, clean=file.handles == 1)
 
     async def _flush(self, file: OpenFile, *, clean: bool) -> None:
+        if not self.writes:
+            return
         async with file.turn:
             if file.failed:
                 raise OSError(errno.EIO, "an earlier sync of it failed")
@@ -354,6 +356,9 @@ class Content(Names):
 
     async def _close(self, file: OpenFile) -> None:
         """Nobody has it open any more."""
+        if not self.writes:  # its row may be gone by now
+            self._shut(file)
+            return
         try:
             if self._row(file.number).nlink and not file.failed:
                 await self._flush(file, clean=True)
@@ -366,11 +371,14 @@ class Content(Names):
         nameless = not self._row(file.number).nlink
         if (file.unflushed or file.changes) and not (nameless or file.failed):
             return  # what was written meanwhile is being flushed by who closes it
+        self._shut(file)
+        if nameless:
+            self._change(Drop(file.number))
+
+    def _shut(self, file: OpenFile) -> None:
         del self._open[file.number]
         if not file.held:
             for copy in (*file.left, *([file.local] if file.local else ())):
                 self._disk.run(copy.close)
         if self.mirroring is not None:
             self.mirroring.end(file)
-        if nameless:
-            self._change(Drop(file.number))

@@ -50,7 +50,7 @@ class Share(Content):
 
     def begin_reading(self) -> None:
         """Instead, where the share is only looked at: another node is written to."""
-        self._writes = False
+        self.writes = False
 
     async def end(self) -> None:
         """Once, after everything else: what is open is flushed, and everything that was answered is committed."""

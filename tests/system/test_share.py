@@ -84,6 +84,31 @@ def test_both_nodes_show_and_hold_the_same(lab: Lab) -> None:
         (other / "new").write_bytes(b"x")
 
 
+def test_what_is_looked_at_on_the_standby_while_it_is_written_to(lab: Lab) -> None:
+    """Opening and closing it there changes nothing, also if it is removed meanwhile: the mount stays."""
+    primary = primary_of(lab)
+    standby = other_than(primary)
+    folder = mounted(lab, primary, writable=True) / "looked-at"
+    folder.mkdir()
+    pid = lab.pid(standby, "mount")
+    log = lab.node_dir(standby) / "log" / "mount.log"
+    with (folder / "file").open("wb", buffering=0) as file:
+        file.write(b"one")
+        os.fsync(file.fileno())
+        seen = mounted(lab, standby) / "looked-at" / "file"
+        wait_for(lambda: seen.exists() and seen.stat().st_size == 3, "the standby to show it")
+        before = log.read_text().count("share.mounted")
+        assert seen.read_bytes() == b"one"
+        with seen.open("rb") as held:
+            (folder / "file").unlink()
+            wait_for(lambda: not seen.exists(), "the standby to show that it is removed")
+            held.close()
+    (folder / "another").write_bytes(b"two")
+    other = seen.with_name("another")
+    wait_for(lambda: other.exists() and other.read_bytes() == b"two", "the standby to show another")
+    assert (lab.pid(standby, "mount"), log.read_text().count("share.mounted")) == (pid, before)
+
+
 def test_a_node_that_was_away_takes_what_it_lacks(lab: Lab) -> None:
     """A long file of which one block has changed, a new one, one that is no more."""
     primary = primary_of(lab)

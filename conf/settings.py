@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 ENV_PREFIX = "TANDEM__"
 
 AETitle = Annotated[str, Field(min_length=1, max_length=16, pattern=r"^[\x21-\x5b\x5d-\x7e]([\x20-\x5b\x5d-\x7e]*)$")]
+ShareName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
 FolderPath = Annotated[Path, Field(strict=False)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -206,12 +207,31 @@ class AlertSettings(Section):
 
 class ShareSettings(Section):
     enabled: bool = Field(False, description="Run smbd where the virtual address is")
-    name: str = Field("archive", pattern=r"^[A-Za-z0-9_-]{1,40}$", description="Name of the share")
+    name: ShareName = Field("archive", description="Name of the share that shows the archive, read-only")
+    files: str = Field(
+        "files", pattern=r"^[A-Za-z0-9_-]{0,40}$", description="Name of the read-write share; empty: none"
+    )
+    mount: FolderPath = Field(Path("/srv/tandem-files"), description="Where `tandem mount` shows the files")
     port: Port = Field(445, description="TCP port of SMB")
     netbios_name: str = Field("TANDEM", pattern=r"^[A-Z0-9-]{1,15}$", description="Server name shown to clients")
-    guest: bool = Field(False, description="Let everybody read; false: only users known to Samba")
+    guest: bool = Field(False, description="Let everybody read the archive; false: only users of the share")
     hosts_allow: tuple[str, ...] = Field((), strict=False, description="Networks let in, 10.0.0.0/24; empty: all")
     folder: FolderPath = Field(Path("/var/lib/tandem-share"), description="smbd's own files: users, locks, logs")
+    first_uid: int = Field(70_000, ge=1000, le=2**31, description="Of the accounts made for the share's users")
+    signing: Literal["auto", "required"] = Field("auto", description="Of SMB messages: if the client asks, or always")
+    encryption: Literal["off", "desired", "required"] = Field("desired", description="Of SMB, where the client can")
+    acls: Literal["posix", "windows"] = Field(
+        "posix", description="Each user may do everything, or permissions as Windows sets them"
+    )
+    recycle: bool = Field(False, description="What is deleted over SMB goes to .recycle/USER first")
+    audit: bool = Field(False, description="Log who opens, makes, renames and deletes what over SMB")
+    macos: bool = Field(False, description="What macOS asks of a share (vfs_fruit)")
+
+    @model_validator(mode="after")
+    def _shares_differ(self) -> "ShareSettings":
+        if self.name.lower() == self.files.lower():
+            raise ValueError("share.name and share.files are two shares: give them two names")
+        return self
 
 
 class LogSettings(Section):

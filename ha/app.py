@@ -18,6 +18,7 @@ from ha.etcd import HttpEtcd
 from ha.etcd_leader import keep_etcd_leader_elsewhere
 from ha.gateway_link import SocketGatewayLink
 from ha.reach.fence import FenceFailed
+from ha.reach.share_users import ShareUsers
 from ha.reach.site import NodeSite
 from ha.tell.sinks import Alerting
 from storage.control import Clients, boottime
@@ -65,6 +66,7 @@ async def _main(settings: Settings, cluster: ClusterSettings) -> int:
     beside = [
         asyncio.create_task(_beside(name, coroutine))
         for name, coroutine in (
+            *([("share users", ShareUsers(settings).run())] if settings.share.enabled else []),
             ("watch", _watch(etcd, agent)),
             ("etcd leader", keep_etcd_leader_elsewhere(cluster, site, tls)),
             ("clients", _tell_clients(site, gateway)),

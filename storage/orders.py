@@ -3,8 +3,10 @@
 Each order is a method of `Service`, named as the order with `_` for `-`; its arguments are the order's.
 """
 
+import asyncio
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,8 @@ from storage.objects.local_volume import create_marker
 from storage.objects.reading import Unavailable
 from storage.objects.volume import Volume, VolumeOffline
 from storage.replication.peering import FetchFailed
+from storage.state.file_model import RemoveUser, SetUser, User, Users
+from storage.state.file_rows import users
 from storage.state.model import Delete
 from storage.state.rows import belongs, identity_of
 from storage.upkeep.quarantine import kept, purge
@@ -32,6 +36,8 @@ DIFFERENCES_MAX: Final = 100
 DRAIN_BATCH: Final = 16
 DRAIN_REST_S: Final = 1.0  # at most between two batches, while images come in
 DAY_S: Final = 86400.0
+USER_NAME: Final = re.compile(r"[a-z_][a-z0-9_-]{0,31}")  # as useradd(8) has it
+NT_HASH: Final = re.compile(r"[0-9a-f]{32}")
 
 Progress = Callable[[int, int], None]
 
@@ -43,6 +49,7 @@ class Refused(Exception):
 class Service:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._changing_users = asyncio.Lock()
         self._orders: dict[str, Callable[..., Any]] = {
             "volume-list": self._volume_list,
             "volume-add": self._volume_add,
@@ -57,6 +64,9 @@ class Service:
             "get": self._get,
             "quarantine-list": self._quarantine_list,
             "quarantine-purge": self._quarantine_purge,
+            "share-users": self._share_users,
+            "share-user-set": self._share_user_set,
+            "share-user-remove": self._share_user_remove,
             "crash": self._crash,
         }
 
@@ -300,6 +310,50 @@ class Service:
         count = await self._engine.disk.run(purge_all)
         log.warning("audit.purged", count=count, older_than_days=older_than_days)
         return {"purged": count}
+
+    # -- users of the share ------------------------------------------------------------------------------------
+
+    def _users(self) -> dict[str, User]:
+        with self._engine.catalogue.kv.read() as txn:
+            return users(txn)
+
+    async def _share_users(self, _: Progress) -> dict[str, Any]:
+        """Who may use the share, as this node knows it."""
+        found = await self._engine.disk.run(self._users)
+        rows = [
+            {"name": name, "number": user.number, "nt_hash": user.nt_hash.hex(), "set_ns": user.at}
+            for name, user in found.items()
+        ]
+        return {"users": rows}
+
+    async def _share_user_set(self, _: Progress, name: str, nt_hash: str, is_new: bool) -> dict[str, Any]:
+        """A user comes to be, or gets another password; `nt_hash`: MD4 of it in UTF-16, as hexadecimal digits."""
+        if not USER_NAME.fullmatch(name) or not NT_HASH.fullmatch(nt_hash):
+            raise Refused("the name of a user, and 32 hexadecimal digits")
+        change = SetUser(name, bytes.fromhex(nt_hash), time.time_ns(), is_new)
+        await self._change_users(change, known=not is_new)
+        log.warning("audit.share_user", user=name, what="added" if is_new else "password changed")
+        return {"user": name}
+
+    async def _share_user_remove(self, _: Progress, name: str) -> dict[str, Any]:
+        await self._change_users(RemoveUser(name), known=True)
+        log.warning("audit.share_user", user=name, what="removed")
+        return {"user": name}
+
+    async def _change_users(self, change: Users, *, known: bool) -> None:
+        """`known`: whether the user must be there before, or mustn't."""
+        engine, name = self._engine, change.name
+        if not engine.may_serve:
+            raise Refused(f"not the primary now; do it on node {engine.told.primary or 'with the address'}")
+        async with self._changing_users:
+            await engine.settled()
+            found = name in await engine.disk.run(self._users)
+            if known and not found:
+                raise Refused(f"there is no user {name}; `tandem share user list` shows them")
+            if found and not known:
+                raise Refused(f"there is a user {name}; `tandem share user password {name}` sets another password")
+            await engine.propose_files(change).committed()
+            await engine.settled()
 
     # -- faults ------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from tools.cli.client import ask
+from storage.control_client import ask
 from tools.cli.dicom_client import DicomClient, Object
 
 ROOT = Path(__file__).parent.parent

@@ -15,6 +15,7 @@ import pyfuse3
 import pyfuse3.asyncio
 import structlog
 
+from conf.mounts import files_at, mount_at
 from conf.settings import Settings
 from gateway.share.fuse import Operations
 from storage.files.catching_up import CatchingUp
@@ -31,7 +32,6 @@ log = structlog.get_logger()
 
 DISK_THREADS: Final = 8
 OPTIONS: Final = frozenset({"default_permissions", "allow_other", "fsname=tandem", "subtype=tandem"})
-OURS: Final = b"fuse.tandem"  # in /proc/self/mountinfo
 CONNECTIONS: Final = Path("/sys/fs/fuse/connections")
 END_S: Final = 30.0  # for what is under way when it ends
 AGAIN_S: Final = 0.2  # between two tries to begin
@@ -163,30 +163,20 @@ async def _serve(remote: RemoteLog, mountpoint: Path) -> None:
 
 async def _clear(mountpoint: Path) -> None:
     """What an earlier process has left there when it was killed."""
-    while _connection(mountpoint, OURS):
+    while files_at(mountpoint):
         if not await _fusermount("-uz", mountpoint):
             return
 
 
 async def _unmount(mountpoint: Path) -> None:
     """Take it away from who uses it, too: nobody may hang."""
-    connection = _connection(mountpoint)
+    mount = mount_at(mountpoint)
     if await _fusermount("-u", mountpoint):
         return
     await _fusermount("-uz", mountpoint)
-    if connection:
+    if mount:
         with contextlib.suppress(OSError):
-            (CONNECTIONS / connection / "abort").write_text("1")
-
-
-def _connection(mountpoint: Path, kind: bytes = b"") -> str:
-    """Its number, "" if it isn't mounted, or not as this kind. The file system itself isn't asked."""
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
-        fields = line.split()
-        is_it = fields[4].decode("unicode_escape").encode("latin-1") == os.fsencode(mountpoint)  # spaces are escaped
-        if is_it and (not kind or kind in fields):
-            return fields[2].partition(b":")[2].decode()
-    return ""
+            (CONNECTIONS / mount.device / "abort").write_text("1")
 
 
 async def _fusermount(how: str, mountpoint: Path) -> bool:

@@ -1,29 +1,40 @@
 """Runs the distribution's smbd where the virtual address is. A restarted agent finds it by its pid file."""
 
+import hashlib
 import os
 import pwd
 import select
+import shlex
 import signal
 import subprocess
 from importlib.resources import files
 from pathlib import Path
+from typing import Final
 
 import structlog
 
+from conf.mounts import Mount, files_at
 from conf.settings import Settings
 
 log = structlog.get_logger()
 
-INCLUDED = "/etc/tandem/smb.local.conf"  # need not be there
-STOP_S = 3.0
-START_TIMEOUT_S = 15.0
+INCLUDED: Final = "/etc/tandem/smb.local.conf"  # need not be there
+STOP_S: Final = 3.0
+START_TIMEOUT_S: Final = 15.0
+MOUNTED_TRIES: Final = 100  # a tenth of a second each, for which a client waits until the files are there
+SIGNING: Final = {"auto": "auto", "required": "mandatory"}
+
+
+def passwords_of(settings: Settings) -> Path:
+    """Where smbd looks up users: smbpasswd(5)."""
+    return settings.share.folder / "private" / "smbpasswd"
 
 
 class Samba:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._folder = settings.share.folder
-        self._config = self._folder / "smb.conf"
+        self.config = self._folder / "smb.conf"
 
     @property
     def pid(self) -> int | None:
@@ -33,19 +44,24 @@ class Samba:
             command = Path(f"/proc/{pid}/cmdline").read_bytes()
         except (OSError, ValueError):
             return None
-        return pid if str(self._config).encode() in command else None
+        return pid if str(self.config).encode() in command else None
+
+    @property
+    def files(self) -> Mount | None:
+        """Where the share's files are shown, None if they aren't."""
+        return files_at(self._settings.share.mount) if self._settings.share.files else None
+
+    @property
+    def wants_files(self) -> bool:
+        return bool(self._settings.share.files)
 
     def start(self) -> None:
         """Start smbd unless it runs. Raises OSError or subprocess.SubprocessError."""
         if self.pid is not None:
             return
         self._write_config()
-        subprocess.run(
-            ["smbd", "--daemon", f"--configfile={self._config}"],
-            check=True,
-            capture_output=True,
-            timeout=START_TIMEOUT_S,
-        )
+        self._set_sid()
+        self._run("smbd", "--daemon", f"--configfile={self.config}")
         log.info("smbd.started")
 
     def stop(self) -> None:
@@ -57,28 +73,93 @@ class Samba:
                 break
         log.info("smbd.stopped")
 
+    def let_go_of_files(self) -> None:
+        """Have those connected to the files connect anew: what they had open was in a mount that is no more."""
+        self._run("smbcontrol", f"--configfile={self.config}", "smbd", "close-share", self._settings.share.files)
+        log.info("smbd.files_anew")
+
+    def _run(self, *command: str) -> None:
+        subprocess.run(command, check=True, capture_output=True, timeout=START_TIMEOUT_S)
+
+    # -- configuration -----------------------------------------------------------------------------------------
+
     def _write_config(self) -> None:
         share = self._settings.share
         for name, mode in (("ncalrpc", 0o755), ("log", 0o750), ("private", 0o700)):
             (self._folder / name).mkdir(parents=True, exist_ok=True, mode=mode)
+        passwords_of(self._settings).touch(0o600)
         state = self._settings.storage.state
         try:
             user = pwd.getpwuid(state.stat().st_uid).pw_name  # the gateway's, not ours
         except KeyError:
             raise OSError(0, f"the owner of {state} has no name on this machine") from None
-        template = files("conf").joinpath("smb.conf").read_text(encoding="utf-8")
-        text = template.format(
+        text = _part(
+            "global",
             netbios_name=share.netbios_name,
-            user=user,
+            map_to_guest="Bad User" if share.guest else "Never",
+            passwords=passwords_of(self._settings),
             port=share.port,
+            signing=SIGNING[share.signing],
+            encryption=share.encryption,
             folder=self._folder,
-            name=share.name,
-            path=state / "share" / "archive",
-            guest="yes" if share.guest else "no",
             include=INCLUDED,
             hosts=" ".join(share.hosts_allow) or "ALL",
         )
-        self._config.write_text(text, encoding="utf-8")
+        archive = state / "share" / "archive"
+        text += _part("archive", name=share.name, path=archive, guest="yes" if share.guest else "no", user=user)
+        if share.macos:  # on all shares or none, says Samba
+            text += "    vfs objects = fruit streams_xattr\n" + _part("macos")
+        if share.files:
+            text += self._files(user)
+        self.config.write_text(text, encoding="utf-8")
+
+    def _files(self, user: str) -> str:
+        share = self._settings.share
+        mounted = self._folder / "mounted.sh"
+        mounted.write_text(_mounted(share.mount))
+        modules = [
+            *(["full_audit"] if share.audit else []),
+            *(["recycle"] if share.recycle else []),
+            *(["fruit"] if share.macos else []),
+            "streams_xattr",
+            *(["acl_xattr"] if share.acls == "windows" else []),
+            "glusterfs_fuse",  # asks the file system for the name in any case, instead of reading the folder
+        ]
+        parts = [f"{share.acls}-acls"]
+        parts += [name for name in ("recycle", "audit", "macos") if getattr(share, name)]
+        text = _part("files", name=share.files, path=share.mount, user=user, mounted=mounted, objects=" ".join(modules))
+        return text + "".join(_part(name) for name in parts)
+
+    def _set_sid(self) -> None:
+        """The same on both nodes, so that users and permissions are."""
+        name = self._settings.cluster.name if self._settings.cluster else self._settings.node.name
+        known = self._folder / "sid"
+        sid = sid_of(name, self._settings.share.netbios_name)
+        if known.exists() and known.read_text() == sid and (self._folder / "private" / "secrets.tdb").exists():
+            return
+        self._run("net", f"--configfile={self.config}", "setlocalsid", sid)
+        known.write_text(sid)
+
+
+def sid_of(cluster: str, netbios_name: str) -> str:
+    """The security identifier of a cluster as a Windows machine (MS-DTYP 2.4.2)."""
+    digest = hashlib.sha256(f"{cluster}\0{netbios_name}".encode()).digest()
+    parts = (int.from_bytes(digest[at : at + 4], "big") for at in (0, 4, 8))
+    return "S-1-5-21-" + "-".join(map(str, parts))
+
+
+def _part(part: str, /, **values: object) -> str:
+    return files("conf").joinpath("samba", f"{part}.conf").read_text(encoding="utf-8").format(**values)
+
+
+def _mounted(folder: Path) -> str:
+    """A script that ends well once the files are there and may be written."""
+    shown = str(folder).replace("\\", r"\134").replace(" ", r"\040")  # as the kernel writes it
+    looked_for = shlex.quote(f" {shown} fuse.tandem rw,")
+    return (
+        f"n=0\nuntil grep -qF {looked_for} /proc/self/mounts; do\n"
+        f"    n=$((n + 1)); [ $n -le {MOUNTED_TRIES} ] || exit 1; sleep 0.1\ndone\n"
+    )
 
 
 def _ended(pid: int, number: int, wait_s: float) -> bool:

@@ -7,6 +7,7 @@ from typing import Final
 
 import structlog
 
+from conf.mounts import Mount
 from ha.reach.samba import Samba
 
 log = structlog.get_logger()
@@ -27,6 +28,8 @@ class Share:
         self._job_began = 0.0
         self._checked_at = 0.0
         self._restarts: list[float] = []
+        self._files: Mount | None = None  # as they were shown when they were looked at last
+        self._files_seen_at = time.monotonic()
 
     @property
     def up(self) -> bool:
@@ -38,6 +41,8 @@ class Share:
         now = time.monotonic()
         if self._job and not self._job.done() and now - self._job_began > HANGS_S:
             return "smbd hangs while it is started or stopped"
+        if self._samba is not None and self._samba.wants_files and not self._sees_files(now):
+            return "the share's files aren't mounted (tandem mount)"
         recent = [at for at in self._restarts if now - at < RESTARTS_S]
         return "smbd doesn't stay up" if len(recent) > RESTARTS_MAX else ""
 
@@ -57,9 +62,18 @@ class Share:
         if self._samba is None or now - self._checked_at < CHECK_S or (self._job and not self._job.done()):
             return
         self._checked_at = now
+        files, before = self._samba.files, self._files
+        self._files = files or before
         if self._samba.pid is None:
             self._restarts = [*self._restarts[-RESTARTS_MAX:], now]
             self._do(self._start)
+        elif files is not None and before is not None and files.number != before.number:
+            self._do(self._let_go_of_files)
+
+    def _sees_files(self, now: float) -> bool:
+        if self._samba is not None and self._samba.files is not None:
+            self._files_seen_at = now
+        return now - self._files_seen_at < HANGS_S
 
     def stop(self) -> None:
         """Have it stopped; doesn't wait."""
@@ -85,6 +99,13 @@ class Share:
                 self._samba.start()
         except Exception as error:  # the share never takes the agent with it
             log.error("smbd.not_started", error=str(error))
+
+    def _let_go_of_files(self) -> None:
+        try:
+            if self._samba:
+                self._samba.let_go_of_files()
+        except Exception as error:
+            log.error("smbd.files_kept", error=str(error))
 
     def _stop(self) -> None:
         try:

@@ -139,6 +139,11 @@ class Names:
     def xattr(self, number: int, name: bytes) -> bytes:
         return self._namespace.look(lambda rows: file_rows.xattr(rows, number, name))
 
+    def real_name(self, parent: int, name: bytes) -> bytes:
+        """How a name is written in a folder, whatever the case it is asked for in. Raises FileRefused (ENODATA)."""
+        found = self._namespace.look(lambda rows: file_rows.real_name(rows, parent, name))
+        return file_rows.refuse(errno.ENODATA) if found is None else found
+
     def xattr_names(self, number: int) -> list[bytes]:
         return self._namespace.look(lambda rows: file_rows.xattr_names(rows, number))
 

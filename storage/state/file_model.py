@@ -145,11 +145,34 @@ class BeginWriting(msgspec.Struct, frozen=True, tag="begin", array_like=True):
     space: str
 
 
+class User(msgspec.Struct, frozen=True, array_like=True):
+    """Who may use the share over the network."""
+
+    number: int  # never given again: the user's numbers on both nodes are made of it
+    nt_hash: bytes  # of the password, as SMB has it: 16 bytes, worth as much as the password
+    at: int  # when that was set
+
+
+class SetUser(msgspec.Struct, frozen=True, tag="set-user", array_like=True):
+    """A user comes to be (`is_new`), or gets another password."""
+
+    name: str
+    nt_hash: bytes
+    at: int
+    is_new: bool
+
+
+class RemoveUser(msgspec.Struct, frozen=True, tag="remove-user", array_like=True):
+    name: str
+
+
 Names = Make | Link | Remove | Rename | Drop
 Attributes = SetAttributes | SetXattr | RemoveXattr
 Copies = Lacks | Held
-Change = BeginWriting | Names | Attributes | MarkDirty | Flush | Copies
+Users = SetUser | RemoveUser
+Change = BeginWriting | Names | Attributes | MarkDirty | Flush | Copies | Users
 
 _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode
 decode_inode = msgspec.msgpack.Decoder(Inode).decode
+decode_user = msgspec.msgpack.Decoder(User).decode

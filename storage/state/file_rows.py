@@ -9,7 +9,9 @@ file_orphans   number -> nothing                    without a name, and open
 file_dirty     number -> nothing                    its bytes may be others than those that were flushed last
 file_lacking   number, node -> nothing              it doesn't hold what was flushed last
 file_copies    number, node -> generation           of its copy, where that was made again
-file_counters  "next" -> the next inode number or position, "space" -> the name of the numbers
+file_counters  "next" -> the next inode number or position, "space" -> the name of the numbers, "user" -> the next
+               user's number
+file_users     name -> User
 """
 
 import errno
@@ -20,7 +22,7 @@ from typing import Final, NoReturn
 
 import xxhash
 
-from storage.state.file_model import ROOT, Inode, decode_inode
+from storage.state.file_model import ROOT, Inode, User, decode_inode, decode_user
 from storage.state.kv import KeyValues
 
 TABLES: Final = (
@@ -34,11 +36,13 @@ TABLES: Final = (
     "file_lacking",
     "file_copies",
     "file_counters",
+    "file_users",
 )
 NAME_BYTES_MAX: Final = 255
 FIRST: Final = 16  # the first inode number or position that is given
 NUMBER_BYTES: Final = 8
-_ROOT: Final = Inode(mode=stat.S_IFDIR | 0o755, uid=0, gid=0, nlink=2, size=0, atime=0, mtime=0, ctime=0, parent=ROOT)
+# Times with a fraction of a second: by the topmost folder smbd tells whether it may give files such times.
+_ROOT: Final = Inode(mode=stat.S_IFDIR | 0o755, uid=0, gid=0, nlink=2, size=0, atime=1, mtime=1, ctime=1, parent=ROOT)
 _MEANINGS: Final = {
     errno.EEXIST: "there is one of that name",
     errno.EINVAL: "a folder can't be moved into itself, or the name can't be",
@@ -198,6 +202,16 @@ def next_number(txn: KeyValues) -> int:
 def space(txn: KeyValues) -> str:
     """The name of the inode numbers, "" before there was a writer."""
     return (txn.get("file_counters", b"space") or b"").decode()
+
+
+def users(txn: KeyValues) -> dict[str, User]:
+    """All of the share's users, by name."""
+    return {key.decode(): decode_user(value) for key, value in txn.scan("file_users")}
+
+
+def next_user(txn: KeyValues) -> int:
+    """The number that the next user gets."""
+    return number_of(txn.get("file_counters", b"user") or b"")
 
 
 def orphans(txn: KeyValues) -> list[int]:

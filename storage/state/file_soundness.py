@@ -31,6 +31,9 @@ def broken(txn: Transaction) -> Iterator[str]:
             yield f"a name of inode {named.inode} isn't listed where it says"
         if txn.get("file_folded", file_rows.folded_key(parent, named)) is None:
             yield f"a name of inode {named.inode} isn't found without regard to case"
+    numbers = [user.number for user in file_rows.users(txn).values()]
+    if len(set(numbers)) < len(numbers) or max(numbers, default=-1) >= file_rows.next_user(txn):
+        yield "a number that a user has may be given again"
     highest = max((*inodes, *(number_of(value[NUMBER_BYTES:]) for value in names.values())), default=0)
     if highest >= file_rows.next_number(txn) or (inodes and not file_rows.space(txn)):
         yield "numbers that are given may be given again"

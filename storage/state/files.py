@@ -30,10 +30,14 @@ from storage.state.file_model import (
     Make,
     MarkDirty,
     Remove,
+    RemoveUser,
     RemoveXattr,
     Rename,
     SetAttributes,
+    SetUser,
     SetXattr,
+    User,
+    decode_user,
     encode,
 )
 from storage.state.file_rows import (
@@ -49,6 +53,7 @@ from storage.state.file_rows import (
     lacking,
     lookup,
     next_number,
+    next_user,
     number_key,
     of_file,
     refuse,
@@ -257,6 +262,26 @@ def _drop(txn: KeyValues, change: Drop) -> Applied:
     return Applied(change.inode, _forget(txn, change.inode, inode(txn, change.inode)))
 
 
+def _set_user(txn: KeyValues, change: SetUser) -> Applied:
+    key = change.name.encode()
+    known = txn.get("file_users", key)
+    if (known is None) != change.is_new:
+        refuse(errno.ENOENT if known is None else errno.EEXIST)
+    if known is not None:
+        number = decode_user(known).number
+    else:
+        number = next_user(txn)
+        txn.put("file_counters", b"user", number_key(number + 1))
+    txn.put("file_users", key, encode(User(number, change.nt_hash, change.at)))
+    return Applied(ROOT)
+
+
+def _remove_user(txn: KeyValues, change: RemoveUser) -> Applied:
+    if not txn.delete("file_users", change.name.encode()):
+        refuse(errno.ENOENT)
+    return Applied(ROOT)
+
+
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
@@ -387,4 +412,6 @@ CARRIED_OUT: Final[dict[type[Change], Callable[[KeyValues, Any], Applied]]] = {
     Lacks: _lacks,
     Held: _held,
     Drop: _drop,
+    SetUser: _set_user,
+    RemoveUser: _remove_user,
 }

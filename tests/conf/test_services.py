@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 
 import conf
@@ -30,8 +31,8 @@ def test_units_start_commands_that_exist() -> None:
     from tools.cli.main import main
 
     started = [line.split()[1] for unit in UNITS for line in unit.read_text().splitlines() if "/bin/tandem " in line]
-    assert sorted(started) == ["gateway", "ha"]
-    assert set(started) <= set(main.commands)
+    assert sorted(started) == ["gateway", "ha", "mount"]
+    assert set(started) <= set(main.list_commands(click.Context(main)))
 
 
 def test_gateway_says_that_it_is_ready_alive_and_stopping(new_gateway: Callable[..., Gateway], tmp_path: Path) -> None:

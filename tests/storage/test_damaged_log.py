@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from pydicom.uid import generate_uid
 
+from storage.control_client import order
 from storage.environment import LOG_BYTES_MIN, LogAway, open_log
 from storage.log.folder import LocalFolder, LogDamaged, LogUnknown
 from storage.log.records import ENTRY
@@ -19,7 +20,6 @@ from storage.state.model import Delete, Entry
 from tests.builders import item
 from tests.conftest import Gateway, wait_for
 from tests.storage.test_locks import files_of, rebuilt, stored, tandem
-from tools.cli.client import order
 
 
 @pytest.fixture

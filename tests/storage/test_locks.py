@@ -14,11 +14,11 @@ import pytest
 from click.testing import CliRunner
 
 from conf.settings import load
+from storage.control_client import order
 from storage.objects.local_volume import create_marker
 from storage.state.catalogue import FORMAT, Batch, Catalogue
 from tests.builders import item, uid_of
 from tests.conftest import ROOT, Gateway, wait_for
-from tools.cli.client import order
 from tools.cli.rebuild_command import rebuild_index
 from tools.rebuild import making as rebuild
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from conf.settings import DicomSettings, Settings
+from storage.control_client import OrderFailed, order
 from storage.objects.incoming import INLINE_BYTES_MAX
 from tests.builders import item
 from tests.conftest import ROOT, Gateway, wait_for
-from tools.cli.client import OrderFailed, order
 from tools.cli.dicom_client import DicomClient, Object
 from tools.cli.operate import fetch
 from tools.cli.options import Failure

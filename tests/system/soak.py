@@ -12,11 +12,11 @@ from pathlib import Path
 
 import click
 
+from storage.control_client import OrderFailed
 from storage.crash import POINTS
 from tests.conftest import wait_for
 from tests.system.conftest import DISK_MB, NODES, REPLICATION_PORT, TTL_S, VOLUMES, heal, other_than, primary_of
 from tests.system.writer import Writer
-from tools.cli.client import OrderFailed
 from tools.lab.network import LabError
 from tools.lab.pair import Lab
 

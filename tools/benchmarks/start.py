@@ -18,12 +18,12 @@ from typing import Any, Final
 import click
 from pydicom.uid import generate_uid
 
+from storage.control_client import ask, order
 from storage.objects.local_volume import create_marker
 from storage.state.catalogue import FORMAT, Batch, Catalogue
 from storage.state.model import Entry, Location, Put
 from storage.state.soundness import OPEN_MARK
 from tools.benchmarks.peers import HERE, answers
-from tools.cli.client import ask, order
 from tools.lab.pair import wait_for
 
 PER_SERIES: Final = 200

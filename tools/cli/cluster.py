@@ -19,7 +19,7 @@ from ha.decide import State, View, conditions
 from ha.etcd import Compare, DeleteKey, EtcdError, HttpEtcd, KeyValue, PutKey
 from ha.records import Records, StateValue, read
 from storage.control import NEVER, Member, Report, boottime
-from tools.cli.client import ask, report
+from storage.control_client import ask, report
 from tools.cli.exits import EXIT_AWAY, EXIT_CONFIG, EXIT_FOUND
 from tools.cli.options import Failure, config_option, json_option, settings_of, sure, yes_option
 from tools.cli.say import say

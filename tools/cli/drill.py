@@ -15,8 +15,8 @@ from pynetdicom.sop_class import Verification
 
 from conf.settings import ClusterSettings, Settings
 from ha.etcd import DeleteKey, EtcdError, HttpEtcd, PutKey
+from storage.control_client import ask
 from tools.benchmarks.outage import Probe
-from tools.cli.client import ask
 from tools.cli.cluster import look, own_status, switch, with_etcd
 from tools.cli.dicom_client import AssociationFailed, DicomClient, NotLetIn
 from tools.cli.exits import EXIT_FOUND

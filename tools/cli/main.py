@@ -26,6 +26,7 @@ ELSEWHERE: Final = {
     **dict.fromkeys(("import", "export", "hash-password"), "tools.cli.transfer"),
     "rebuild-index": "tools.cli.rebuild_command",
     "mount": "tools.cli.mount",
+    "share": "tools.cli.share",
     "lab": "tools.lab.commands",
 }
 
@@ -155,7 +156,7 @@ def check_config(file: Path, as_json: bool) -> None:
 @click.option("--watch", is_flag=True, help="Look again every second, until Ctrl-C.")
 def status(config: Path | None, as_json: bool, watch: bool) -> None:
     """Show role, in-sync set, volumes and counts of this node. Exit 3 if its gateway is not running."""
-    from tools.cli.client import ask
+    from storage.control_client import ask
     from tools.cli.status import render, watch_status
 
     settings = settings_of(config)

@@ -11,11 +11,11 @@ from tools.cli.options import Failure, config_option, settings_of
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path), required=False)
 @config_option
 @click.option("--data", type=click.Path(path_type=Path), help="Of a gateway that runs with this --data.")
-def mount(folder: Path, config: Path | None, data: Path | None) -> None:
-    """Mount the share's files on FOLDER, until it is unmounted (umount FOLDER) or this is ended.
+def mount(folder: Path | None, config: Path | None, data: Path | None) -> None:
+    """Mount the share's files on FOLDER ([share] mount), until it is unmounted (umount FOLDER) or this is ended.
 
     In a pair it follows what the node is: on the primary it may be read and written, on the standby read; what is open
     is closed at a failover. What is flushed (close, fsync) is durable, on both nodes while both are in sync, and so is
@@ -31,7 +31,7 @@ def mount(folder: Path, config: Path | None, data: Path | None) -> None:
     except ImportError:
         raise Failure("pyfuse3 isn't installed: pip install 'tandem-dicom[share]'", EXIT_FAILED) from None
     try:
-        why = run(settings, folder)
+        why = run(settings, folder or settings.share.mount)
     except OSError as error:
         raise Failure(str(error.strerror or error), EXIT_AWAY) from error
     if why:

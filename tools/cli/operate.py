@@ -10,11 +10,11 @@ import click
 import xxhash
 
 from conf.settings import Settings
+from storage.control_client import OrderFailed, order
 from storage.objects.blob_store import READ_BYTES
 from storage.objects.local_volume import create_marker
 from storage.objects.volume import MARKER
 from tools.cli import progress
-from tools.cli.client import OrderFailed, order
 from tools.cli.exits import EXIT_AWAY, EXIT_FAILED, EXIT_FOUND
 from tools.cli.options import (
     Failure,
@@ -35,14 +35,14 @@ FETCH_ATTEMPTS = 3
 path_argument = click.argument("path", type=click.Path(path_type=Path))
 
 
-def ordered(config: Path | None, name: str, label: str = "", **given: Any) -> dict[str, Any]:
+def ordered(config: Path | None, order_name: str, /, label: str = "", **given: Any) -> dict[str, Any]:
     """Have the node carry out an order, with a progress bar if `label` is given."""
     settings = settings_of(config)
     try:
         if not label:
-            return order(settings.control_socket, name, given)
+            return order(settings.control_socket, order_name, given)
         with progress.of(label) as moved:
-            return order(settings.control_socket, name, given, moved)
+            return order(settings.control_socket, order_name, given, moved)
     except OrderFailed as error:
         raise Failure(str(error), EXIT_FAILED) from None
     except OSError as error:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from conf.settings import Settings
-from tools.cli.client import ask
+from storage.control_client import ask
 
 WATCH_S = 1.0
 

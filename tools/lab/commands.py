@@ -10,8 +10,8 @@ from typing import Concatenate, ParamSpec
 
 import click
 
+from storage.control_client import OrderFailed
 from storage.crash import POINTS
-from tools.cli.client import OrderFailed
 from tools.cli.status import render
 from tools.lab.disks import DiskError
 from tools.lab.network import MEMBERS, LabError
@@ -125,7 +125,7 @@ def power_on(lab: Lab, node: str) -> None:
 
 @_command("kill")
 @node_argument
-@click.argument("process", type=click.Choice(["gateway", "ha", "etcd", "smbd"]))
+@click.argument("process", type=click.Choice(["gateway", "ha", "etcd", "smbd", "mount"]))
 def kill(lab: Lab, node: str, process: str) -> None:
     """kill -9 of one process; it is started again, as systemd would."""
     lab.kill(node, process)

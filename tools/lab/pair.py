@@ -7,6 +7,7 @@ cable out, killing everything in its namespace, and removing the namespace.
 import importlib.util
 import json
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -17,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from storage.control_client import ask, order
 from tools.cli.certificates import Authority
-from tools.cli.client import ask, order
 from tools.lab import network as lab_network
 from tools.lab.disks import Disks, mounted, run
 from tools.lab.network import (
@@ -44,6 +45,9 @@ from tools.lab.network import (
 DICOM_PORT: Final = 11112
 VIEWER_PORT: Final = 11113  # of the destination VIEWER, on the client
 HTTP_PORT: Final = 8080
+SMB_PORT: Final = 445
+FILES_SHARE: Final = "files"
+ACCOUNTS: Final = "Tandem share lab"  # what those made for the lab's users of the share are called
 AET: Final = "TANDEM"
 VOLUMES_MAX: Final = 24  # of each node
 LAST: Final = Path("/run/tandem-lab.json")
@@ -148,6 +152,9 @@ class Lab:
                 self.disks(node).unmount()
         while mounted(self.dir):
             run("umount", "-l", str(self.dir))
+        for account in pwd.getpwall():
+            if account.pw_gecos == ACCOUNTS:
+                run("userdel", account.pw_name)
         if LAST.exists() and json.loads(LAST.read_text()).get("dir") == str(self.dir):
             LAST.unlink()
         if not keep_data:
@@ -176,6 +183,7 @@ class Lab:
                 for node in NODES
             },
             "client": {"namespace": namespace("client"), "address": ADDRESSES["client"]},
+            "share": {"files": FILES_SHARE if can_mount() else "", "archive": "archive", "port": SMB_PORT},
             "primary": self.primary(),
         }
 
@@ -209,7 +217,8 @@ class Lab:
             f'vips = ["{VIP}/{SUBNET.prefixlen}", "{VIP6}/{SUBNET6.prefixlen}", '
             f'{{ address = "{READ_VIP}/{SUBNET.prefixlen}", prefer = "standby" }}]\n'
             + (f"tls = {{ {files} }}\n\n" if tls else "\n")
-            + f'[share]\nenabled = true\nguest = true\nfolder = "{folder / "share"}"\n\n'
+            + f'[share]\nenabled = true\nguest = true\nfolder = "{folder / "share"}"\nmount = "{self.files(node)}"\n'
+            f'files = "{FILES_SHARE if can_mount() else ""}"\n\n'
             f"[http]\nport = {HTTP_PORT}\n\n"
             f'[alerts]\ncommand = ["sh", "-c", "cat >> {folder}/alerts.jsonl; echo >> {folder}/alerts.jsonl"]\n'
             f"settle_s = 2.0\n"
@@ -353,7 +362,8 @@ class Lab:
 
     def command(self, member: str, words: list[str]) -> tuple[list[str], dict[str, str]]:
         """(argv, environment) that run `words` on a node or the client."""
-        environment = dict(os.environ)
+        beside = str(Path(sys.executable).parent)  # this `tandem`, whatever else is installed
+        environment = {**os.environ, "PATH": f"{beside}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
         if member in NODES:
             environment["TANDEM_CONFIG"] = str(self.config(member))
         return ["ip", "netns", "exec", namespace(member), *words], environment

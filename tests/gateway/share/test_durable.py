@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from storage.control_client import OrderFailed, order
 from tests.conftest import ROOT, Gateway, wait_for
 from tests.gateway.share.conftest import Mounted
-from tools.cli.client import OrderFailed, order
 from tools.lab.disks import Disks
 
 BLOCK = 4096

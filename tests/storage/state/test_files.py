@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -29,9 +29,11 @@ from storage.state.file_model import (
     Link,
     Make,
     Remove,
+    RemoveUser,
     RemoveXattr,
     Rename,
     SetAttributes,
+    SetUser,
     SetXattr,
 )
 from storage.state.files import Applied, apply
@@ -429,3 +431,24 @@ def test_the_last_copy_is_never_noted_as_lost() -> None:
     assert sorted(model.do(Remove(ROOT, b"a", False, 4)).gone) == [(number, ""), (number, "5b1d0e77")]
     with model.kv.read() as txn:
         assert list(file_rows.all_lacking(txn)) == []
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["new", "password", "remove"])), max_size=30))
+def test_a_users_number_is_never_given_again(changes: list[tuple[str, str]]) -> None:
+    model, known, given_numbers = Model(), dict[str, tuple[int, bytes]](), set[int]()
+    for at, (name, what) in enumerate(changes):
+        nt_hash = at.to_bytes(16, "big")
+        allowed = (name in known) != (what == "new")
+        change = RemoveUser(name) if what == "remove" else SetUser(name, nt_hash, at, what == "new")
+        with contextlib.nullcontext() if allowed else pytest.raises(file_rows.FileRefused):
+            model.do(change)
+        found = model.read(file_rows.users)
+        assert not model.read(lambda txn: list(file_soundness.broken(txn)))
+        if allowed and what == "remove":
+            del known[name]
+        elif allowed:
+            number = found[name].number
+            assert number == known[name][0] if what == "password" else number not in given_numbers
+            given_numbers.add(number)
+            known[name] = (number, nt_hash)
+        assert {one: (user.number, user.nt_hash) for one, user in found.items()} == known

@@ -45,10 +45,14 @@ def report(path: Path) -> Report:
 
 
 def order(
-    path: Path, name: str, given: dict[str, Any], progress: Callable[[int, int], None] = lambda done, of: None
+    path: Path,
+    name: str,
+    given: dict[str, Any],
+    progress: Callable[[int, int], None] = lambda done, of: None,
+    timeout_s: float | None = None,
 ) -> dict[str, Any]:
-    """Have a gateway carry out an order; returns its result. Raises OSError or OrderFailed."""
-    with contextlib.closing(_lines(path, Order(name, given), None)) as lines:
+    """Have a gateway carry out an order; returns its result. `timeout_s`: of silence. Raises OSError or OrderFailed."""
+    with contextlib.closing(_lines(path, Order(name, given), timeout_s)) as lines:
         for reply in lines:
             if isinstance(reply, Progress):
                 progress(reply.done, reply.of)

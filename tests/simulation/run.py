@@ -42,10 +42,13 @@ def _quiet() -> None:
     sys.unraisablehook = lambda _: None
 
 
-def many(seeds: Iterable[int], jobs: int, kind: str = "core", mutant: str = "") -> Iterator[tuple[int, str, int]]:
+def many(
+    seeds: Iterable[int], jobs: int, kind: str = "core", mutant: str = "", at_once: int = 10
+) -> Iterator[tuple[int, str, int]]:
+    """What `one` says of each. `at_once`: how many a process is given at a time."""
     with ProcessPoolExecutor(jobs, initializer=_quiet) as pool:
         try:
-            yield from pool.map(partial(one, kind=kind, mutant=mutant), seeds, chunksize=10)
+            yield from pool.map(partial(one, kind=kind, mutant=mutant), seeds, chunksize=at_once)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # whoever has seen enough waits for no more
 

@@ -7,6 +7,39 @@ from tests.simulation.store_world import StoreWorld
 
 SEEDS = {"core": 300, "store": 200}
 MUTANT_SEEDS = {"core": 2000, "store": 2000}
+# A seed at which each was found; tried first. Once the program is another they may be others.
+CAUGHT_AT = {
+    "AckBeforePeer": 0,
+    "ShrinkWithoutCompare": 42,
+    "RollForwardSkipped": 63,
+    "ServePastLease": 7,
+    "GrantForgotten": 422,
+    "BytesLaterThanAcknowledged": 0,
+    "ReadingWithoutKey": 20,
+    "directory_not_synced": 2,
+    "record_before_its_sync": 2,
+    "checkpoint_before_its_sync": 2,
+    "trimmed_too_early": 30,
+    "tail_not_replayed": 1,
+    "log_entry_before_bytes": 2,
+    "ack_before_the_peer": 30,
+    "tombstone_dropped_early": 1,
+    "roll_forward_skipped": 12,
+    "shrink_without_the_compare": 22,
+    "heal_from_the_worse_copy": 25,
+    "state_range_skipped": 9,
+    "state_without_what_is_missing": 15,
+    "silent_files_are_nobodys": 2,
+    "blocks_unchecked": 7,
+    "names_answered_early": 2,
+    "names_decided_on_old_rows": 0,
+    "names_left_out_of_the_state": 6,
+    "flush_answered_before_the_peer": 5,
+    "copy_not_synced": 277,
+    "dirty_after_the_write": 3,
+    "stale_block_kept": 19,
+    "lacking_not_noted": 95,
+}
 # Worlds in which these show sooner than in others.
 CARELESS = ("heal_from_the_worse_copy", "blocks_unchecked")  # both copies of an object may be bad
 STATE_TAKEN = ("state_range_skipped", "state_without_what_is_missing", "names_left_out_of_the_state")
@@ -83,5 +116,6 @@ def _suited(world: str, mutant: str) -> list[int]:
     [*(("core", name) for name in CORE_MUTANTS), *(("store", name) for name in STORE_MUTANTS)],
 )
 def test_checker_sees_deliberate_bugs(world: str, mutant: str) -> None:
-    found = (why for _, why, _ in many(_suited(world, mutant), 2, world, mutant) if why)
+    seeds = [CAUGHT_AT[mutant], *_suited(world, mutant)]
+    found = (why for _, why, _ in many(seeds, 2, world, mutant, at_once=1) if why)
     assert next(found, None), f"{mutant} wasn't noticed within {MUTANT_SEEDS[world]} seeds"

@@ -143,6 +143,32 @@ class TlsSettings(Section):
     key: FolderPath = Field(description="Its key")
 
 
+class FollowSettings(Section):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$", description="What it is called in status and alerts")
+    unit: str = Field("", description="A systemd unit, not enabled there; or start")
+    start: tuple[str, ...] = Field((), strict=False, description="A program that stays in the foreground")
+    stop: tuple[str, ...] = Field((), strict=False, description="How it is asked to end; empty: SIGTERM")
+    check: tuple[str, ...] = Field((), strict=False, description="Ends with 0 if it is well; empty: it is if it runs")
+    user: str = Field("", description="As whom start is run; empty: root")
+    files: bool = Field(True, description="It needs the share's files: started once they are mounted")
+    start_s: Seconds = Field(60.0, description="It is well within this, or its start has failed")
+    stop_s: Seconds = Field(20.0, description="It has ended within this, or it is killed")
+    check_s: Seconds = Field(10.0, description="A check that takes longer has failed")
+    check_every_s: Seconds = Field(5.0, description="How often it is checked")
+    on_failure: Literal["restart", "hand-over", "alert"] = Field(
+        "restart", description="restart: and hand over after too many; hand-over: at once; alert: only tell"
+    )
+    restarts: int = Field(3, ge=0, le=1000, description="More failures than this in ten minutes are too many")
+
+    @model_validator(mode="after")
+    def _is_one_kind(self) -> "FollowSettings":
+        if bool(self.unit) == bool(self.start):
+            raise ValueError("give either unit or start")
+        if self.unit and (self.stop or self.user):
+            raise ValueError("stop and user are the unit's own business")
+        return self
+
+
 class ClusterSettings(Section):
     name: str = Field("tandem", pattern=r"^[a-z0-9][a-z0-9-]{0,30}$", description="Name below /tandem/ in etcd")
     address: str = Field(description="This node's own address")
@@ -162,6 +188,7 @@ class ClusterSettings(Section):
     state_after: int = Field(
         20_000, ge=0, description="A node that is more entries of the log behind takes the other one's state"
     )
+    follow: tuple[FollowSettings, ...] = Field((), strict=False, description="What runs where the primary is, in order")
     gateway_starts: int = Field(5, ge=1, description="A gateway that starts more often in a minute isn't trusted")
 
     @field_validator("vips", mode="before")
@@ -170,6 +197,13 @@ class ClusterSettings(Section):
         if not isinstance(value, list | tuple):
             return value
         return [{"address": vip} if isinstance(vip, str) else vip for vip in value]
+
+    @field_validator("follow")
+    @classmethod
+    def _names_differ(cls, value: tuple[FollowSettings, ...]) -> tuple[FollowSettings, ...]:
+        if len({one.name for one in value}) < len(value):
+            raise ValueError("two of them have one name")
+        return value
 
     @property
     def routes(self) -> tuple[LinkSettings, ...]:

@@ -26,6 +26,7 @@ from ha.decide import (
     Release,
     Serve,
     ServeReads,
+    StopFollowers,
     TakeReads,
     View,
     check_invariants,
@@ -48,7 +49,7 @@ MARGIN_S = 0.3  # of the lease, for clocks that run at slightly different speeds
 
 
 Mutation = CreateState | Acquire | Bump | Change | Release | TakeReads | GiveReads
-Quiet = Tell | Serve | ServeReads
+Quiet = Tell | Serve | ServeReads | StopFollowers
 
 
 class Agent:
@@ -246,6 +247,8 @@ class Agent:
             up=self._site.up,
             gateway_dead=report is None and self._gateway.dead,
             released=records.released,
+            following=self._site.following,
+            follow_stop_s=self._site.follow_stop_s,
             floor_at=self._floor_at,
         )
 
@@ -274,6 +277,9 @@ class Agent:
         actions = decide(view)
         check_invariants(view, actions)
         self._say(actions)
+        draining = any(isinstance(one, StopFollowers) or (isinstance(one, Tell) and one.drain) for one in actions)
+        self._draining_since = (self._draining_since or view.now) if draining else None
+        self._site.drain(draining)
         for action in actions:
             await self._carry_out(action, view)
         self._takeover.look(view, self._site.up, self._site.parts)
@@ -299,10 +305,6 @@ class Agent:
         match action:
             case Tell():
                 told = self._informed(action, view)
-                if not told.drain:
-                    self._draining_since = None
-                elif self._draining_since is None:
-                    self._draining_since = view.now
                 if told.role == "lead":
                     self._told_until = max(self._told_until, told.serve_until)
                 if told.resign and view.gateway is not None:
@@ -320,6 +322,8 @@ class Agent:
                     await self._site.serve_reads(seconds)
             case ServeReads():
                 await self._site.leave_reads()
+            case StopFollowers():
+                pass  # the site was told already
             case _:
                 if self._idle:
                     if isinstance(action, Acquire) and not self._site.up:
@@ -338,6 +342,7 @@ class Agent:
             members=tuple(member.node for member in state.in_sync) if state else (),
             vips=self._site.vips,
             share=self._site.share,
+            follow=self._site.followed,
             etcd_ok=view.etcd_ok,
             trouble=view.trouble,
             alarms=self._site.alarms,

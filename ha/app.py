@@ -83,6 +83,7 @@ async def _main(settings: Settings, cluster: ClusterSettings) -> int:
     for task in (deciding, *beside):
         task.cancel()
     await asyncio.gather(deciding, *beside, return_exceptions=True)
+    await site.stop_following()
     await site.leave()
     await site.leave_reads()
     if failed:

@@ -82,7 +82,7 @@ class View:
     paused: bool = False  # `pause` in etcd: nobody takes over by itself
     peer_present: bool = True  # the other node's agent keeps its lease, and has no trouble
     trouble: str = ""  # why this node can't serve well: share, addresses or gateway keep failing
-    draining_since: float | None = None  # since when the gateway is told to take no new requests
+    draining_since: float | None = None  # since when this node makes ready to hand over
     maintained: bool = False  # this node is being worked on: it isn't to take over while the other one can
     reads_wanted: bool = False  # there are addresses for reading
     reads_able: bool = True  # they can be brought up here
@@ -94,6 +94,8 @@ class View:
     floor_at: float = NEVER  # when this agent last wrote how far the log has come
     gateway_dead: bool = False  # its process has ended, that is certain
     released: int = 0  # `released` in etcd: the gateway that led in this epoch is dead, by its own agent's word
+    following: bool = False  # some of what follows the address runs here
+    follow_stop_s: float = 0.0  # how long that may take to stop
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,13 @@ class ServeReads:
     until: float = NEVER
 
 
-Action = CreateState | Acquire | Bump | Change | Release | Tell | Serve | TakeReads | GiveReads | ServeReads
+@dataclass(frozen=True)
+class StopFollowers:
+    """The address is to go to the other node soon: what follows it is to end here."""
+
+
+Who = CreateState | Acquire | Bump | Change | Release | Tell | Serve | StopFollowers
+Action = Who | TakeReads | GiveReads | ServeReads
 
 
 def decide(view: View) -> list[Action]:
@@ -256,12 +264,18 @@ def _as_leader(view: View, gateway: Report, state: State) -> list[Action]:
     if gateway.leading == state.epoch:
         actions = _lead_on(view, gateway, names, state.epoch)
         if _hands_over(view, gateway, state):
-            drained = not gateway.busy and gateway.last == gateway.peer_last
+            drained = not gateway.busy and gateway.last == gateway.peer_last and not view.following
             since = view.switchover.since if view.switchover else view.draining_since
+            stop_s = view.follow_stop_s
             # What was proposed and isn't there yet would make this log the longer one, and the other node wait for it.
-            if drained or (since is not None and view.now - since > DRAIN_S):
+            if drained or (since is not None and view.now - since > DRAIN_S + stop_s):
                 return [Serve(False), Tell("follow", resign=True), Release(view.trouble or "switchover")]
-            actions = [msgspec.structs.replace(one, drain=True) if isinstance(one, Tell) else one for one in actions]
+            if view.following and (since is None or view.now - since <= stop_s):
+                actions.append(StopFollowers())  # first: images go on being taken meanwhile
+            else:
+                actions = [
+                    msgspec.structs.replace(one, drain=True) if isinstance(one, Tell) else one for one in actions
+                ]
         if gateway.asked and gateway.asked.nonce != state.nonce:
             members = _members(gateway.asked.members, me, gateway, state)
             if members:

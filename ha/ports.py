@@ -54,6 +54,25 @@ class Site(Protocol):
         """Seconds that the last taking of the addresses took, by part."""
         ...
 
+    @property
+    def following(self) -> bool:
+        """Some of what follows the address runs here, or may."""
+        ...
+
+    @property
+    def follow_stop_s(self) -> float:
+        """How long it may take to stop."""
+        ...
+
+    @property
+    def followed(self) -> dict[str, str]:
+        """How each of it is, by name."""
+        ...
+
+    def drain(self, wanted: bool) -> None:
+        """The address is to leave soon: what follows it is to stop; or it isn't any more. Doesn't wait."""
+        ...
+
     def look_ahead(self) -> None:
         """The primary's addresses may soon be taken here; doesn't wait."""
         ...

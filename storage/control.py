@@ -88,6 +88,7 @@ class Tell(msgspec.Struct, frozen=True, tag="tell"):
     etcd_ok: bool = False
     trouble: str = ""
     alarms: tuple[str, ...] = ()  # what somebody should look at
+    follow: dict[str, str] = {}  # what follows the address, and how it is
 
 
 class Clients(msgspec.Struct, frozen=True, tag="clients"):

@@ -47,6 +47,7 @@ def node_status(engine: Engine) -> dict[str, Any]:
         "in_sync": in_sync,
         "vips": list(engine.told.vips),
         "share": engine.told.share,
+        "follow": engine.told.follow,
         "etcd": engine.told.etcd_ok,
         "heard": dict(engine.journal.heard),
         "trouble": engine.told.trouble or _foreign(engine) or _outdated(engine),

@@ -8,9 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import structlog
 
-from conf.settings import Settings
+from conf.mounts import files_at
+from conf.settings import FollowSettings, Settings
 from ha.reach.address_group import AddressGroup
 from ha.reach.fence import Fence, FenceFailed
+from ha.reach.followed import Command, Program, Unit
+from ha.reach.following import Following
 from ha.reach.samba import Samba
 from ha.reach.share import Share
 from ha.reach.tickle import Connection, connections_to
@@ -54,6 +57,16 @@ class Place:
         self.failing_since, self._said = None, ""
 
 
+def _following(settings: Settings) -> Following:
+    follow = settings.cluster.follow if settings.cluster else ()
+
+    def program(one: FollowSettings) -> Program:
+        mark = f"{settings.cluster.name if settings.cluster else ''}/{settings.node.name}/{one.name}"
+        return Unit(one.unit) if one.unit else Command(one, mark, settings.share.folder / "log" / f"{one.name}.log")
+
+    return Following(follow, program, lambda: files_at(settings.share.mount))
+
+
 class NodeSite:
     def __init__(self, settings: Settings) -> None:
         cluster = settings.cluster
@@ -68,6 +81,9 @@ class NodeSite:
         self.reads_wanted = any(vip.prefer == "standby" for vip in vips)
         self._watchdog = Watchdog(cluster.watchdog if cluster else "", ttl_s)
         self._share = Share(Samba(settings) if settings.share.enabled else None)
+        self._following = _following(settings)
+        self._draining = False
+        self._end_s = ttl_s / 2
         self._refresh_s = min(1.0, ttl_s / 6)
         self._worker = ThreadPoolExecutor(1, "site")  # one after the other, also when this process is told to stop
         self._ahead: Future[None] | None = None
@@ -81,6 +97,10 @@ class NodeSite:
     async def close(self) -> None:
         """At the end of the process, after `leave`."""
         await asyncio.to_thread(self._share.close)
+
+    async def stop_following(self) -> None:
+        """At the end of the process, before `leave`: within half a lease."""
+        await asyncio.to_thread(self._following.close, self._end_s)
 
     # -- what the agent asks -----------------------------------------------------------------------------------
 
@@ -121,7 +141,26 @@ class NodeSite:
     @property
     def trouble(self) -> str:
         """Why this node can't serve well, "" if it can."""
-        return "addresses can't be brought up" if self._main.failing else self._share.trouble
+        if self._main.failing:
+            return "addresses can't be brought up"
+        return self._share.trouble or self._following.trouble
+
+    @property
+    def following(self) -> bool:
+        return not self._following.down
+
+    @property
+    def follow_stop_s(self) -> float:
+        return self._following.stop_s
+
+    @property
+    def followed(self) -> dict[str, str]:
+        return self._following.states
+
+    def drain(self, wanted: bool) -> None:
+        self._draining = wanted
+        if wanted:
+            self._following.want(False)
 
     def clients(self) -> tuple[Connection, ...]:
         """Connections to the addresses that are here."""
@@ -149,8 +188,11 @@ class NodeSite:
         if await self._have(self._main, seconds, self._take, "site.failed"):
             self._watchdog.feed()
             self._share.look_after()
+        if self._main.up and not self._draining:
+            self._following.want(True)
 
     async def leave(self) -> None:
+        self._following.want(False, gently=False)
         if await self._let_go(self._main):
             self._watchdog.disarm()
             self._share.stop()

@@ -84,6 +84,9 @@ def _of_status(
         found["solo"] = ("solo", f"node {node} works alone; {count} objects have one copy only")
     if status["trouble"]:
         found["trouble"] = ("trouble", f"node {node}: {status['trouble']}")
+    for name, state in status.get("follow", {}).items():
+        if state.startswith("failing"):
+            found[f"follows {name}"] = ("follower fails", f"node {node}: {name} is {state}")
     for alarm in status["alarms"]:
         found[f"alarm {alarm}"] = ("address", f"node {node}: {alarm}")
     for link in status["links"]:

@@ -17,6 +17,7 @@ from ha.decide import (
     Serve,
     ServeReads,
     State,
+    StopFollowers,
     Switchover,
     TakeReads,
     View,
@@ -269,6 +270,18 @@ def test_switchover_waits_for_requests_under_way_and_takes_no_new_ones() -> None
     assert told.role == "lead"
     assert told.drain
     assert not any(isinstance(action, Release) for action in actions)
+
+
+def test_what_follows_the_address_ends_before_it_goes_and_images_are_taken_meanwhile() -> None:
+    given = view(PAIR, leader=MINE, switchover=TO_PEER, following=True, follow_stop_s=20.0)
+    actions = decide(given)
+    assert StopFollowers() in actions and Serve(True, given.lease_deadline) in actions
+    assert not any(isinstance(one, Release) or (isinstance(one, Tell) and one.drain) for one in actions)
+    late = replace(given, switchover=Switchover("b", NOW - 21.0))  # it won't end: requests are ended beside it
+    assert any(isinstance(one, Tell) and one.drain for one in decide(late))
+    too_late = replace(given, switchover=Switchover("b", NOW - 21.0 - DRAIN_S))
+    for ended in (replace(given, following=False), too_late):
+        assert decide(ended) == [Serve(False), Tell("follow", resign=True), Release("switchover")]
 
 
 @pytest.mark.parametrize("gateway", [PAIR, None], ids=["drained", "for too long"])

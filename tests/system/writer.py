@@ -25,9 +25,10 @@ ONE_MORE = 999_999
 class Writer:
     """Sends small CT images, connects again on any failure, and sends again what was not answered."""
 
-    def __init__(self, lab: Lab, pause_s: float = PAUSE_S) -> None:
-        """`pause_s` between two images: without one a quick machine fills the lab's small disks."""
-        self._lab, self._pause_s = lab, pause_s
+    def __init__(self, lab: Lab, pause_s: float = PAUSE_S, port: int = DICOM_PORT, aet: str = AET) -> None:
+        """`pause_s` between two images: without one a quick machine fills the lab's small disks. `port`, `aet`: of
+        whom it sends to, at the virtual address."""
+        self._lab, self._pause_s, self._port, self._aet = lab, pause_s, port, aet
         template = item(PixelData=bytes(PIXELS), Rows=100, Columns=200)
         self._template = template
         self.acknowledged: dict[str, str] = {}  # SOP Instance UID -> SHA-256 of the data set
@@ -67,7 +68,7 @@ class Writer:
         while not self._stop.is_set():
             try:
                 context = [(self._template.sop_class, self._template.transfer_syntax)]
-                with DicomClient(VIP, DICOM_PORT, AET, context, ANSWER_S) as client:
+                with DicomClient(VIP, self._port, self._aet, context, ANSWER_S) as client:
                     while not self._stop.is_set():
                         fresh = fresh or self._fresh(next(numbers))
                         status = client.store(fresh)

@@ -44,6 +44,8 @@ def render(status: dict[str, Any]) -> str:
         lines.append("links: " + "; ".join(f"{link['route']} {_state_of(link)}" for link in status["links"]))
     if status["trouble"]:
         lines.append(f"TROUBLE: {status['trouble']}")
+    if follow := status.get("follow"):
+        lines.append("follows the address: " + ", ".join(f"{name} {state}" for name, state in follow.items()))
     lines += [f"ALARM: {alarm}" for alarm in status["alarms"]]
     if status.get("conflicts"):
         lines.append(f"{status['conflicts']} studies name more than one patient: `tandem conflicts`")

@@ -25,6 +25,12 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def nothing_included(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What somebody has in his /etc isn't tried here."""
+    monkeypatch.setattr("ha.reach.samba.INCLUDED", "/nonexistent")
+
+
 def settings_in(folder: Path, **share: Any) -> Settings:
     (folder / "state").mkdir(exist_ok=True)
     return build(

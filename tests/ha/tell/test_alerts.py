@@ -83,6 +83,7 @@ def test_each_kind() -> None:
         "trouble": seen(status=status(trouble="smbd doesn't stay up")),
         "address": seen(status=status(alarms=["10.0.0.5 is also claimed by aa:bb"])),
         "link down": seen(status=status(links=links)),
+        "follower fails": seen(status=status(follow={"pacs": "failing: has ended", "other": "running"})),
         "unreadable": seen(status=status(healing={"unreadable": 2})),
     }.items():
         watch = Watch(AlertSettings(settle_s=1.0))

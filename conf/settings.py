@@ -245,6 +245,9 @@ class ShareSettings(Section):
     files: str = Field(
         "files", pattern=r"^[A-Za-z0-9_-]{0,40}$", description="Name of the read-write share; empty: none"
     )
+    inbox: str = Field(
+        "inbox", pattern=r"^[A-Za-z0-9_-]{0,40}$", description="Folder of files that is taken in, and share"
+    )
     mount: FolderPath = Field(Path("/srv/tandem-files"), description="Where `tandem mount` shows the files")
     port: Port = Field(445, description="TCP port of SMB")
     netbios_name: str = Field("TANDEM", pattern=r"^[A-Z0-9-]{1,15}$", description="Server name shown to clients")
@@ -261,10 +264,16 @@ class ShareSettings(Section):
     audit: bool = Field(False, description="Log who opens, makes, renames and deletes what over SMB")
     macos: bool = Field(False, description="What macOS asks of a share (vfs_fruit)")
 
+    @property
+    def takes_in(self) -> str:
+        """Name of the inbox, "" if there is none: it is a folder of the files."""
+        return self.inbox if self.files else ""
+
     @model_validator(mode="after")
     def _shares_differ(self) -> "ShareSettings":
-        if self.name.lower() == self.files.lower():
-            raise ValueError("share.name and share.files are two shares: give them two names")
+        names = [name.lower() for name in (self.name, self.files, self.inbox) if name]
+        if len(set(names)) < len(names):
+            raise ValueError("share.name, share.files and share.inbox are three shares: give them three names")
         return self
 
 

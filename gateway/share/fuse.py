@@ -26,6 +26,7 @@ REMEMBERED_S: Final = 60.0  # by the kernel: names and attributes
 BLOCK_BYTES: Final = 512  # of st_blocks
 # smbd asks a folder for a name so, in any case (vfs_glusterfs_fuse), instead of reading all of it.
 REAL_NAME: Final = b"glusterfs.get_real_filename:"
+OPEN: Final = b"user.tandem.open"  # an attribute of files that isn't stored: how often it is open
 IO_BYTES: Final = 1 << 20
 SELF, ABOVE = 1, 2  # positions of "." and ".." in a listing
 
@@ -189,6 +190,8 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
 
     @answered
     async def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
+        if name == OPEN:
+            return str(self._share.handles(inode)).encode()
         if name.startswith(REAL_NAME):
             return self._share.real_name(inode, name.removeprefix(REAL_NAME)) + b"\0"
         return self._share.xattr(inode, name)

@@ -75,7 +75,9 @@ class Samba:
 
     def let_go_of_files(self) -> None:
         """Have those connected to the files connect anew: what they had open was in a mount that is no more."""
-        self._run("smbcontrol", f"--configfile={self.config}", "smbd", "close-share", self._settings.share.files)
+        for name in (self._settings.share.files, self._settings.share.takes_in):
+            if name:
+                self._run("smbcontrol", f"--configfile={self.config}", "smbd", "close-share", name)
         log.info("smbd.files_anew")
 
     def _run(self, *command: str) -> None:
@@ -110,10 +112,12 @@ class Samba:
         if share.macos:  # on all shares or none, says Samba
             text += "    vfs objects = fruit streams_xattr\n" + _part("macos")
         if share.files:
-            text += self._files(user)
+            text += self._files(share.files, share.mount, "Tandem files, on both nodes", user)
+        if share.takes_in:
+            text += self._files(share.inbox, share.mount / share.inbox, "Taken into the Tandem archive", user)
         self.config.write_text(text, encoding="utf-8")
 
-    def _files(self, user: str) -> str:
+    def _files(self, name: str, path: Path, comment: str, user: str) -> str:
         share = self._settings.share
         mounted = self._folder / "mounted.sh"
         mounted.write_text(_mounted(share.mount))
@@ -126,8 +130,9 @@ class Samba:
             "glusterfs_fuse",  # asks the file system for the name in any case, instead of reading the folder
         ]
         parts = [f"{share.acls}-acls"]
-        parts += [name for name in ("recycle", "audit", "macos") if getattr(share, name)]
-        text = _part("files", name=share.files, path=share.mount, user=user, mounted=mounted, objects=" ".join(modules))
+        parts += [option for option in ("recycle", "audit", "macos") if getattr(share, option)]
+        shown = {"name": name, "path": path, "comment": comment}
+        text = _part("files", **shown, user=user, mounted=mounted, objects=" ".join(modules))
         return text + "".join(_part(name) for name in parts)
 
     def _set_sid(self) -> None:
@@ -153,11 +158,11 @@ def _part(part: str, /, **values: object) -> str:
 
 
 def _mounted(folder: Path) -> str:
-    """A script that ends well once the files are there and may be written."""
+    """A script that ends well once the files are there and may be written, and the folder that it is given is, too."""
     shown = str(folder).replace("\\", r"\134").replace(" ", r"\040")  # as the kernel writes it
     looked_for = shlex.quote(f" {shown} fuse.tandem rw,")
     return (
-        f"n=0\nuntil grep -qF {looked_for} /proc/self/mounts; do\n"
+        f'n=0\nuntil grep -qF {looked_for} /proc/self/mounts && [ -d "$1" ]; do\n'
         f"    n=$((n + 1)); [ $n -le {MOUNTED_TRIES} ] || exit 1; sleep 0.1\ndone\n"
     )
 

@@ -106,6 +106,11 @@ class Content(Names):
     def open(self, number: int) -> None:
         self._opened(number).handles += 1
 
+    def handles(self, number: int) -> int:
+        """How often a file is open."""
+        file = self._open.get(number)
+        return file.handles if file is not None else 0
+
     def _opened(self, number: int) -> OpenFile:
         file = self._open.get(number)
         if file is None:

@@ -31,7 +31,7 @@ def test_units_start_commands_that_exist() -> None:
     from tools.cli.main import main
 
     started = [line.split()[1] for unit in UNITS for line in unit.read_text().splitlines() if "/bin/tandem " in line]
-    assert sorted(started) == ["gateway", "ha", "mount"]
+    assert sorted(started) == ["gateway", "ha", "inbox", "mount"]
     assert set(started) <= set(main.list_commands(click.Context(main)))
 
 

@@ -1,21 +1,30 @@
 """DICOM files as they are found on disks and CDs: which instance, and the bytes of its data set, unchanged."""
 
 import os
+import zlib
 from pathlib import Path
 from typing import Final
 
 from pydicom import dcmread
 from pydicom.uid import UID
 
+from gateway.dicom.scan import Scanner
 from tools.cli.dicom_client import FileObject, Object
 
 HEAD_BYTES: Final = 1 << 20  # group 0002 ends within it
 MEDIA_DIRECTORY: Final = "1.2.840.10008.1.3.10"
+DEFLATED: Final = "1.2.840.10008.1.2.1.99"
+NEVER_FOUND: Final = frozenset({0xFFFF_FFFF})  # so all of it is looked through
+PADDING_BYTES: Final = 8
 _LONG_VRS: Final = (b"OB", b"OW", b"SQ", b"UN", b"UT")
 
 
 class NotAnInstance(Exception):
     """Nothing that could be stored; the text says why."""
+
+
+class MediaDirectory(NotAnInstance):
+    """It only says what else is there."""
 
 
 def read_object(path: Path) -> Object:
@@ -37,7 +46,7 @@ def open_object(path: Path) -> FileObject:
     except Exception as error:  # pydicom raises whatever a file that isn't DICOM leads it to
         raise NotAnInstance("not a DICOM file") from error
     if str(head.file_meta.get("MediaStorageSOPClassUID", "")) == MEDIA_DIRECTORY:
-        raise NotAnInstance("a DICOMDIR")
+        raise MediaDirectory("a DICOMDIR")
     if not sop_class or not sop_instance:
         raise NotAnInstance("not a DICOM file" if raw[128:132] != b"DICM" else "no SOP Class or SOP Instance UID")
     guessed = "1.2.840.10008.1.2" if implicit else "1.2.840.10008.1.2.1" if little else "1.2.840.10008.1.2.2"
@@ -48,6 +57,28 @@ def open_object(path: Path) -> FileObject:
     if start >= size:
         raise NotAnInstance("no data set, or it begins beyond the first megabyte")
     return FileObject(sop_class, sop_instance, syntax, path, start, size - start)
+
+
+def is_cut_short(path: Path) -> bool:
+    """The data set ends in the middle of an element: whoever copied the file was cut off. False for what can't be told.
+    Raises NotAnInstance or OSError."""
+    item = open_object(path)
+    implicit, big = item.transfer_syntax == "1.2.840.10008.1.2", item.transfer_syntax == "1.2.840.10008.1.2.2"
+    scanner = Scanner((), NEVER_FOUND, 0, implicit=implicit, little=not big)
+    deflated = zlib.decompressobj(-zlib.MAX_WBITS) if item.transfer_syntax == DEFLATED else None
+    last = b""
+    with path.open("rb") as file:
+        file.seek(item.start)
+        try:
+            while step := file.read(HEAD_BYTES):
+                last = deflated.decompress(step) if deflated else step
+                scanner.feed(last)
+        except zlib.error:
+            return True
+    if deflated is not None and not deflated.eof:
+        return True
+    padded = not any(last[-PADDING_BYTES:])  # behind the data set, perhaps
+    return not (scanner.why or scanner.at_rest or padded)
 
 
 def start_of_data_set(raw: bytes) -> int:

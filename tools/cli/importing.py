@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from tools.cli.dicom_client import AssociationFailed, DicomClient, FileObject, NotLetIn, Unreadable
 from tools.cli.dicom_files import NotAnInstance, open_object
@@ -23,6 +23,13 @@ BATCH: Final = 100  # files over one association
 PATIENCE_S: Final = 120.0  # for a primary to answer
 RETRY_S: Final = 1.0
 OUT_OF_RESOURCES: Final = 0xA700
+TRANSIENT: Final = (OUT_OF_RESOURCES, 0x0110)  # Processing Failure
+MEANINGS: Final = {
+    0x0111: "other bytes are stored under its SOP Instance UID",
+    0x0122: "its SOP class isn't taken",
+    0xA900: "its data set is damaged, or isn't what its file says that it is",
+    0xC000: "its data set can't be understood",
+}
 
 Key = tuple[str, int, int]  # path, size, time of the last change
 
@@ -34,10 +41,29 @@ class Fate:
     key: Key
     sop_instance: str
     why: str
+    later: bool = False  # it may be taken later
 
 
 class Unreachable(Exception):
     """Nobody takes the files."""
+
+
+class Notes(Protocol):
+    """Which files were stored before, and what becomes of the others."""
+
+    stored: set[Key]
+
+    def note(self, fate: Fate) -> None: ...
+
+
+class Nowhere:
+    """Nothing was stored before, and nothing is noted."""
+
+    def __init__(self) -> None:
+        self.stored: set[Key] = set()
+
+    def note(self, fate: Fate) -> None:
+        pass
 
 
 class Journal:
@@ -72,6 +98,8 @@ class Target:
     port: int
     aet: str
     user: tuple[str, str] | None = None  # name and password to log in with
+    calling: str = CALLING
+    patience_s: float = PATIENCE_S  # for a primary to answer
 
 
 def files_below(paths: Iterable[Path]) -> Iterator[Path]:
@@ -88,7 +116,7 @@ def key_of(path: Path) -> Key:
 
 
 def bring_in(
-    paths: list[Path], target: Target, journal: Journal, workers: int, progress: Callable[[], None]
+    paths: list[Path], target: Target, journal: Notes, workers: int, progress: Callable[[], None]
 ) -> tuple[Counter[str], list[Fate]]:
     """Store files over `workers` associations. Returns counts ("stored", "known", "refused") and what was refused.
     Raises Unreachable."""
@@ -129,7 +157,7 @@ def bring_in(
     return counts, refused
 
 
-def _store_batch(paths: list[Path], target: Target, journal: Journal, done: Callable[[Fate | None], None]) -> None:
+def _store_batch(paths: list[Path], target: Target, journal: Notes, done: Callable[[Fate | None], None]) -> None:
     client: DicomClient | None = None
     try:
         for path in paths:
@@ -149,17 +177,17 @@ def _store_batch(paths: list[Path], target: Target, journal: Journal, done: Call
             except OSError as error:
                 done(Fate(key, "", error.strerror or "can't be read"))
                 continue
-            client, why = _store(item, target, client)
-            done(Fate(key, item.sop_instance, why))
+            client, why, status = _store(item, target, client)
+            done(Fate(key, item.sop_instance, why, later=status in TRANSIENT))
     finally:
         if client:
             client.close()
 
 
-def _store(item: FileObject, target: Target, client: DicomClient | None) -> tuple[DicomClient | None, str]:
-    """(the association, why it was refused). Tries again while there is no primary."""
+def _store(item: FileObject, target: Target, client: DicomClient | None) -> tuple[DicomClient | None, str, int]:
+    """(the association, why it was refused, with which status). Tries again while there is no primary."""
     context = (item.sop_class, item.transfer_syntax)
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + target.patience_s
     while True:
         try:
             if client is None or context not in client.contexts:
@@ -168,17 +196,18 @@ def _store(item: FileObject, target: Target, client: DicomClient | None) -> tupl
                     client.close()
                 known = [*known[-99:], context]
                 client = DicomClient(
-                    target.host, target.port, target.aet, known, TIMEOUT_S, calling=CALLING, user=target.user
+                    target.host, target.port, target.aet, known, TIMEOUT_S, calling=target.calling, user=target.user
                 )
             if context not in client.contexts:
-                return client, "the SOP class or transfer syntax isn't taken"
+                return client, "the SOP class or transfer syntax isn't taken", 0
             status = client.store(item)
             if status != OUT_OF_RESOURCES or time.monotonic() > deadline:
-                return client, f"refused with status 0x{status:04X}" if status else ""
+                meaning = f": {MEANINGS[status]}" if status in MEANINGS else ""
+                return client, f"refused with status 0x{status:04X}{meaning}" if status else "", status
         except Unreadable as error:
             if client:
                 client.close()  # in the middle of a message
-            return None, str(error)
+            return None, str(error), 0
         except (OSError, AssociationFailed) as error:
             if client:
                 client.close()

@@ -27,6 +27,7 @@ ELSEWHERE: Final = {
     "rebuild-index": "tools.cli.rebuild_command",
     "mount": "tools.cli.mount",
     "share": "tools.cli.share",
+    "inbox": "tools.cli.inbox",
     "lab": "tools.lab.commands",
 }
 

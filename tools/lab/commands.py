@@ -125,7 +125,7 @@ def power_on(lab: Lab, node: str) -> None:
 
 @_command("kill")
 @node_argument
-@click.argument("process", type=click.Choice(["gateway", "ha", "etcd", "smbd", "mount"]))
+@click.argument("process", type=click.Choice(["gateway", "ha", "etcd", "smbd", "mount", "inbox"]))
 def kill(lab: Lab, node: str, process: str) -> None:
     """kill -9 of one process; it is started again, as systemd would."""
     lab.kill(node, process)

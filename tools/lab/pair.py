@@ -183,7 +183,12 @@ class Lab:
                 for node in NODES
             },
             "client": {"namespace": namespace("client"), "address": ADDRESSES["client"]},
-            "share": {"files": FILES_SHARE if can_mount() else "", "archive": "archive", "port": SMB_PORT},
+            "share": {
+                "files": FILES_SHARE if can_mount() else "",
+                "archive": "archive",
+                "inbox": "inbox" if can_mount() else "",
+                "port": SMB_PORT,
+            },
             "primary": self.primary(),
         }
 
@@ -252,10 +257,12 @@ class Lab:
         tandem = [*(("env", f"PYTHONPATH={version}") if version else ()), sys.executable, "-m", "tools"]
         for name in ("gateway", "ha"):
             commands[name] = [*tandem, name, "--config", str(self.config(node))]
-        commands.pop("mount", None)
+        for name in ("mount", "inbox"):
+            commands.pop(name, None)
         if version is None and can_mount():
             self.files(node).mkdir(exist_ok=True)
             commands["mount"] = [*tandem, "mount", str(self.files(node)), "--config", str(self.config(node))]
+            commands["inbox"] = [*tandem, "inbox", "--config", str(self.config(node))]
         processes.write_text(json.dumps(commands, indent=1))
 
     def _start(self, member: str) -> None:

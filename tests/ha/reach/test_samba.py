@@ -70,7 +70,9 @@ def test_samba_understands_every_choice(tmp_path: Path) -> None:
         assert found["archive"].get("read only", "Yes") == "Yes"
         assert ("files" in found) == bool(share["files"])
         assert found["global"].get("map to guest", "Never") == ("Bad User" if share["guest"] else "Never")
+        assert ("inbox" in found) == bool(share["files"])
         if share["files"]:
+            assert found["inbox"]["path"] == f"{found['files']['path']}/inbox"
             files = found["files"]
             assert (files["read only"], files.get("guest ok", "No")) == ("No", "No")
             modules = files["vfs objects"].split()
@@ -94,11 +96,12 @@ def test_nobody_is_let_in_before_the_files_are_mounted(tmp_path: Path) -> None:
         (f"tandem {shown} fuse.tandem rw,nosuid 0 0\n", True),
     ):
         mounts.write_text("proc /proc proc rw 0 0\n" + line)
-        assert (subprocess.run(["sh", "-c", script], timeout=30).returncode == 0) == well, line
+        assert subprocess.run(["sh", "-c", script, "sh", str(tmp_path / "no such folder")], timeout=30).returncode
+        assert (subprocess.run(["sh", "-c", script, "sh", str(tmp_path)], timeout=30).returncode == 0) == well, line
 
 
-def test_the_two_shares_have_two_names(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="two names"):
+def test_the_shares_have_different_names(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="three names"):
         settings_in(tmp_path, name="images", files="Images")
 
 

@@ -243,7 +243,7 @@ class ShareSettings(Section):
     enabled: bool = Field(False, description="Run smbd where the virtual address is")
     name: ShareName = Field("archive", description="Name of the share that shows the archive, read-only")
     files: str = Field(
-        "files", pattern=r"^[A-Za-z0-9_-]{0,40}$", description="Name of the read-write share; empty: none"
+        "", pattern=r"^[A-Za-z0-9_-]{0,40}$", description="Name of the read-write share, files say; empty: none"
     )
     inbox: str = Field(
         "inbox", pattern=r"^[A-Za-z0-9_-]{0,40}$", description="Folder of files that is taken in, and share"
@@ -272,6 +272,8 @@ class ShareSettings(Section):
     @model_validator(mode="after")
     def _shares_differ(self) -> "ShareSettings":
         names = [name.lower() for name in (self.name, self.files, self.inbox) if name]
+        if self.guest and self.encryption == "required":
+            raise ValueError("share.guest lets in who can't encrypt: not with encryption = required")
         if len(set(names)) < len(names):
             raise ValueError("share.name, share.files and share.inbox are three shares: give them three names")
         return self
@@ -296,6 +298,11 @@ class Settings(Section):
     def _peer_is_another(self) -> "Settings":
         if self.cluster and self.cluster.peer == self.node.name:
             raise ValueError("cluster.peer names this node itself")
+        for one in self.cluster.follow if self.cluster else ():
+            if one.files and not (self.share.enabled and self.share.files):
+                raise ValueError(
+                    f"cluster.follow {one.name} needs the share's files; say files = false, or share.files"
+                )
         return self
 
     @property

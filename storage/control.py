@@ -4,6 +4,7 @@ The agent sends `Tell`, the gateway `Report` on every change and a few times a s
 losing or repeating one does no harm. Times are seconds of CLOCK_BOOTTIME, which both processes share.
 """
 
+import re
 import time
 from typing import Any, Final, Literal
 
@@ -65,6 +66,11 @@ class Report(msgspec.Struct, frozen=True, tag="report"):
     commit: int = 0  # seq up to which every node in sync has the log
     missing: int = 0  # copies of this node that are to be made again
     peer_missing: int = 0  # the other node's, as far as is known
+
+
+# Of users of the share: a name as useradd(8) has it, and a hash as hexadecimal digits.
+USER_NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
+NT_HASH = re.compile(r"[0-9a-f]{32}")
 
 
 class Tell(msgspec.Struct, frozen=True, tag="tell"):

@@ -6,7 +6,6 @@ Each order is a method of `Service`, named as the order with `_` for `-`; its ar
 import asyncio
 import contextlib
 import os
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Final
 import structlog
 
 from storage import crash
+from storage.control import NT_HASH, USER_NAME
 from storage.engine import Engine
 from storage.files.local import has_files
 from storage.objects.blob_store import READ_BYTES
@@ -36,8 +36,6 @@ DIFFERENCES_MAX: Final = 100
 DRAIN_BATCH: Final = 16
 DRAIN_REST_S: Final = 1.0  # at most between two batches, while images come in
 DAY_S: Final = 86400.0
-USER_NAME: Final = re.compile(r"[a-z_][a-z0-9_-]{0,31}")  # as useradd(8) has it
-NT_HASH: Final = re.compile(r"[0-9a-f]{32}")
 
 Progress = Callable[[int, int], None]
 

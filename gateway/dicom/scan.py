@@ -67,6 +67,11 @@ class Scanner:
         """Everything up to here is whole."""
         return not (self._skip or self._carry or self._open or self._value is not None)
 
+    @property
+    def in_value(self) -> bool:
+        """It has ended within the value of an element whose length it had said."""
+        return bool(self._skip) or self._value is not None
+
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """The next piece of the data set."""
         if self.over:

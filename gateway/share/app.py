@@ -103,6 +103,7 @@ async def _mounted(settings: Settings, mountpoint: Path) -> str:
             log.warning("share.volumes_missing", note="files that lie there can't be read")
         if begun.writes:
             await share.begin()
+            share.own_top(os.geteuid(), os.getegid())
         else:
             share.begin_reading()
         if begun.writes and share.mirroring is not None:

@@ -26,6 +26,7 @@ REMEMBERED_S: Final = 60.0  # by the kernel: names and attributes
 BLOCK_BYTES: Final = 512  # of st_blocks
 # smbd asks a folder for a name so, in any case (vfs_glusterfs_fuse), instead of reading all of it.
 REAL_NAME: Final = b"glusterfs.get_real_filename:"
+UNWRITTEN: Final = b"user.tandem.unwritten"  # another: its length was set, and its end never written
 OPEN: Final = b"user.tandem.open"  # an attribute of files that isn't stored: how often it is open
 IO_BYTES: Final = 1 << 20
 SELF, ABOVE = 1, 2  # positions of "." and ".." in a listing
@@ -192,6 +193,8 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
     async def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
         if name == OPEN:
             return str(self._share.handles(inode)).encode()
+        if name == UNWRITTEN:
+            return b"1" if await self._share.ends_unwritten(inode) else b"0"
         if name.startswith(REAL_NAME):
             return self._share.real_name(inode, name.removeprefix(REAL_NAME)) + b"\0"
         return self._share.xattr(inode, name)

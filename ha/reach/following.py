@@ -5,6 +5,7 @@ lease. Who has lost the right to serve doesn't wait for them: they are killed, a
 isn't taken any more anyway.
 """
 
+import contextlib
 import subprocess
 import threading
 import time
@@ -24,6 +25,7 @@ LOOK_S: Final = 0.5
 COUNTED_S: Final = 600.0  # failures that are older don't count
 AGAIN_S: Final = 30.0  # between two tries of one that has failed too often
 SETTLES_S: Final = 1.0  # what has no check is well if it still runs after this
+LOOK_AGAIN_S: Final = 5.0
 STEP_S: Final = 0.1
 FAILURES = (OSError, subprocess.SubprocessError)
 
@@ -38,6 +40,7 @@ class Followed:
     restarts: int = 0  # since this process began
     checked_at: float = 0.0
     tried_at: float = float("-inf")
+    looked_at: float = float("-inf")  # whether it is really down
     down: bool = False  # for certain
 
     @property
@@ -103,6 +106,10 @@ class Following:
         self._ended = True
         self._changed.set()
         self._thread.join(patience_s)
+        for one in self._all:  # whatever the thread hangs at
+            with contextlib.suppress(*FAILURES):
+                if one.program.runs:
+                    one.program.kill()
 
     # -- the thread --------------------------------------------------------------------------------------------
 
@@ -125,9 +132,8 @@ class Following:
             self._mount = 0
             return
         mount = self._files()
-        if any(one.settings.files for one in self._all):
-            if mount is None or not mount.writable:
-                return
+        there = mount is not None and mount.writable
+        if mount is not None and there:
             if self._mount not in (0, mount.number):  # all they had open there is lost
                 log.warning("follow.files_anew")
                 for one in reversed(self._all):
@@ -135,6 +141,8 @@ class Following:
                         self._take_down(one)
             self._mount = mount.number
         for one in self._all:
+            if one.settings.files and not there:
+                return
             if not (self._wanted and self._keep(one)):
                 return  # those after it may need it
 
@@ -142,10 +150,12 @@ class Following:
         """Have it run; whether those after it may be started."""
         now = time.monotonic()
         try:
-            runs = one.program.runs
+            runs = one.program.serves if one.state == "running" else one.program.runs
             if one.state == "running" and runs and now - one.checked_at >= one.settings.check_every_s:
                 one.checked_at = now
-                if not is_well(one.settings):
+                if not is_well(one.settings, self._goes_on):
+                    if not self._wanted:
+                        return False
                     self._failed(one, "isn't well by its check")
                     self._end(one)
                     runs = False
@@ -167,18 +177,21 @@ class Following:
     def _start(self, one: Followed) -> bool:
         one.tried_at = time.monotonic()
         adopted = one.program.runs and one.state == "stopped" and not one.down  # an agent before this one started it
-        one.state, one.down = "starting", False
+        one.down = False
+        if not adopted and one.program.runs:  # what is left of it, or isn't well
+            self._end(one)
+        one.state = "starting"
         if not adopted:
             one.restarts += bool(one.failures)
             one.program.start()
         deadline = one.tried_at + one.settings.start_s
         while self._wanted:
-            if not one.program.runs:
+            if not one.program.serves:
                 self._failed(one, "ended when it was started")
                 one.state = "failing"
                 return False
             settled = bool(one.settings.check) or adopted or time.monotonic() - one.tried_at > SETTLES_S
-            if settled and is_well(one.settings):
+            if settled and is_well(one.settings, self._goes_on):
                 one.state, one.why, one.checked_at = "running", "", time.monotonic()
                 log.info("follow.runs", name=one.settings.name, seconds=round(one.checked_at - one.tried_at, 1))
                 return True
@@ -190,18 +203,24 @@ class Following:
             time.sleep(STEP_S)
         return False
 
+    def _goes_on(self) -> bool:
+        return self._wanted
+
     def _failed(self, one: Followed, why: str) -> None:
         one.failures = [*one.failures, time.monotonic()][-one.settings.restarts - 1 :]
         one.why = why
         log.error("follow.fails", name=one.settings.name, why=why)
 
     def _take_down(self, one: Followed) -> None:
-        if one.down:
+        now, was = time.monotonic(), one.state
+        if one.down and now - one.looked_at < LOOK_AGAIN_S:  # somebody else may have started it
             return
-        was = one.state
+        one.looked_at = now
         try:
             if one.program.runs:
+                one.down = False
                 self._end(one)
+            one.program.tidy()
             one.state, one.down = "stopped", True
         except FAILURES as error:
             one.state = "stopping"
@@ -213,7 +232,10 @@ class Following:
         """It is gone when this returns. Raises OSError or subprocess.SubprocessError."""
         one.state = "stopping"
         if self._gently or self._wanted:
-            one.program.stop()
+            try:
+                one.program.stop()
+            except FAILURES as error:
+                log.error("follow.not_asked_to_stop", name=one.settings.name, error=str(error))
         deadline = time.monotonic() + one.settings.stop_s
         while one.program.runs:
             if time.monotonic() > deadline or not (self._gently or self._wanted):

@@ -87,8 +87,9 @@ class Samba:
 
     def _write_config(self) -> None:
         share = self._settings.share
-        for name, mode in (("ncalrpc", 0o755), ("log", 0o750), ("private", 0o700)):
-            (self._folder / name).mkdir(parents=True, exist_ok=True, mode=mode)
+        for name, mode in (("", 0o755), ("ncalrpc", 0o755), ("log", 0o750), ("private", 0o700)):
+            (self._folder / name).mkdir(parents=True, exist_ok=True)
+            (self._folder / name).chmod(mode)  # whatever the umask
         passwords_of(self._settings).touch(0o600)
         state = self._settings.storage.state
         try:
@@ -102,13 +103,21 @@ class Samba:
             passwords=passwords_of(self._settings),
             port=share.port,
             signing=SIGNING[share.signing],
-            encryption=share.encryption,
+            encryption="off" if share.encryption == "off" else "default",  # each share says for itself
             folder=self._folder,
             include=INCLUDED,
+            log_level="0 full_audit:1" if share.audit else "0",
             hosts=" ".join(share.hosts_allow) or "ALL",
         )
         archive = state / "share" / "archive"
-        text += _part("archive", name=share.name, path=archive, guest="yes" if share.guest else "no", user=user)
+        text += _part(
+            "archive",
+            name=share.name,
+            path=archive,
+            guest="yes" if share.guest else "no",
+            encryption="default" if share.guest else share.encryption,  # guests have no keys
+            user=user,
+        )
         if share.macos:  # on all shares or none, says Samba
             text += "    vfs objects = fruit streams_xattr\n" + _part("macos")
         if share.files:
@@ -131,8 +140,12 @@ class Samba:
         ]
         parts = [f"{share.acls}-acls"]
         parts += [option for option in ("recycle", "audit", "macos") if getattr(share, option)]
+        if path != share.mount:  # what is deleted in the inbox mustn't turn up in it again
+            modules, parts = ([one for one in these if one != "recycle"] for these in (modules, parts))
         shown = {"name": name, "path": path, "comment": comment}
-        text = _part("files", **shown, user=user, mounted=mounted, objects=" ".join(modules))
+        text = _part(
+            "files", **shown, encryption=share.encryption, user=user, mounted=mounted, objects=" ".join(modules)
+        )
         return text + "".join(_part(name) for name in parts)
 
     def _set_sid(self) -> None:

@@ -50,6 +50,7 @@ class Share:
         """Have it started, and wait for that so long at most."""
         if self._samba is None:
             return
+        self._files = None  # whoever comes now comes to what is mounted now
         job = self._do(self._start)
         try:
             job.result(patience_s)
@@ -63,6 +64,8 @@ class Share:
             return
         self._checked_at = now
         files, before = self._samba.files, self._files
+        if files is not None and not files.writable:
+            files = None  # nobody is let in yet
         self._files = files or before
         if self._samba.pid is None:
             self._restarts = [*self._restarts[-RESTARTS_MAX:], now]

@@ -5,6 +5,7 @@ and does all work as the gateway's. What a removed user has open is ended.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import pwd
@@ -17,7 +18,8 @@ import structlog
 
 from conf.settings import Settings
 from ha.reach.samba import Samba, passwords_of
-from storage.control_client import OrderFailed, order
+from storage.control import NT_HASH, USER_NAME
+from storage.control_client import order
 
 log = structlog.get_logger()
 
@@ -25,6 +27,7 @@ LOOK_S: Final = 1.0
 ASKING_S: Final = 5.0
 TIMEOUT_S: Final = 30.0
 NO_LANMAN: Final = "X" * 32
+NUMBERS_MAX: Final = 1_000_000
 SYSTEM_UIDS: Final = 1000  # below are accounts of the system, which are no users of a share
 
 
@@ -49,14 +52,15 @@ class ShareUsers:
         cluster = settings.cluster.name if settings.cluster else settings.node.name
         self._comment = f"Tandem share {cluster}"
         self._listed: list[dict[str, Any]] | None = None
+        self._leaving: dict[str, int] = {}  # uid by name of those who are to be gone from here
         self._said: dict[str, str] = {}
 
     async def run(self) -> None:
         while True:
             try:
                 await asyncio.to_thread(self.look)
-            except (OSError, OrderFailed) as error:
-                self._say("", str(error))
+            except Exception as error:  # whatever it is: users that are removed must go
+                self._say("", f"{type(error).__name__}: {error}")
             await asyncio.sleep(LOOK_S)
 
     def look(self) -> None:
@@ -66,26 +70,32 @@ class ShareUsers:
         if listed == self._listed:
             return
         users = [user for row in listed if (user := self._user(row)) is not None]
-        before = self._known()
+        known, names = self._known(), {user.name for user in users}
+        self._leaving |= {name: uid for name, uid in known.items() if name not in names}
         self._write("".join(user.line for user in users))
-        gone = {name: uid for name, uid in before.items() if name not in {user.name for user in users}}
-        if gone:
-            self._end_sessions(set(gone.values()))
-        for name in gone:
-            self._remove(name)
+        self._leaving = {name: uid for name, uid in self._leaving.items() if name not in names}
+        if self._leaving:
+            self._end_sessions(set(self._leaving.values()))
+            for name in self._leaving:
+                self._remove(name)
+            self._leaving = {}
         if len(users) == len(listed):
             self._listed = listed
         log.info("share.users", count=len(users))
 
     def _user(self, row: dict[str, Any]) -> User | None:
         """With an account of this machine; None if it can't have one."""
-        name = str(row["name"])
+        name, number, nt_hash = str(row["name"]), int(row["number"]), str(row["nt_hash"])
+        # The gateway has fewer rights than we: what it says mayn't be more than it is.
+        if not (USER_NAME.fullmatch(name) and NT_HASH.fullmatch(nt_hash) and 0 <= number < NUMBERS_MAX):
+            self._say(repr(name), "the gateway names a user that can't be")
+            return None
         try:
-            uid = self._account(name, self._settings.share.first_uid + int(row["number"]))
+            uid = self._account(name, self._settings.share.first_uid + number)
         except (OSError, subprocess.SubprocessError) as error:
             self._say(name, str(getattr(error, "stderr", "") or error).strip())
             return None
-        return User(name, uid, str(row["nt_hash"]), int(row["set_ns"]) // 10**9)
+        return User(name, uid, nt_hash, int(row["set_ns"]) // 10**9)
 
     def _account(self, name: str, uid: int) -> int:
         try:
@@ -117,22 +127,20 @@ class ShareUsers:
             log.warning("share.account_left", user=name, error=str(getattr(error, "stderr", "") or error).strip())
 
     def _end_sessions(self, uids: set[int]) -> None:
+        """Raises OSError, subprocess.SubprocessError or ValueError: then it is tried again."""
         samba = Samba(self._settings)
         if samba.pid is None:
             return
-        try:
-            shown = _run("smbstatus", f"--configfile={samba.config}", "--processes", "--json")
-            sessions = json.loads(shown).get("sessions", {}).values()
-            for session in sessions:
-                if int(session["uid"]) in uids:
+        shown = _run("smbstatus", f"--configfile={samba.config}", "--processes", "--json")
+        for session in json.loads(shown).get("sessions", {}).values():
+            if int(session["uid"]) in uids:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(int(session["server_id"]["pid"]), signal.SIGTERM)
-        except (OSError, subprocess.SubprocessError, ValueError, KeyError) as error:
-            log.warning("share.sessions_left", uids=sorted(uids), error=str(error))
 
     def _known(self) -> dict[str, int]:
         """uid by name, as smbd has them now."""
         try:
-            rows = [line.split(":") for line in self._passwords.read_text().splitlines()]
+            rows = [line.split(":") for line in self._passwords.read_text().splitlines() if line.count(":") > 1]
         except FileNotFoundError:
             return {}
         return {row[0]: int(row[1]) for row in rows}

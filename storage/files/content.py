@@ -111,6 +111,16 @@ class Content(Names):
         file = self._open.get(number)
         return file.handles if file is not None else 0
 
+    async def ends_unwritten(self, number: int) -> bool:
+        """The last of this node's copy of a file was never written, though its length was set."""
+        local = await self._local_copy(number, named=True)
+        if local is None:
+            return False
+        try:
+            return await self._on_disk(local.ends_unwritten)
+        finally:
+            await self._on_disk(local.close)
+
     def _opened(self, number: int) -> OpenFile:
         file = self._open.get(number)
         if file is None:

@@ -37,6 +37,10 @@ class StoredFile(Protocol):
         """Its length, and when it was written to last (ns)."""
         ...
 
+    def ends_unwritten(self) -> bool:
+        """Its length was set, and the last of it never written."""
+        ...
+
     def truncate(self, size: int) -> None: ...
     def cut(self, size: int) -> None:
         """Leave nothing behind so many bytes."""

@@ -21,6 +21,7 @@ from typing import Final
 from storage.files.copies import Capacity
 from storage.objects.volume import MARKER
 
+HOLE_BYTES: Final = 4096  # what is looked at of the end of a file
 FOLDER: Final = "files"
 FILE_MODE, FOLDER_MODE = 0o600, 0o700
 LOOK_S: Final = 0.5  # how old a look at a volume's room may be
@@ -69,6 +70,15 @@ class LocalFile:
     def found(self) -> tuple[int, int]:
         status = os.fstat(self.fd)
         return status.st_size, status.st_mtime_ns
+
+    def ends_unwritten(self) -> bool:
+        last = os.fstat(self.fd).st_size - HOLE_BYTES
+        try:
+            return last > 0 and os.lseek(self.fd, last, os.SEEK_DATA) < 0
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no data from there on
+                return True
+            raise
 
     def truncate(self, size: int) -> None:
         os.ftruncate(self.fd, size)

@@ -11,6 +11,7 @@ from storage.files.namespace import Namespace, Proposal
 from storage.files.opened import OpenFile
 from storage.state import file_rows
 from storage.state.file_model import (
+    ROOT,
     BeginWriting,
     Change,
     Drop,
@@ -138,6 +139,11 @@ class Names:
 
     def xattr(self, number: int, name: bytes) -> bytes:
         return self._namespace.look(lambda rows: file_rows.xattr(rows, number, name))
+
+    def own_top(self, uid: int, gid: int) -> None:
+        """The topmost folder belongs to who serves the share, so that he may do there what he is asked to."""
+        if uid and not self.attributes(ROOT).uid:
+            self.set_attributes(ROOT, uid=uid, gid=gid)
 
     def real_name(self, parent: int, name: bytes) -> bytes:
         """How a name is written in a folder, whatever the case it is asked for in. Raises FileRefused (ENODATA)."""

@@ -27,6 +27,9 @@ class MemoryCopy:
         self._disk.touch()
         return len(self._file.data), 0
 
+    def ends_unwritten(self) -> bool:
+        return False
+
     def truncate(self, size: int) -> None:
         self._disk.touch()
         del self._file.data[size:]

@@ -69,5 +69,7 @@ def test_rights_of_the_units_are_enough(confined: Lab) -> None:
     assert lab.primary() == other_than(node)
     words = ["smbclient", "-N", "-U%", f"//{VIP}/archive", "-c", "recurse; ls"]
     argv, environment = lab.command("client", words)
-    listed = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120, check=True).stdout
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    listed = done.stdout
+    assert done.returncode == 0, listed + done.stderr
     assert sum(line.split()[0] in {f"{uid}.dcm" for uid in writer.acknowledged} for line in listed.splitlines() if line)

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import sqlite3
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ha.reach.followed import own_group
 from tests.conftest import wait_for
 from tests.system.conftest import SYNC_S, other_than, primary_of
 from tests.system.smb import run
@@ -153,11 +153,8 @@ def index_is_sound(folder: Path) -> None:
 
 
 def kill_orthanc(lab: Lab, node: str) -> None:
-    mark = f"TANDEM_FOLLOWS=lab/{node}/orthanc".encode()
-    for folder in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if folder.name.isdigit() and mark in (folder / "environ").read_bytes().split(b"\0"):
-                os.kill(int(folder.name), signal.SIGKILL)
+    group = own_group() / f"tandem-follows-lab-{node}-orthanc"
+    (group / "cgroup.kill").write_text("1")
 
 
 def test_its_files_are_on_both_nodes(with_orthanc: Lab, lab: Lab) -> None:

@@ -53,12 +53,16 @@ def test_what_is_put_there_is_archived_on_both_nodes(lab: Lab) -> None:
         for number, data in enumerate(wanted.values()):
             session.write(rf"CD\IMAGES\IM{number}" if number % 2 else rf"IM{number}.dcm", data)
         session.write("letter.pdf", b"%PDF-1.7")
+        with session.open("cut.dcm", "wb") as file:  # as a client leaves it that had said how long it is to be
+            file.truncate(len(held))
+            file.write(held[: len(held) // 2])
         with session.open("open.dcm", "wb") as file:  # all of it is there, and it isn't closed
             file.write(held)
             file.fd.flush()
             wait_for(lambda: is_stored(lab, wanted, "a", "b"), "all to be archived", SYNC_S)
             wait_for(lambda: "letter.pdf.txt" in session.names("rejected"), "the letter to be rejected")
             assert "open.dcm" in session.names() and not is_stored(lab, {uid: held}, primary)
+        assert b"broken off" in session.read(r"rejected\cut.dcm.txt")
         wait_for(lambda: is_stored(lab, {uid: held}, "a", "b"), "what was closed to be archived")
         assert b"Not a DICOM file" in session.read(r"rejected\letter.pdf.txt")
         assert session.read(r"rejected\letter.pdf") == b"%PDF-1.7"

@@ -42,12 +42,13 @@ def caught_up(lab: Lab) -> bool:
 
 
 def copies(lab: Lab, node: str) -> dict[str, bytes]:
-    """All bytes of the share as they lie on a node's disks, by name."""
+    """All bytes of the share as they lie on a node's disks, by name. Not those that are empty: one may have been about
+    to be made when the writer was lost, and never have come to be; it is removed later."""
     found = {}
     for volume in lab.volumes(node):
         for path in (volume / "files").rglob("*"):
-            if path.is_file():
-                found[path.name] = path.read_bytes()
+            if path.is_file() and (data := path.read_bytes()):
+                found[path.name] = data
     return found
 
 

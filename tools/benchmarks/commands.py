@@ -6,6 +6,7 @@ import click
 
 from tools.benchmarks import failover as bench_failover
 from tools.benchmarks import newcomer as bench_newcomer
+from tools.benchmarks import share as bench_share
 from tools.benchmarks import upkeep as bench_upkeep
 from tools.benchmarks.floor import floor
 from tools.benchmarks.log import log
@@ -32,6 +33,11 @@ newcomer = click.option("--json", "as_json", is_flag=True, help="One JSON object
 main.add_command(
     where(click.option("--instances", default=100_000, show_default=True, help="Of the archive.")(newcomer))
 )
+
+share = click.command("share", help=bench_share.share.__doc__)(bench_share.share)
+share = click.option("--json", "as_json", is_flag=True, help="One JSON object.")(share)
+share = click.option("--gluster", is_flag=True, help="GlusterFS as well; needs Debian's glusterfs-server.")(share)
+main.add_command(where(click.option("--count", default=100, show_default=True, help="Of each operation.")(share)))
 
 runs_option = click.option("--runs", default=5, show_default=True, help="Of each kind of fault.")
 failover = click.command("failover", help=bench_failover.failover.__doc__)(bench_failover.failover)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import sys
 import time
 import uuid
@@ -164,16 +165,17 @@ async def switch(settings: Settings, cluster: ClusterSettings, etcd: HttpEtcd, t
             "most of them (`tandem status`)",
             EXIT_FOUND,
         )
-    lease = await etcd.grant(SWITCHOVER_S)
+    patience_s = SWITCHOVER_S + math.ceil(sum(one.stop_s for one in cluster.follow))
+    lease = await etcd.grant(patience_s)
     await etcd.txn((), (PutKey(f"{found.prefix}switchover", target, lease),))
     started, before = time.monotonic(), found.leader
-    while time.monotonic() - started < SWITCHOVER_S:
+    while time.monotonic() - started < patience_s:
         await asyncio.sleep(POLL_S)
         found = await look(etcd, cluster.name)
         if found.leader == target:
             seconds = round(time.monotonic() - started, 2)
             return {"to": target, "from": before, "seconds": seconds, "missing": missing}
-    raise Failure(f"node {target} didn't take over within {SWITCHOVER_S} s; `tandem why` on it says why", EXIT_FOUND)
+    raise Failure(f"node {target} didn't take over within {patience_s} s; `tandem why` on it says why", EXIT_FOUND)
 
 
 @click.command()

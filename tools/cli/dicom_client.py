@@ -195,7 +195,10 @@ class DicomClient:
         if len(head) < 6:
             raise AssociationFailed("the connection was closed")
         kind, length = struct.unpack(">BxL", head)
-        return kind, self._read(length)
+        body = self._read(length)
+        if len(body) < length:
+            raise AssociationFailed("the connection was closed in the middle of a message")
+        return kind, body
 
     @property
     def _room(self) -> int:

@@ -40,11 +40,17 @@ def open_object(path: Path) -> FileObject:
         raw = file.read(HEAD_BYTES)
         size = os.fstat(file.fileno()).st_size
     try:
-        head = dcmread(path, force=True, stop_before_pixels=True, specific_tags=["SOPClassUID", "SOPInstanceUID"])
-        sop_class, sop_instance = str(head.get("SOPClassUID", "")), str(head.get("SOPInstanceUID", ""))
-        implicit, little = head.original_encoding
+        return _opened(path, raw, size)
+    except (NotAnInstance, OSError):
+        raise
     except Exception as error:  # pydicom raises whatever a file that isn't DICOM leads it to
         raise NotAnInstance("not a DICOM file") from error
+
+
+def _opened(path: Path, raw: bytes, size: int) -> FileObject:
+    head = dcmread(path, force=True, stop_before_pixels=True, specific_tags=["SOPClassUID", "SOPInstanceUID"])
+    sop_class, sop_instance = str(head.get("SOPClassUID", "")), str(head.get("SOPInstanceUID", ""))
+    implicit, little = head.original_encoding
     if str(head.file_meta.get("MediaStorageSOPClassUID", "")) == MEDIA_DIRECTORY:
         raise MediaDirectory("a DICOMDIR")
     if not sop_class or not sop_instance:
@@ -71,14 +77,16 @@ def is_cut_short(path: Path) -> bool:
         file.seek(item.start)
         try:
             while step := file.read(HEAD_BYTES):
-                last = deflated.decompress(step) if deflated else step
-                scanner.feed(last)
+                while step:
+                    last = deflated.decompress(step, HEAD_BYTES) if deflated else step
+                    scanner.feed(last)
+                    step = deflated.unconsumed_tail if deflated else b""
         except zlib.error:
             return True
     if deflated is not None and not deflated.eof:
         return True
     padded = not any(last[-PADDING_BYTES:])  # behind the data set, perhaps
-    return not (scanner.why or scanner.at_rest or padded)
+    return not scanner.why and (scanner.in_value or not (scanner.at_rest or padded))
 
 
 def start_of_data_set(raw: bytes) -> int:

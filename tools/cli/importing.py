@@ -125,7 +125,7 @@ def bring_in(
     batches: queue.SimpleQueue[list[Path]] = queue.SimpleQueue()
     for at in range(0, len(paths), BATCH):
         batches.put(paths[at : at + BATCH])
-    lock, failures = threading.Lock(), list[Unreachable]()
+    lock, failures = threading.Lock(), list[Exception]()
 
     def done(fate: Fate | None) -> None:
         with lock:
@@ -144,7 +144,7 @@ def bring_in(
                 _store_batch(batches.get_nowait(), target, journal, done)
         except queue.Empty:
             return
-        except Unreachable as error:
+        except Exception as error:  # Unreachable, or something nobody thought of: no file's fate is made up
             failures.append(error)
 
     threads = [threading.Thread(target=work) for _ in range(workers)]
@@ -164,7 +164,7 @@ def _store_batch(paths: list[Path], target: Target, journal: Notes, done: Callab
             try:
                 key = key_of(path)
             except OSError as error:
-                done(Fate((str(path), 0, 0), "", error.strerror or "can't be read"))
+                done(Fate((str(path), 0, 0), "", error.strerror or "can't be read", later=True))
                 continue
             if key in journal.stored:
                 done(None)
@@ -175,7 +175,7 @@ def _store_batch(paths: list[Path], target: Target, journal: Notes, done: Callab
                 done(Fate(key, "", str(error)))
                 continue
             except OSError as error:
-                done(Fate(key, "", error.strerror or "can't be read"))
+                done(Fate(key, "", error.strerror or "can't be read", later=True))
                 continue
             client, why, status = _store(item, target, client)
             done(Fate(key, item.sop_instance, why, later=status in TRANSIENT))
@@ -207,7 +207,7 @@ def _store(item: FileObject, target: Target, client: DicomClient | None) -> tupl
         except Unreadable as error:
             if client:
                 client.close()  # in the middle of a message
-            return None, str(error), 0
+            return None, str(error), OUT_OF_RESOURCES
         except (OSError, AssociationFailed) as error:
             if client:
                 client.close()

@@ -7,17 +7,19 @@ next one goes on with what lies aside: the same bytes twice are stored once.
 """
 
 import contextlib
+import errno
+import itertools
 import os
-import shutil
 import signal
 import stat
 import tempfile
 import threading
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Final
 
 import click
@@ -33,9 +35,12 @@ from tools.cli.options import Failure, config_option, dicom_host, login, setting
 log = structlog.get_logger()
 
 REJECTED: Final = "rejected"
+RECYCLED: Final = ".recycle"  # what a client has deleted, by a module of smbd's
 TAKEN: Final = ".taken"  # what is being stored: nobody else touches it
 CALLING: Final = "INBOX"
 OPEN: Final = "user.tandem.open"  # how often a file of the share is open
+UNWRITTEN: Final = "user.tandem.unwritten"  # its end was never written, but its length set
+HOLE_BYTES: Final = 4096  # what is looked at of the end
 LOOK_S: Final = 1.0
 PATIENCE_S: Final = 10.0  # for a primary to answer
 FOLDER_QUIET_S: Final = 60.0  # an empty folder is removed after this: whoever copies a tree makes its folders first
@@ -44,7 +49,8 @@ LITTER: Final = frozenset({"desktop.ini", "thumbs.db", ".ds_store"})  # left beh
 WORKERS: Final = 2
 ZIP: Final = b"PK\x03\x04"
 NAME_BYTES_MAX: Final = 228
-SETTLED, LATER, ONLY_HERE = "settled", "later", "only here"  # of what is in a ZIP
+SAID: Final = ".txt"
+FIRST_DELAY_S, DELAY_MAX_S = 2.0, 60.0  # of what can't be taken now
 STEP_BYTES: Final = 1 << 20
 
 
@@ -68,6 +74,7 @@ class Inbox:
         self._taken = folder / TAKEN
         self._seen: dict[Path, tuple[tuple[int, ...], float]] = {}  # as it was, and since when
         self._seen_now: set[Path] = set()
+        self._later: dict[Path, tuple[float, float]] = {}  # not before when, and after how long
         self.stored = self.rejected = 0
 
     def turn(self) -> int:
@@ -79,6 +86,7 @@ class Inbox:
         found = [path for path in self._below(self._folder) if self._is_at_rest(path)]
         self._remove_empty_folders()
         self._seen = {path: seen for path, seen in self._seen.items() if path in self._seen_now}
+        self._later = {path: when for path, when in self._later.items() if path in self._seen_now}
         self._settle([(path, Path(*path.relative_to(self._taken).parts[1:])) for path in left_over[:AT_ONCE]])
         self._settle([aside for path in found[:AT_ONCE] if (aside := self._set_aside(path)) is not None])
         return self.stored + self.rejected - before
@@ -91,7 +99,7 @@ class Inbox:
         while left:
             folder = left.pop()
             for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-                if folder == self._folder and entry.name in (REJECTED, TAKEN):
+                if folder == self._folder and entry.name in (REJECTED, TAKEN, RECYCLED):
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     left.append(Path(entry.path))
@@ -116,7 +124,7 @@ class Inbox:
         if is_quiet and not is_folder and is_open(path):
             is_quiet, since = False, now
         self._seen[path] = (stamp, since)
-        return is_quiet
+        return is_quiet and self._later.get(path, (now, 0.0))[0] <= now
 
     def _set_aside(self, path: Path) -> tuple[Path, Path] | None:
         """(where it is now, its name below the inbox); None if somebody uses it after all."""
@@ -140,111 +148,162 @@ class Inbox:
     # -- what becomes of it ------------------------------------------------------------------------------------
 
     def _settle(self, files: list[tuple[Path, Path]]) -> None:
+        """Raises Unreachable. What is wrong with one of them holds up no other."""
         plain: list[tuple[Path, Path]] = []
         for path, name in files:
-            kind = kind_of(path)
-            if kind == "zip":
-                self._settle_zip(path, name)
-            elif kind == "litter":
-                path.unlink()
-            elif kind == "file":
-                plain.append((path, name))
-            else:
-                self._reject(path, name, f"It is {kind}, and no file.")
-        for (path, name), outcome in zip(plain, self._store([path for path, _ in plain]), strict=True):
-            if outcome.later:
-                continue
-            if outcome.why:
-                self._reject(path, name, outcome.why)
-            else:
-                path.unlink()
-                self._note(outcome, name)
+            with self._by_itself(path, name):
+                kind = kind_of(path)
+                if kind == "zip":
+                    self._settle_zip(path, name)
+                elif kind == "litter":
+                    path.unlink()
+                elif kind != "file":
+                    self._reject(path, name, f"It is {kind}, and no file.")
+                elif path.lstat().st_size > self._largest_bytes:
+                    self._reject(path, name, self._too_long)
+                else:
+                    plain.append((path, name))
+        for path, name, outcome in self._stored(plain):
+            with self._by_itself(path, name):
+                if outcome.later:
+                    self._postpone(path, name, outcome.why)
+                elif outcome.why:
+                    self._reject(path, name, outcome.why)
+                else:
+                    path.unlink()
+                    self._note(outcome, name)
+
+    @contextlib.contextmanager
+    def _by_itself(self, path: Path, name: Path) -> Iterator[None]:
+        try:
+            yield
+        except Unreachable:
+            raise
+        except Exception as error:  # whatever it is, it is about this file
+            self._postpone(path, name, f"{type(error).__name__}: {error}")
+
+    def _postpone(self, path: Path, name: Path, why: str) -> None:
+        _, delay_s = self._later.get(path, (0.0, FIRST_DELAY_S / 2))
+        delay_s = min(2 * delay_s, DELAY_MAX_S)
+        self._later[path] = (time.monotonic() + delay_s, delay_s)
+        log.warning("inbox.later", file=str(name), why=why, seconds=delay_s)
+
+    @property
+    def _too_long(self) -> str:
+        return f"It is longer than {self._largest_bytes} bytes (max_object_bytes)."
 
     def _note(self, outcome: Outcome, name: Path) -> None:
         if not outcome.dropped:
             self.stored += 1
             log.info("inbox.stored", file=str(name))
 
-    def _store(self, paths: list[Path]) -> list[Outcome]:
+    def _stored(self, files: list[tuple[Path, Path]]) -> Iterator[tuple[Path, Path, Outcome]]:
         """Raises Unreachable."""
+        try:
+            outcomes = self._store([path for path, _ in files])
+        except Unreachable:
+            raise
+        except Exception as error:
+            if len(files) == 1:
+                outcomes = [Outcome(f"{type(error).__name__}: {error}", later=True)]
+            else:  # which one it was
+                for one in files:
+                    yield from self._stored([one])
+                return
+        for (path, name), outcome in zip(files, outcomes, strict=True):
+            yield path, name, outcome
+
+    def _store(self, paths: list[Path]) -> list[Outcome]:
+        """Raises Unreachable, or whatever went wrong."""
         known = {path: outcome for path in paths if (outcome := looked_at(path)) is not None}
-        whole = [path for path in paths if path not in known]
-        refused: list[Fate] = []
+        whole, notes = [path for path in paths if path not in known], Gathered()
         if whole:
-            _, refused = bring_in(whole, self._target, Nowhere(), min(WORKERS, len(whole)), lambda: None)
-        why = {fate.key[0]: fate for fate in refused}
-        return [known.get(path) or outcome_of(why.get(str(path.resolve())) or why.get(str(path))) for path in paths]
+            bring_in(whole, self._target, notes, min(WORKERS, len(whole)), lambda: None)
+        fates = {fate.key[0]: fate for fate in notes.fates}
+        return [known.get(path) or outcome_of(fates.get(str(path.resolve())) or fates.get(str(path))) for path in paths]
+
+    # -- what is rejected --------------------------------------------------------------------------------------
 
     def _reject(self, path: Path, name: Path, why: str) -> None:
-        to = self._place(name)
+        to = self._place(self._folder_for(name.parts[:-1]), name.name)
         os.rename(path, to)
         self._explain(to, name, why)
 
     def _explain(self, to: Path, name: Path, why: str) -> None:
         said = f"{name}\n\nThis wasn't taken into the archive. {why}\n\nIt is kept here until somebody deletes it.\n"
-        with_why = to.with_name(fitting(to.name, ".txt"))
         beside = to.with_name(f".why-{os.getpid()}")
         beside.write_bytes(said.replace("\n", "\r\n").encode("utf-8", "replace"))  # for Windows' Notepad, too
-        os.rename(beside, with_why)
+        os.rename(beside, to.with_name(f"{to.name}.txt"))
         self.rejected += 1
         log.warning("inbox.rejected", file=str(name), why=why)
 
-    def _place(self, name: Path) -> Path:
-        """A free one below `rejected`."""
-        first = self._folder / REJECTED / name
-        first.parent.mkdir(parents=True, exist_ok=True)
-        place, number = first, 2
-        while place.exists() or place.is_symlink():
-            place = first.with_name(fitting(first.stem, f" ({number}){first.suffix}"))
-            number += 1
-        return place
+    def _folder_for(self, parts: tuple[str, ...]) -> Path:
+        """Below `rejected`; where a file has the name of one, it is another."""
+        folder = self._folder / REJECTED
+        for part in parts:
+            folder = next(one for one in others(folder, part) if not one.exists() or one.is_dir())
+            folder.mkdir(exist_ok=True)
+        return folder
+
+    def _place(self, folder: Path, name: str) -> Path:
+        """A free one, for a file and what is said of it."""
+        return next(one for one in others(folder, name) if is_free(one) and is_free(one.with_name(f"{one.name}.txt")))
+
+    # -- ZIP files ---------------------------------------------------------------------------------------------
 
     def _settle_zip(self, path: Path, name: Path) -> None:
         """Each file in it, as if it had been put here by itself, in a folder of the ZIP's name."""
+        bad: list[tuple[zipfile.ZipInfo, str]] = []
         try:
             with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory(prefix="tandem-inbox-") as scratch:
-                fates = [self._settle_member(archive, member, name, Path(scratch)) for member in archive.infolist()]
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+                for member in archive.infolist():
+                    outcome = self._settle_member(archive, member, name, Path(scratch) / "file")
+                    if outcome.later:  # all of it is tried again: what is stored is stored once
+                        self._postpone(path, name, outcome.why)
+                        return
+                    if outcome.why:
+                        bad.append((member, outcome.why))
+                if bad:
+                    self._reject_members(archive, bad, name)
+        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
             self._reject(path, name, f"It is a ZIP file that can't be read: {error}.")
             return
-        if LATER in fates:
-            return
-        if ONLY_HERE in fates:
+        if any(not self._can_unpack(member) for member, _ in bad):
             self._reject(path, name, "Some of what is in it can't be unpacked; a folder of its name says what.")
         else:
             path.unlink()
 
-    def _settle_member(self, archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: Path, scratch: Path) -> str:
-        """LATER: it may be taken later; ONLY_HERE: it is nowhere else; SETTLED."""
-        inside = name / safe(member.filename)
+    def _can_unpack(self, member: zipfile.ZipInfo) -> bool:
+        return not member.flag_bits & 1 and member.file_size <= self._largest_bytes
+
+    def _settle_member(self, archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: Path, extracted: Path) -> Outcome:
         if member.is_dir():
-            return SETTLED
-        extracted = scratch / "file"
-        extracted.unlink(missing_ok=True)
+            return DIRECTORY
         if member.flag_bits & 1:
-            outcome = Outcome("It is encrypted: put it here without a password.")
-        elif member.file_size > self._largest_bytes:
-            outcome = Outcome(f"It is longer than {self._largest_bytes} bytes (max_object_bytes).")
-        else:
-            with archive.open(member) as source, extracted.open("wb") as target:
-                while step := source.read(STEP_BYTES):  # not more than it says, whatever it says
-                    target.write(step)
-            kind = kind_of(extracted, Path(member.filename).name)
-            if kind == "litter":
-                return SETTLED
-            outcome = self._store([extracted])[0] if kind == "file" else Outcome("It is a ZIP file in a ZIP file.")
-        if outcome.later:
-            return LATER
-        if not outcome.why:
-            self._note(outcome, inside)
-            return SETTLED
-        to = self._folder / REJECTED / inside
-        to.parent.mkdir(parents=True, exist_ok=True)
-        self._explain(to, inside, outcome.why)
-        if not extracted.exists():
-            return ONLY_HERE
-        shutil.copyfile(extracted, to)
-        return SETTLED
+            return Outcome("It is encrypted: put it here without a password.")
+        if member.file_size > self._largest_bytes:
+            return Outcome(self._too_long)
+        unpack(archive, member, extracted)
+        kind = kind_of(extracted, Path(member.filename).name)
+        if kind == "litter":
+            return DIRECTORY
+        if kind == "zip":
+            return Outcome("It is a ZIP file in a ZIP file.")
+        outcome = self._store([extracted])[0]
+        if not (outcome.why or outcome.later):
+            self._note(outcome, name / safe(member.filename))
+        return outcome
+
+    def _reject_members(self, archive: zipfile.ZipFile, bad: list[tuple[zipfile.ZipInfo, str]], name: Path) -> None:
+        above = self._folder_for(name.parts[:-1])
+        top = next(one for one in others(above, name.name) if is_free(one))  # not one of another ZIP of this name
+        for member, why in bad:
+            inside = safe(member.filename)
+            below = (*top.relative_to(self._folder / REJECTED).parts, *inside.parts[:-1])
+            to = self._place(self._folder_for(below), inside.name)
+            if self._can_unpack(member):
+                unpack(archive, member, to)
+            self._explain(to, name / inside, why)
 
     def _remove_empty_folders(self) -> None:
         for folder in self._below(self._taken, folders=True):
@@ -256,12 +315,42 @@ class Inbox:
                     folder.rmdir()
 
 
+class Gathered(Nowhere):
+    """What became of each file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fates: list[Fate] = []
+
+    def note(self, fate: Fate) -> None:
+        self.fates.append(fate)
+
+
 def outcome_of(fate: Fate | None) -> Outcome:
+    """Only what somebody has said is stored is."""
     if fate is None:
-        return Outcome()
+        return Outcome("nothing is known of it", later=True)
     if fate.later:
         return Outcome(fate.why, later=True)
-    return Outcome(f"{fate.why[:1].upper()}{fate.why[1:]}.")
+    return Outcome(f"{fate.why[:1].upper()}{fate.why[1:]}." if fate.why else "")
+
+
+def unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, to: Path) -> None:
+    with archive.open(member) as source, to.open("wb") as target:
+        while step := source.read(STEP_BYTES):  # not more than it says, whatever it says
+            target.write(step)
+
+
+def others(folder: Path, name: str) -> Iterator[Path]:
+    """A name in a folder, and with numbers; short enough for `.txt` behind it."""
+    stem, suffix = Path(name).stem, Path(name).suffix
+    yield folder / fitting(stem, suffix)
+    for number in itertools.count(2):
+        yield folder / fitting(stem, f" ({number}){suffix}")
+
+
+def is_free(path: Path) -> bool:
+    return not os.path.lexists(path)
 
 
 def kind_of(path: Path, called: str = "") -> str:
@@ -278,11 +367,26 @@ def kind_of(path: Path, called: str = "") -> str:
 def looked_at(path: Path) -> Outcome | None:
     """What becomes of it if that is known without storing it."""
     try:
-        return CUT if is_cut_short(path) else None
+        return CUT if has_unwritten_end(path) or is_cut_short(path) else None
     except MediaDirectory:
         return DIRECTORY  # the images that it names are taken by themselves
     except (NotAnInstance, OSError):
         return None  # why it can't be stored is found out when it is to be
+
+
+def has_unwritten_end(path: Path) -> bool:
+    """The last of it is a hole: somebody said how long it was to be, and was cut off before it was written."""
+    try:
+        return os.getxattr(path, UNWRITTEN) != b"0"
+    except OSError:
+        pass
+    with path.open("rb") as file:  # not on the share
+        size = os.fstat(file.fileno()).st_size
+        last = max(0, size - HOLE_BYTES)
+        try:
+            return size > HOLE_BYTES and os.lseek(file.fileno(), last, os.SEEK_DATA) < 0
+        except OSError as error:
+            return error.errno == errno.ENXIO  # no data behind
 
 
 def is_open(path: Path) -> bool:
@@ -293,16 +397,18 @@ def is_open(path: Path) -> bool:
         return False
 
 
-def fitting(name: str, end: str) -> str:
-    """A name with an end, cut to what a file system takes: 228 bytes, so that it can be read over SMB."""
-    room = NAME_BYTES_MAX - len(os.fsencode(end))
-    return os.fsencode(name)[:room].decode("utf-8", "ignore") + end
+def fitting(stem: str, end: str) -> str:
+    """A name with an end, cut so that with `.txt` behind it it can be read over SMB: 228 bytes."""
+    end = end if len(os.fsencode(end)) < NAME_BYTES_MAX // 2 else ""
+    room = NAME_BYTES_MAX - len(SAID) - len(os.fsencode(end))
+    whole = os.fsencode(stem)
+    return (stem if len(whole) <= room else whole[:room].decode("utf-8", "ignore")) + end
 
 
 def safe(name: str) -> Path:
     """A member's name as a path that leads nowhere else."""
-    parts = [part for part in PurePosixPath(name.replace("\\", "/")).parts if part not in ("/", "..", ".")]
-    return Path(*[part.replace("\0", "_") for part in parts] or ["_"])
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", "..", ".")]
+    return Path(*[fitting(part.replace("\0", "_"), "") for part in parts] or ["_"])
 
 
 @click.command()

@@ -11,7 +11,7 @@ from typing import Any, Final
 import click
 
 from conf.settings import Settings
-from storage.orders import USER_NAME
+from storage.control import USER_NAME
 from tools.cli.exits import EXIT_CONFIG, EXIT_FAILED
 from tools.cli.operate import ordered
 from tools.cli.options import Failure, config_option, json_option, settings_of

@@ -1,13 +1,16 @@
-"""The demo: a pair takes real images, answers queries, shows files over SMB, and survives losing a node."""
+"""The demo: a pair takes real images, answers queries, keeps files over SMB, and survives losing a node."""
 
+import contextlib
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -18,7 +21,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from tools.lab.network import VIP, LabError
-from tools.lab.pair import AET, DICOM_PORT, Lab, wait_for
+from tools.lab.pair import AET, DICOM_PORT, FILES_SHARE, Lab, can_mount, wait_for
 from tools.lab.samples import archived, content_digest, copies, distinct_files, file_digest, sop_instance
 
 BATCH: Final = 8
@@ -26,6 +29,8 @@ COPIES: Final = 240
 SEND_AGAIN_S: Final = 0.2
 GIVE_UP_S: Final = 90.0
 SYNC_TIMEOUT_S: Final = 90.0
+USER, PASSWORD = "demo", "demo"  # of the share
+FILE_BYTES: Final = 135_000
 SENDING = re.compile(r"Sending file: (\S+)")
 ANSWER = re.compile(r"Received Store Response \(([^)]*)\)")
 
@@ -104,6 +109,84 @@ class Modality:
             argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
         return done.stdout
+
+
+class OldPacs:
+    """Keeps files on the share, as PACS software does that knows nothing of Tandem: writes each under a name for the
+    time being, closes and renames it, and tries again what failed."""
+
+    def __init__(self, lab: Lab, folder: Path) -> None:
+        self._lab, self._folder = lab, folder
+        self.stored: dict[str, bytes] = {}  # what smbd has said is done
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        folder.mkdir()
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        self._thread.start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            name, data = f"{len(self.stored)}.img", os.urandom(FILE_BYTES)
+            (self._folder / name).write_bytes(data)
+            what = f"put {self._folder / name} {name}.tmp; rename {name}.tmp {name} -f"
+            while not self.smbclient(what)[0]:
+                if self._stop.wait(SEND_AGAIN_S):
+                    return
+            self.stored[name] = data
+
+    def smbclient(self, what: str) -> tuple[bool, str]:
+        """(all of it was done, what was printed)"""
+        words = ["timeout", "10", "smbclient", f"//{VIP}/{FILES_SHARE}", "-U", f"{USER}%{PASSWORD}", "-c", what]
+        argv, environment = self._lab.command("client", words)
+        done = subprocess.run(argv, env=environment, capture_output=True, text=True, errors="replace")
+        said = done.stdout + done.stderr
+        return done.returncode == 0 and "NT_STATUS" not in said, said
+
+    def kept(self) -> dict[str, bytes]:
+        """What is on the share, read over SMB."""
+        fetched = self._folder / "fetched"
+        fetched.mkdir()
+        self.smbclient(f"lcd {fetched}; prompt OFF; mget *.img")
+        return {path.name: path.read_bytes() for path in fetched.iterdir()}
+
+
+def add_user(lab: Lab) -> None:
+    argv, environment = lab.command(lab.primary() or "a", ["tandem", "share", "user", "add", USER])
+    given = f"{PASSWORD}\n{PASSWORD}\n"
+    done = subprocess.run(argv, env=environment, input=given, capture_output=True, text=True)
+    if done.returncode:
+        raise LabError(f"tandem share user add: {done.stderr.strip()}")
+
+
+def compare_kept(pacs: OldPacs, node: str, report: Report) -> None:
+    kept = pacs.kept()
+    bad = [name for name, data in pacs.stored.items() if kept.get(name) != data]
+    found = f"{len(pacs.stored) - len(bad)} of {len(pacs.stored)} written over SMB, by their bytes"
+    report.add(f"files on the survivor {node}", found, bool(pacs.stored) and not bad)
+
+
+def compare_files(lab: Lab, pacs: OldPacs, report: Report) -> None:
+    """As both nodes show them."""
+
+    def complete() -> bool:
+        found = [lab.node_status(node) for node in ("a", "b")]
+        return all(one and not one["files"]["single_copy"] and not one["files"]["dirty"] for one in found)
+
+    wait_for("both nodes to have every file", complete, SYNC_TIMEOUT_S)
+    bad = [
+        (node, name)
+        for node in ("a", "b")
+        for name, data in pacs.stored.items()
+        if (lab.files_from_outside(node) / name).read_bytes() != data
+    ]
+    report.add("files on both nodes", f"{len(pacs.stored)}, {'DIFFERENT' if bad else 'same'}", not bad)
 
 
 def client(lab: Lab, *words: str) -> str:
@@ -211,9 +294,15 @@ def demo(lab: Lab, folder: Path, report: Report) -> None:
     send_real_files(modality, report)
     query(lab, modality, report)
     share(lab, folder, modality, report)
-    lost = power_pulled(lab, folder, modality, report)
+    pacs = OldPacs(lab, folder / "pacs") if can_mount() else None
+    if pacs is not None:
+        add_user(lab)
+    with pacs.at_work() if pacs is not None else contextlib.nullcontext():
+        lost = power_pulled(lab, folder, modality, report)
     survivor = "b" if lost == "a" else "a"
     compare_with_sent(lab, survivor, modality, report)
+    if pacs is not None:
+        compare_kept(pacs, survivor, report)
     started = time.monotonic()
     lab.power_on(lost)
     with console.status(f"{lost} is on again and catches up ..."):
@@ -222,6 +311,8 @@ def demo(lab: Lab, folder: Path, report: Report) -> None:
         wait_for("the returned node to have every copy", lab.complete, SYNC_TIMEOUT_S)
     report.add(f"{lost} has every copy", f"{time.monotonic() - started:.1f} s after power-on", True)
     compare_copies(lab, report)
+    if pacs is not None:
+        compare_files(lab, pacs, report)
 
 
 @click.command()
@@ -231,7 +322,7 @@ def demo(lab: Lab, folder: Path, report: Report) -> None:
 @click.option("--ttl", default=3.0, show_default=True, help="Lease in seconds: how soon a lost node is noticed.")
 @click.option("--keep", is_flag=True, help="Leave the pair running.")
 def main(folder: Path | None, ttl: float, keep: bool) -> None:
-    """Bring up a pair, send real images to it, pull a node's power in the middle, and check that nothing was lost."""
+    """Bring up a pair, send images and files to it, pull a node's power in the middle; check that nothing was lost."""
     warnings.simplefilter("ignore", UserWarning)  # pydicom's remarks on odd files, which are part of the show
     base = folder.resolve() if folder else Path(tempfile.mkdtemp(prefix="tandem-demo-"))
     lab, report = Lab(base / "lab"), Report()
@@ -259,6 +350,7 @@ def tell_how(lab: Lab) -> None:
         f"  .venv/bin/tandem lab exec client -- findscu -S -aec {AET} -k QueryRetrieveLevel=STUDY -k PatientName "
         f"-k StudyInstanceUID {VIP} {DICOM_PORT}\n"
         f"  .venv/bin/tandem lab exec client -- smbclient -N -U% //{VIP}/archive -c 'recurse; ls'\n"
+        f"  .venv/bin/tandem lab exec client -- smbclient -U {USER}%{PASSWORD} //{VIP}/{FILES_SHARE} -c 'ls'\n"
         f"  .venv/bin/tandem lab status\n  .venv/bin/tandem lab power-off a\n  .venv/bin/tandem lab down",
         soft_wrap=True,
     )

@@ -4,6 +4,7 @@ Everything is real: etcd, gateway, HA agent, smbd; only the cables are virtual. 
 cable out, killing everything in its namespace, and removing the namespace.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from ha.reach.followed import own_group
 from storage.control_client import ask, order
 from tools.cli.certificates import Authority
 from tools.lab import network as lab_network
@@ -152,6 +154,9 @@ class Lab:
                 self.disks(node).unmount()
         while mounted(self.dir):
             run("umount", "-l", str(self.dir))
+        with contextlib.suppress(OSError):
+            for group in own_group().glob("tandem-follows-lab-*"):  # of what followed the address
+                group.rmdir()
         for account in pwd.getpwall():
             if account.pw_gecos == ACCOUNTS:
                 run("userdel", account.pw_name)
@@ -369,8 +374,10 @@ class Lab:
 
     def command(self, member: str, words: list[str]) -> tuple[list[str], dict[str, str]]:
         """(argv, environment) that run `words` on a node or the client."""
-        beside = str(Path(sys.executable).parent)  # this `tandem`, whatever else is installed
-        environment = {**os.environ, "PATH": f"{beside}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
+        beside = str(
+            Path(sys.executable).parent
+        )  # `tandem`; behind DCMTK's tools, whose names pynetdicom's have as well
+        environment = {**os.environ, "PATH": f"{os.environ.get('PATH', os.defpath)}{os.pathsep}{beside}"}
         if member in NODES:
             environment["TANDEM_CONFIG"] = str(self.config(member))
         return ["ip", "netns", "exec", namespace(member), *words], environment

@@ -50,9 +50,10 @@ class Both(RuleBasedStateMachine):
             os.chmod(root, 0o755)
         self.present: list[Names] = [()]
         self.open: list[list[int]] = []
-        os.umask(0)
+        self.umask = os.umask(0)
 
     def teardown(self) -> None:
+        os.umask(self.umask)
         for fds in self.open:
             for fd in fds:
                 os.close(fd)

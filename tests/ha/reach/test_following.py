@@ -176,6 +176,54 @@ def test_it_isnt_given_what_is_the_agents(new: New, tmp_path: Path, monkeypatch:
     wait_for(lambda: said(file) == ["False"])
 
 
+def test_one_that_runs_as_another_user_is_stopped_too(new: New, tmp_path: Path) -> None:
+    file = tmp_path / "said"
+    file.touch()
+    file.chmod(0o666)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    script = f"trap 'echo -one >> {file}; exit' TERM; id -un >> {file}; while :; do sleep 0.1; done"
+    following = new(FollowSettings(name="one", start=("/bin/sh", "-c", script), user="nobody", stop_s=30.0))
+    following.want(True)
+    wait_for(lambda: said(file) == ["nobody"])
+    following.want(False)
+    wait_for(lambda: following.down and said(file) == ["nobody", "-one"])
+
+
+@pytest.mark.parametrize("fault", ["user", "program", "check"])
+def test_what_cant_be_started_is_a_failure_and_no_second_copy(new: New, tmp_path: Path, fault: str) -> None:
+    file = tmp_path / "said"
+    one = settings("one", says(file, "one"), start_s=1.0, restarts=1)
+    changed = {"user": {"user": "nobody-at-all"}, "program": {"start": ("/nonexistent",)}, "check": {"check": ("/no",)}}
+    following = new(one.model_copy(update=changed[fault]))
+    following.want(True)
+    wait_for(lambda: following.trouble)
+    assert said(file).count("+one") - said(file).count("-one") <= 1
+
+
+def test_a_stop_that_hangs_ends_in_a_kill(new: New, tmp_path: Path) -> None:
+    file = tmp_path / "said"
+    following = new(settings("one", says(file, "one"), stop=("sleep", "1000"), stop_s=0.5))
+    following.want(True)
+    wait_for(lambda: following.states == {"one": "running"} and said(file))
+    following.want(False)
+    wait_for(lambda: following.down)
+    assert said(file) == ["+one"]
+
+
+def test_nothing_runs_on_when_the_agent_ends(new: New, tmp_path: Path) -> None:
+    """However long its checks take."""
+    file = tmp_path / "said"
+    following = new(
+        settings("one", says(file, "one"), check=("sleep", "2"), check_every_s=0.1),
+        settings("two", says(file, "two"), stop=("sleep", "1000")),
+    )
+    following.want(True)
+    wait_for(lambda: following.states == {"one": "running", "two": "running"} and len(said(file)) == 2)
+    following.close(1.0)
+    wait_for(lambda: not any(one.program.runs for one in following._all), "all to end")
+
+
 @pytest.mark.parametrize(
     ("follow", "why"),
     [
@@ -202,8 +250,14 @@ def test_a_unit_of_systemds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     unit = Unit("orthanc.service")
-    for state, runs in (("inactive", False), ("failed", False), ("active", True), ("activating", True)):
-        (tmp_path / "state").write_text(state + "\n")
+    for state, job, runs in (
+        ("inactive", "", False),
+        ("failed", "", False),
+        ("active", "", True),
+        ("activating", "12", True),
+        ("inactive", "12", True),  # it waits for another
+    ):
+        (tmp_path / "state").write_text(f"Job={job}\nActiveState={state}\n")
         assert unit.runs == runs
     told.write_text("")
     unit.start()

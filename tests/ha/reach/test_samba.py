@@ -36,7 +36,7 @@ def settings_in(folder: Path, **share: Any) -> Settings:
     return build(
         {
             "storage": {"state": str(folder / "state")},
-            "share": {"folder": str(folder / "share"), "mount": str(folder / "my files"), **share},
+            "share": {"folder": str(folder / "share"), "mount": str(folder / "my files"), "files": "files", **share},
         },
         "test",
     )
@@ -65,6 +65,10 @@ def test_samba_understands_every_choice(tmp_path: Path) -> None:
         share = dict(zip(CHOICES, values, strict=True))
         if share["signing"] == "required" and share["encryption"] != "desired":
             continue  # those don't touch each other
+        if share["guest"] and share["encryption"] == "required":
+            with pytest.raises(SettingsError, match="can't encrypt"):
+                settings_in(tmp_path, **share)
+            continue
         found, said = written(settings_in(tmp_path, **share))
         assert not said, share
         assert found["archive"].get("read only", "Yes") == "Yes"

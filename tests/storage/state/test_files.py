@@ -127,9 +127,10 @@ class SameAsReal(RuleBasedStateMachine):
         self.seen: dict[int, tuple[int, int, int, int]] = {}  # real inode -> real mtime, ctime, and ours
         self.fds: list[tuple[int, int]] = []  # (fd, our inode)
         self.present: list[Names] = []
-        os.umask(0)
+        self.umask = os.umask(0)
 
     def teardown(self) -> None:
+        os.umask(self.umask)
         for fd in (self.probe, *(fd for fd, _ in self.fds)):
             os.close(fd)
         shutil.rmtree(self.real)

@@ -50,7 +50,7 @@ def rejected(folder: Path) -> dict[str, str]:
     """Why, by name."""
     top = folder / REJECTED
     return {
-        str(path.relative_to(top)): path.with_name(fitting(path.name, ".txt")).read_text(encoding="utf-8")
+        str(path.relative_to(top)): path.with_name(f"{path.name}.txt").read_text(encoding="utf-8")
         for path in top.rglob("*")
         if path.is_file() and not path.is_symlink() and path.suffix != ".txt"
     }
@@ -81,7 +81,7 @@ def test_what_isnt_dicom_is_rejected_with_a_reason(gateway: Gateway, tmp_path: P
     assert inbox.turn() == 7
     assert left(folder) == set()
     why = rejected(folder)
-    assert set(why) >= {"report.pdf", "empty", "cut.dcm", "y" * 254}
+    assert set(why) >= {"report.pdf", "empty", "cut.dcm", "y" * 224}
     assert "Not a DICOM file" in why["report.pdf"] and "broken off" in why["cut.dcm"]
     assert "kept here until somebody deletes it" in why["report.pdf"]
     assert (folder / REJECTED / "link").is_symlink()
@@ -133,6 +133,81 @@ def test_a_zip_is_unpacked(gateway: Gateway, tmp_path: Path) -> None:
     assert "ZIP file in a ZIP file" in why["study.zip/inner.zip"]
     assert "max_object_bytes" in (folder / REJECTED / "study.zip" / "bomb.bin.txt").read_text()
     assert left(folder) == set() and not list(tmp_path.glob("outside*")) and not list(tmp_path.glob("evil*"))
+
+
+def test_what_was_rejected_is_never_overwritten(gateway: Gateway, tmp_path: Path) -> None:
+    """Two ZIPs of one name, files and folders of one name, a file that is called as what is said of another."""
+    folder = tmp_path / "in"
+    inbox = new_inbox(gateway, folder)
+    kept = []
+    for number in range(3):
+        with zipfile.ZipFile(folder / "export.zip", "w") as archive:
+            archive.writestr("note", b"%d" % number)
+            archive.writestr("sub/a", b"a%d" % number)
+            archive.writestr("sub\\a", b"b%d" % number)
+        kept += [b"%d" % number, b"a%d" % number, b"b%d" % number]
+        inbox.turn()
+    for name in ("scan.txt", "scan", "a" * 220 + ".txt", "folder"):
+        (folder / name).write_bytes(name.encode())
+        kept.append(name.encode())
+        inbox.turn()
+    (folder / "folder").mkdir()
+    (folder / "folder" / "in it").write_bytes(b"in it")
+    inbox.turn()
+    found = [path.read_bytes() for path in (folder / REJECTED).rglob("*") if path.is_file()]
+    assert sorted(one for one in found if not one.startswith(b"export") and b"This wasn't" not in one) == sorted(
+        [*kept, b"in it"]
+    )
+    assert sum(b"This wasn't" in one for one in found) == len(kept) + 1
+    assert left(folder) == set()
+
+
+def test_one_that_is_trouble_holds_up_no_other(
+    gateway: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "in"
+    inbox = new_inbox(gateway, folder, largest_bytes=MB)
+    image(folder, "a.dcm")
+    image(folder, "b.dcm")
+    (folder / "long").write_bytes(bytes(MB + 1))
+    looked_at = module.looked_at
+
+    def fails(path: Path) -> object:
+        if path.name == "a.dcm":
+            raise MemoryError("whatever")
+        return looked_at(path)
+
+    monkeypatch.setattr(module, "looked_at", fails)
+    assert inbox.turn() == 2
+    assert inbox.stored == 1 and [name.split("/")[-1] for name in left(folder)] == ["a.dcm"]
+    assert "max_object_bytes" in rejected(folder)["long"]
+    monkeypatch.undo()
+    assert inbox.turn() == 0  # not at once
+    wait_for(lambda: inbox.turn(), "it to be tried again")
+    assert left(folder) == set()
+
+
+def test_a_file_whose_end_was_never_written_is_rejected(gateway: Gateway, tmp_path: Path) -> None:
+    """As a client leaves it that is cut off after it has said how long the file is to be."""
+    folder = tmp_path / "in"
+    inbox = new_inbox(gateway, folder)
+    whole = image(tmp_path).read_bytes()
+    with (folder / "half.dcm").open("wb") as file:
+        file.truncate(len(whole))
+        file.write(whole[: len(whole) // 2])
+    inbox.turn()
+    assert "broken off" in rejected(folder)["half.dcm"]
+
+
+def test_nothing_is_stored_that_nobody_has_said_is(
+    gateway: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "in"
+    inbox = new_inbox(gateway, folder)
+    image(folder, "a.dcm")
+    monkeypatch.setattr(module, "bring_in", lambda *_: None)
+    assert inbox.turn() == 0
+    assert len(left(folder)) == 1
 
 
 def test_a_zip_that_cant_be_read_is_rejected_whole(gateway: Gateway, tmp_path: Path) -> None:
@@ -265,6 +340,10 @@ def test_folders_that_are_empty_for_long_go(gateway: Gateway, tmp_path: Path, mo
         ("/a/./b", "a/b"),
         ("a\\..\\b", "a/b"),
         ("..", "_"),
+        ("//a/b", "a/b"),
+        ("///a", "a"),
+        ("\\\\host\\a", "host/a"),
+        ("x" * 300, "x" * 224),
         ("", "_"),
         ("C:\\x\\y", "C:/x/y"),
     ],
@@ -276,6 +355,6 @@ def test_names_in_a_zip_lead_nowhere_else(name: str, path: str) -> None:
 def test_names_are_cut_to_what_can_be_read_over_smb() -> None:
     for name, end in (("x" * 300, ".txt"), ("ä" * 200, " (2).dcm"), ("a", ".txt"), ("\udcff" * 250, ".txt")):
         cut = fitting(name, end)
-        assert cut.endswith(end) and len(os.fsencode(cut)) <= 228
+        assert cut.endswith(end) and len(os.fsencode(cut)) <= 224
         with contextlib.suppress(UnicodeEncodeError):
             cut.encode()

@@ -11,7 +11,7 @@ import pytest
 from smbprotocol.exceptions import SMBException
 
 from tests.conftest import wait_for
-from tests.system.conftest import SYNC_S, other_than, primary_of
+from tests.system.conftest import SYNC_S, mend_disks, other_than, primary_of, volume_states
 from tests.system.smb import PASSWORD, USER, Session, SmbWriter, have_user, run
 from tests.system.test_share import mounted, same_on_both
 from tools.lab.network import inside
@@ -171,7 +171,11 @@ def test_what_was_flushed_over_smb_survives(lab: Lab, fault: str) -> None:
         lab.power_on(primary)
     lab.thaw(primary)
     wait_for(lab.in_sync, "the pair to be in sync", SYNC_S)
-    if fault != "disk":
+    if fault == "disk":
+        wait_for(lambda: any(state != "online" for state in volume_states(lab, primary)), "it to be noticed", SYNC_S)
+        mend_disks(lab)
+        wait_for(lambda: lets_in(USER, PASSWORD), "smbd to let us in", SYNC_S)
+    else:
         same_on_both(lab)
     writer.check()
 

@@ -75,7 +75,7 @@ class Following:
     @property
     def down(self) -> bool:
         """None of them runs, for certain."""
-        return not self._wanted and all(one.down for one in self._all)
+        return not self._all or (not self._wanted and all(one.down for one in self._all))
 
     @property
     def states(self) -> dict[str, str]:

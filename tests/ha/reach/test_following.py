@@ -69,6 +69,12 @@ def test_they_start_in_their_order_and_stop_in_the_opposite_one(new: New, tmp_pa
     assert following.states == {"one": "stopped", "two": "stopped"} and not following.trouble
 
 
+def test_nothing_to_follow_holds_up_nothing(new: New) -> None:
+    following = new()
+    following.want(True)
+    assert following.down and following.stop_s == 0.0 and following.states == {}
+
+
 def test_one_that_wont_stop_is_killed_with_all_it_has_started(new: New, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     script = (

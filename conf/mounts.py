@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Final
 
 FILES: Final = "fuse.tandem"  # the kind that the share's files are
+# Extended attributes of files there that aren't stored.
+OPEN: Final = "user.tandem.open"  # how often it is open
+UNWRITTEN: Final = "user.tandem.unwritten"  # whether its length was set, and its end never written: 1, or 0
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 import pyfuse3
 import structlog
 
+from conf.mounts import OPEN, UNWRITTEN
 from conf.telling import place_of
 from storage.files.share import Share
 from storage.state.file_model import ROOT, Inode
@@ -26,8 +27,6 @@ REMEMBERED_S: Final = 60.0  # by the kernel: names and attributes
 BLOCK_BYTES: Final = 512  # of st_blocks
 # smbd asks a folder for a name so, in any case (vfs_glusterfs_fuse), instead of reading all of it.
 REAL_NAME: Final = b"glusterfs.get_real_filename:"
-UNWRITTEN: Final = b"user.tandem.unwritten"  # another: its length was set, and its end never written
-OPEN: Final = b"user.tandem.open"  # an attribute of files that isn't stored: how often it is open
 IO_BYTES: Final = 1 << 20
 SELF, ABOVE = 1, 2  # positions of "." and ".." in a listing
 
@@ -191,9 +190,9 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc]
 
     @answered
     async def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
-        if name == OPEN:
+        if name == OPEN.encode():
             return str(self._share.handles(inode)).encode()
-        if name == UNWRITTEN:
+        if name == UNWRITTEN.encode():
             return b"1" if await self._share.ends_unwritten(inode) else b"0"
         if name.startswith(REAL_NAME):
             return self._share.real_name(inode, name.removeprefix(REAL_NAME)) + b"\0"

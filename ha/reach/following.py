@@ -37,7 +37,6 @@ class Followed:
     state: str = "stopped"
     why: str = ""  # it isn't well
     failures: list[float] = field(default_factory=list)  # when
-    restarts: int = 0  # since this process began
     checked_at: float = 0.0
     tried_at: float = float("-inf")
     looked_at: float = float("-inf")  # whether it is really down
@@ -182,7 +181,6 @@ class Following:
             self._end(one)
         one.state = "starting"
         if not adopted:
-            one.restarts += bool(one.failures)
             one.program.start()
         deadline = one.tried_at + one.settings.start_s
         while self._wanted:

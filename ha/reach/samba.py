@@ -13,7 +13,7 @@ from typing import Final
 
 import structlog
 
-from conf.mounts import Mount, files_at
+from conf.mounts import FILES, Mount, files_at
 from conf.settings import Settings
 
 log = structlog.get_logger()
@@ -173,7 +173,7 @@ def _part(part: str, /, **values: object) -> str:
 def _mounted(folder: Path) -> str:
     """A script that ends well once the files are there and may be written, and the folder that it is given is, too."""
     shown = str(folder).replace("\\", r"\134").replace(" ", r"\040")  # as the kernel writes it
-    looked_for = shlex.quote(f" {shown} fuse.tandem rw,")
+    looked_for = shlex.quote(f" {shown} {FILES} rw,")
     return (
         f'n=0\nuntil grep -qF {looked_for} /proc/self/mounts && [ -d "$1" ]; do\n'
         f"    n=$((n + 1)); [ $n -le {MOUNTED_TRIES} ] || exit 1; sleep 0.1\ndone\n"

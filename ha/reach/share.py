@@ -51,7 +51,7 @@ class Share:
         if self._samba is None:
             return
         self._files = None  # whoever comes now comes to what is mounted now
-        job = self._do(self._start)
+        job = self._do(self._samba.start, "smbd.not_started")
         try:
             job.result(patience_s)
         except TimeoutError:
@@ -69,9 +69,9 @@ class Share:
         self._files = files or before
         if self._samba.pid is None:
             self._restarts = [*self._restarts[-RESTARTS_MAX:], now]
-            self._do(self._start)
+            self._do(self._samba.start, "smbd.not_started")
         elif files is not None and before is not None and files.number != before.number:
-            self._do(self._let_go_of_files)
+            self._do(self._samba.let_go_of_files, "smbd.files_kept")
 
     def _sees_files(self, now: float) -> bool:
         if self._samba is not None and self._samba.files is not None:
@@ -81,7 +81,7 @@ class Share:
     def stop(self) -> None:
         """Have it stopped; doesn't wait."""
         if self._samba is not None:
-            self._do(self._stop)
+            self._do(self._samba.stop, "smbd.not_stopped")
 
     def close(self) -> None:
         """At the end of this process: wait for what was begun, within limits."""
@@ -92,27 +92,14 @@ class Share:
                 log.error("smbd.hangs")
         self._worker.shutdown(wait=False, cancel_futures=True)
 
-    def _do(self, work: Callable[[], None]) -> Future[None]:
-        self._job, self._job_began = self._worker.submit(work), time.monotonic()
+    def _do(self, work: Callable[[], None], failed: str) -> Future[None]:
+        """`failed`: what the log says if it does."""
+        self._job, self._job_began = self._worker.submit(_carried_out, work, failed), time.monotonic()
         return self._job
 
-    def _start(self) -> None:
-        try:
-            if self._samba:
-                self._samba.start()
-        except Exception as error:  # the share never takes the agent with it
-            log.error("smbd.not_started", error=str(error))
 
-    def _let_go_of_files(self) -> None:
-        try:
-            if self._samba:
-                self._samba.let_go_of_files()
-        except Exception as error:
-            log.error("smbd.files_kept", error=str(error))
-
-    def _stop(self) -> None:
-        try:
-            if self._samba:
-                self._samba.stop()
-        except Exception as error:
-            log.error("smbd.not_stopped", error=str(error))
+def _carried_out(work: Callable[[], None], failed: str) -> None:
+    try:
+        work()
+    except Exception as error:  # the share never takes the agent with it
+        log.error(failed, error=str(error))

@@ -99,7 +99,7 @@ class ShareUsers:
 
     def _account(self, name: str, uid: int) -> int:
         try:
-            return _uid_of(name)
+            return uid_of(name)
         except KeyError:
             pass
         # What its files are belongs to the gateway's user: the account has a number, and nothing else.
@@ -110,7 +110,7 @@ class ShareUsers:
             _run(*made)
         except subprocess.SubprocessError:
             try:
-                return _uid_of(name)  # somebody else has just made it
+                return uid_of(name)  # somebody else has just made it
             except KeyError:
                 pass
             raise
@@ -160,7 +160,7 @@ class ShareUsers:
         self._said[name] = why
 
 
-def _uid_of(name: str) -> int:
+def uid_of(name: str) -> int:
     """Raises KeyError for one that isn't there, OSError for one of the system's own."""
     uid = pwd.getpwnam(name).pw_uid
     if uid < SYSTEM_UIDS:

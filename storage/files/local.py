@@ -42,6 +42,17 @@ def has_files(volume: Path) -> bool:
     return any(files for _, _, files in os.walk(volume / FOLDER))
 
 
+def ends_in_hole(fd: int) -> bool:
+    """The last of a file was never written, though its length was set. Raises OSError."""
+    last = os.fstat(fd).st_size - HOLE_BYTES
+    try:
+        return last > 0 and os.lseek(fd, last, os.SEEK_DATA) < 0
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # no data from there on
+            return True
+        raise
+
+
 @dataclass
 class LocalFile:
     """See `StoredFile`. `named`: its name is durable."""
@@ -72,13 +83,7 @@ class LocalFile:
         return status.st_size, status.st_mtime_ns
 
     def ends_unwritten(self) -> bool:
-        last = os.fstat(self.fd).st_size - HOLE_BYTES
-        try:
-            return last > 0 and os.lseek(self.fd, last, os.SEEK_DATA) < 0
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # no data from there on
-                return True
-            raise
+        return ends_in_hole(self.fd)
 
     def truncate(self, size: int) -> None:
         os.ftruncate(self.fd, size)

@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import wait_for
 from tests.system.conftest import SYNC_S, other_than, primary_of
-from tools.lab.network import NODES, LabError
+from tools.lab.network import LabError
 from tools.lab.pair import Lab
 
 BLOCK = 1 << 20
@@ -35,12 +35,6 @@ def mounted(lab: Lab, node: str, *, writable: bool = False) -> Path:
     return path
 
 
-def caught_up(lab: Lab) -> bool:
-    """By both nodes' words: the standby's rows are half a second behind."""
-    found = [lab.node_status(node) for node in NODES]
-    return all(one and not one["files"]["single_copy"] and not one["files"]["dirty"] for one in found)
-
-
 def copies(lab: Lab, node: str) -> dict[str, set[bytes]]:
     """All bytes of the share as they lie on a node's disks, by inode number: one made again after a disk was lost has
     another name, and an old one is removed later. Not those that are empty: one may have been about to be made when
@@ -59,7 +53,7 @@ def differing(lab: Lab) -> list[str]:
 
 
 def same_on_both(lab: Lab) -> None:
-    wait_for(lambda: caught_up(lab), "every file to be on both nodes", SYNC_S)
+    wait_for(lab.files_complete, "every file to be on both nodes", SYNC_S)
     try:
         wait_for(lambda: not differing(lab), "the copies to be the same", SYNC_S)
     except AssertionError as error:

@@ -247,9 +247,7 @@ def _servers(base: Path, gluster: bool) -> Iterator[list[Server]]:
     try:
         lab.up(5.0, 1)
         node = str(lab.primary())
-        argv, environment = lab.command(node, ["tandem", "share", "user", "add", USER])
-        given = f"{PASSWORD}\n{PASSWORD}\n"
-        subprocess.run(argv, env=environment, input=given, text=True, check=True, capture_output=True)
+        lab.add_user(USER, PASSWORD)
         (base / "plain").mkdir()
         found = [
             Server("Tandem", VIP, SMB_PORT, FILES_SHARE),

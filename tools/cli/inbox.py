@@ -7,7 +7,6 @@ next one goes on with what lies aside: the same bytes twice are stored once.
 """
 
 import contextlib
-import errno
 import itertools
 import os
 import signal
@@ -17,7 +16,7 @@ import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -25,8 +24,9 @@ from typing import Final
 import click
 import structlog
 
-from conf.mounts import files_at
+from conf.mounts import OPEN, UNWRITTEN, files_at
 from conf.settings import Settings
+from storage.files.local import ends_in_hole
 from tools.cli.dicom_files import MediaDirectory, NotAnInstance, is_cut_short
 from tools.cli.exits import EXIT_CONFIG
 from tools.cli.importing import Fate, Nowhere, Target, Unreachable, bring_in
@@ -38,9 +38,6 @@ REJECTED: Final = "rejected"
 RECYCLED: Final = ".recycle"  # what a client has deleted, by a module of smbd's
 TAKEN: Final = ".taken"  # what is being stored: nobody else touches it
 CALLING: Final = "INBOX"
-OPEN: Final = "user.tandem.open"  # how often a file of the share is open
-UNWRITTEN: Final = "user.tandem.unwritten"  # its end was never written, but its length set
-HOLE_BYTES: Final = 4096  # what is looked at of the end
 LOOK_S: Final = 1.0
 PATIENCE_S: Final = 10.0  # for a primary to answer
 FOLDER_QUIET_S: Final = 60.0  # an empty folder is removed after this: whoever copies a tree makes its folders first
@@ -82,9 +79,12 @@ class Inbox:
         self._taken.mkdir(exist_ok=True)
         before = self.stored + self.rejected
         self._seen_now = set()
-        left_over = [path for path in self._below(self._taken) if self._is_at_rest(path)]
-        found = [path for path in self._below(self._folder) if self._is_at_rest(path)]
-        self._remove_empty_folders()
+        files_aside, folders_aside = self._below(self._taken)
+        files, folders = self._below(self._folder)
+        left_over = [path for path in files_aside if self._is_at_rest(path)]
+        found = [path for path in files if self._is_at_rest(path)]
+        remove_if_empty(folders_aside)
+        remove_if_empty(path for path in folders if self._is_at_rest(path))
         self._seen = {path: seen for path, seen in self._seen.items() if path in self._seen_now}
         self._later = {path: when for path, when in self._later.items() if path in self._seen_now}
         self._settle([(path, Path(*path.relative_to(self._taken).parts[1:])) for path in left_over[:AT_ONCE]])
@@ -93,9 +93,9 @@ class Inbox:
 
     # -- what is to be taken -----------------------------------------------------------------------------------
 
-    def _below(self, top: Path, *, folders: bool = False) -> Iterator[Path]:
-        """All files there, or all folders, those in them first."""
-        left, found = [top], list[Path]()
+    def _below(self, top: Path) -> tuple[list[Path], list[Path]]:
+        """All files there, and all folders, those in them first."""
+        left, files, folders = [top], list[Path](), list[Path]()
         while left:
             folder = left.pop()
             for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
@@ -103,11 +103,10 @@ class Inbox:
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     left.append(Path(entry.path))
-                    found.append(left[-1])
-                elif not folders:
-                    yield Path(entry.path)
-        if folders:
-            yield from reversed(found)
+                    folders.append(left[-1])
+                else:
+                    files.append(Path(entry.path))
+        return files, folders[::-1]
 
     def _is_at_rest(self, path: Path) -> bool:
         """It was the same for long enough: by our own clock, since times are whoever's who set them."""
@@ -233,7 +232,7 @@ class Inbox:
         said = f"{name}\n\nThis wasn't taken into the archive. {why}\n\nIt is kept here until somebody deletes it.\n"
         beside = to.with_name(f".why-{os.getpid()}")
         beside.write_bytes(said.replace("\n", "\r\n").encode("utf-8", "replace"))  # for Windows' Notepad, too
-        os.rename(beside, to.with_name(f"{to.name}.txt"))
+        os.rename(beside, saying(to))
         self.rejected += 1
         log.warning("inbox.rejected", file=str(name), why=why)
 
@@ -247,7 +246,7 @@ class Inbox:
 
     def _place(self, folder: Path, name: str) -> Path:
         """A free one, for a file and what is said of it."""
-        return next(one for one in others(folder, name) if is_free(one) and is_free(one.with_name(f"{one.name}.txt")))
+        return next(one for one in others(folder, name) if is_free(one) and is_free(saying(one)))
 
     # -- ZIP files ---------------------------------------------------------------------------------------------
 
@@ -305,14 +304,11 @@ class Inbox:
                 unpack(archive, member, to)
             self._explain(to, name / inside, why)
 
-    def _remove_empty_folders(self) -> None:
-        for folder in self._below(self._taken, folders=True):
-            with contextlib.suppress(OSError):  # it isn't empty
-                folder.rmdir()
-        for folder in self._below(self._folder, folders=True):
-            if self._is_at_rest(folder):
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+
+def remove_if_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):  # it isn't empty
+            folder.rmdir()
 
 
 class Gathered(Nowhere):
@@ -349,6 +345,11 @@ def others(folder: Path, name: str) -> Iterator[Path]:
         yield folder / fitting(stem, f" ({number}){suffix}")
 
 
+def saying(place: Path) -> Path:
+    """Where it is said why something is there."""
+    return place.with_name(f"{place.name}{SAID}")
+
+
 def is_free(path: Path) -> bool:
     return not os.path.lexists(path)
 
@@ -381,12 +382,10 @@ def has_unwritten_end(path: Path) -> bool:
     except OSError:
         pass
     with path.open("rb") as file:  # not on the share
-        size = os.fstat(file.fileno()).st_size
-        last = max(0, size - HOLE_BYTES)
         try:
-            return size > HOLE_BYTES and os.lseek(file.fileno(), last, os.SEEK_DATA) < 0
-        except OSError as error:
-            return error.errno == errno.ENXIO  # no data behind
+            return ends_in_hole(file.fileno())
+        except OSError:
+            return False
 
 
 def is_open(path: Path) -> bool:

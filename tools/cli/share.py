@@ -1,7 +1,6 @@
 """`tandem share user ...`: who may use the share over SMB."""
 
 import getpass
-import pwd
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from tools.cli.options import Failure, config_option, json_option, settings_of
 from tools.cli.say import say
 
 KNOWN_WITHIN_S: Final = 15.0  # by smbd, after the log has it
-SYSTEM_UIDS: Final = 1000
 
 name_argument = click.argument("name")
 
@@ -43,11 +41,14 @@ def add(config: Path | None, name: str, as_json: bool) -> None:
     if not USER_NAME.fullmatch(name):
         hint = "small letters, digits, - and _, 32 at most, a letter first; clients may write it in any case"
         raise Failure(f"{name!r} can't be the name of a user: {hint}", EXIT_CONFIG)
+    from ha.reach.share_users import uid_of
+
     try:
-        if pwd.getpwnam(name).pw_uid < SYSTEM_UIDS:
-            raise Failure(f"{name} is an account of the system: choose another name", EXIT_CONFIG)
+        uid_of(name)
     except KeyError:
-        pass
+        pass  # it is made
+    except OSError as error:
+        raise Failure(f"{error.strerror}: choose another name", EXIT_CONFIG) from None
     _set(config, name, as_json, is_new=True)
 
 

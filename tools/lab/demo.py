@@ -157,14 +157,6 @@ class OldPacs:
         return {path.name: path.read_bytes() for path in fetched.iterdir()}
 
 
-def add_user(lab: Lab) -> None:
-    argv, environment = lab.command(lab.primary() or "a", ["tandem", "share", "user", "add", USER])
-    given = f"{PASSWORD}\n{PASSWORD}\n"
-    done = subprocess.run(argv, env=environment, input=given, capture_output=True, text=True)
-    if done.returncode:
-        raise LabError(f"tandem share user add: {done.stderr.strip()}")
-
-
 def compare_kept(pacs: OldPacs, node: str, report: Report) -> None:
     kept = pacs.kept()
     bad = [name for name, data in pacs.stored.items() if kept.get(name) != data]
@@ -174,12 +166,7 @@ def compare_kept(pacs: OldPacs, node: str, report: Report) -> None:
 
 def compare_files(lab: Lab, pacs: OldPacs, report: Report) -> None:
     """As both nodes show them."""
-
-    def complete() -> bool:
-        found = [lab.node_status(node) for node in ("a", "b")]
-        return all(one and not one["files"]["single_copy"] and not one["files"]["dirty"] for one in found)
-
-    wait_for("both nodes to have every file", complete, SYNC_TIMEOUT_S)
+    wait_for("both nodes to have every file", lab.files_complete, SYNC_TIMEOUT_S)
     bad = [
         (node, name)
         for node in ("a", "b")
@@ -296,7 +283,7 @@ def demo(lab: Lab, folder: Path, report: Report) -> None:
     share(lab, folder, modality, report)
     pacs = OldPacs(lab, folder / "pacs") if can_mount() else None
     if pacs is not None:
-        add_user(lab)
+        lab.add_user(USER, PASSWORD)
     with pacs.at_work() if pacs is not None else contextlib.nullcontext():
         lost = power_pulled(lab, folder, modality, report)
     survivor = "b" if lost == "a" else "a"

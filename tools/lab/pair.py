@@ -318,6 +318,14 @@ class Lab:
         """Have a node's gateway carry out an order. Raises OSError or OrderFailed."""
         return order(self.node_dir(node) / "run" / f"{node}.sock", name, given)
 
+    def add_user(self, name: str, password: str) -> None:
+        """Let somebody use the share. Raises LabError."""
+        argv, environment = self.command(self.primary() or NODES[0], ["tandem", "share", "user", "add", name])
+        given = f"{password}\n" * 2
+        done = subprocess.run(argv, env=environment, input=given, capture_output=True, text=True)
+        if done.returncode:
+            raise LabError(f"tandem share user add: {done.stderr.strip()}")
+
     def replace_disk(self, node: str, number: int) -> None:
         """An empty disk in the place of a dead one, taken into service."""
         point = self.disks(node).replace(number)
@@ -423,6 +431,11 @@ class Lab:
         found = [self.node_status(node) for node in NODES]
         same = len({status and status["instances"] for status in found}) == 1
         return _are_in_sync(found) and same and all(status and status["healing"]["missing"] == 0 for status in found)
+
+    def files_complete(self) -> bool:
+        """By both nodes' words each holds every file of the share: the standby's rows are half a second behind."""
+        found = [self.node_status(node) for node in NODES]
+        return all(one and not one["files"]["single_copy"] and not one["files"]["dirty"] for one in found)
 
     def wait_in_sync(self, timeout_s: float) -> None:
         wait_for(f"the pair to be in sync (logs in {self.dir}/NODE/log)", self.in_sync, timeout_s)

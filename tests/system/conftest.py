@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,12 +44,17 @@ def running_lab() -> Iterator[Lab]:
         lab.up(TTL_S, VOLUMES, DISK_MB)  # real file systems: cut power loses what wasn't synced
         yield lab
     finally:
-        failed = os.environ.get("TANDEM_TEST_LOGS")
-        if failed:
-            for node in NODES:
-                shutil.copytree(lab.node_dir(node) / "log", Path(failed) / node, dirs_exist_ok=True)
+        keep_logs(lab, "last")
         lab.down(keep_data=False)
         shutil.rmtree(base, ignore_errors=True)
+
+
+def keep_logs(lab: Lab, name: str) -> None:
+    """For who looks for what a test has found: what the nodes have said goes to $TANDEM_TEST_LOGS."""
+    folder = os.environ.get("TANDEM_TEST_LOGS")
+    if folder:
+        for node in NODES:
+            shutil.copytree(lab.node_dir(node) / "log", Path(folder) / name / node, dirs_exist_ok=True)
 
 
 @pytest.fixture
@@ -83,6 +89,7 @@ def heal(lab: Lab) -> None:
 
 def renew(lab: Lab) -> None:
     """A lab with nothing in it, for a test that loses both copies of what others have stored."""
+    keep_logs(lab, f"before-{time.time():.0f}")
     lab.down(keep_data=False)
     lab.dir.mkdir(exist_ok=True)
     lab.up(TTL_S, VOLUMES, DISK_MB)

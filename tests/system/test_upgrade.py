@@ -49,7 +49,7 @@ def upgrade(lab: Lab, node: str, writer: Writer, *, state: bool) -> None:
     """`state`: it stays away for so long that it takes the other one's state."""
     count = taken(lab, node)
     lab.power_off(node)
-    lab.use_version(node, None)
+    lab.use_version(node, None, files=False)
     writer.wait_for_more(far_behind(lab) if state else 10)
     lab.power_on(node)
     wait_for(lab.in_sync, "the pair to be in sync", SYNC_S)

@@ -135,10 +135,10 @@ class Lab:
         if tls:
             self.issue_certificates()
         for node in NODES:
-            self._write_node(node, ttl_s, volumes, tls)
+            self.disks(node).create(volumes)
         self._write_processes(tls)
         for node in NODES:
-            self.use_version(node, version)
+            self.use_version(node, version, files=version is None and can_mount())
         for member in MEMBERS:
             self._start(member)
         self.wait_in_sync(UP_TIMEOUT_S)
@@ -207,28 +207,30 @@ class Lab:
         for member in MEMBERS:
             self.authority.issue(self.node_dir(member) / "tls", member, lab_network.addresses_of(member))
 
-    def _write_node(self, node: str, ttl_s: float, volumes: int, tls: bool) -> None:
+    def _write_config(self, node: str, files: bool) -> None:
+        """`files`: the share's are mounted; a version that doesn't know any refuses to hear of them."""
+        settings = self.settings()
         folder = self.node_dir(node)
         peer = "b" if node == "a" else "a"
-        self.disks(node).create(volumes)
-        paths = ", ".join(f'"{folder / "volumes" / f"disk{number}"}"' for number in range(1, volumes + 1))
-        scheme = "https" if tls else "http"
+        numbers = range(1, settings["volumes"] + 1)
+        paths = ", ".join(f'"{folder / "volumes" / f"disk{number}"}"' for number in numbers)
+        scheme = "https" if settings["tls"] else "http"
         etcd = ", ".join(f'"{scheme}://{ADDRESSES[member]}:2379"' for member in _own_first(node))
-        files = ", ".join(f'{key} = "{folder / "tls" / name}"' for key, name in CERTIFICATES.items())
+        tls = ", ".join(f'{key} = "{folder / "tls" / name}"' for key, name in CERTIFICATES.items())
+        mount = f'mount = "{self.files(node)}"\nfiles = "{FILES_SHARE}"\n' if files else ""
         self.config(node).write_text(
             f'[node]\nname = "{node}"\nrun_dir = "{folder / "run"}"\n\n'
             f'[dicom]\naet = "{AET}"\nport = {DICOM_PORT}\n'
             f'destinations = {{ VIEWER = {{ host = "{ADDRESSES["client"]}", port = {VIEWER_PORT} }} }}\n\n'
             f'[storage]\nstate = "{folder / "state"}"\nvolumes = [{paths}]\nreserve_bytes = {64 << 20}\n\n'
             f'[cluster]\nname = "lab"\naddress = "{PRIVATE[node]}"\npeer = "{peer}"\n'
-            f'peer_address = "{PRIVATE[peer]}"\netcd = [{etcd}]\nlease_ttl_s = {float(ttl_s)}\n'
+            f'peer_address = "{PRIVATE[peer]}"\netcd = [{etcd}]\nlease_ttl_s = {float(settings["ttl_s"])}\n'
             f"state_after = {STATE_AFTER}\n"
             f'links = [{{ address = "{ADDRESSES[node]}", peer_address = "{ADDRESSES[peer]}" }}]\n'
             f'vips = ["{VIP}/{SUBNET.prefixlen}", "{VIP6}/{SUBNET6.prefixlen}", '
             f'{{ address = "{READ_VIP}/{SUBNET.prefixlen}", prefer = "standby" }}]\n'
-            + (f"tls = {{ {files} }}\n\n" if tls else "\n")
-            + f'[share]\nenabled = true\nguest = true\nfolder = "{folder / "share"}"\nmount = "{self.files(node)}"\n'
-            f'files = "{FILES_SHARE if can_mount() else ""}"\n\n'
+            + (f"tls = {{ {tls} }}\n\n" if settings["tls"] else "\n")
+            + f'[share]\nenabled = true\nguest = true\nfolder = "{folder / "share"}"\n{mount}\n'
             f"[http]\nport = {HTTP_PORT}\n\n"
             f'[alerts]\ncommand = ["sh", "-c", "cat >> {folder}/alerts.jsonl; echo >> {folder}/alerts.jsonl"]\n'
             f"settle_s = 2.0\n"
@@ -255,8 +257,10 @@ class Lab:
             }
             (folder / "processes.json").write_text(json.dumps(commands, indent=1))
 
-    def use_version(self, node: str, version: Path | None) -> None:
-        """A node runs this source tree, or ours, from the next time on that it is powered on."""
+    def use_version(self, node: str, version: Path | None, *, files: bool = can_mount()) -> None:
+        """A node runs this source tree, or ours, from the next time on that it is powered on. `files`: and mounts the
+        share's; whose peer has them in its log is not followed by a version that doesn't know any."""
+        self._write_config(node, files)
         processes = self.node_dir(node) / "processes.json"
         commands = json.loads(processes.read_text())
         tandem = [*(("env", f"PYTHONPATH={version}") if version else ()), sys.executable, "-m", "tools"]
@@ -264,7 +268,7 @@ class Lab:
             commands[name] = [*tandem, name, "--config", str(self.config(node))]
         for name in ("mount", "inbox"):
             commands.pop(name, None)
-        if version is None and can_mount():
+        if files:
             self.files(node).mkdir(exist_ok=True)
             commands["mount"] = [*tandem, "mount", str(self.files(node)), "--config", str(self.config(node))]
             commands["inbox"] = [*tandem, "inbox", "--config", str(self.config(node))]

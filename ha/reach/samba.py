@@ -1,6 +1,8 @@
 """Runs the distribution's smbd where the virtual address is. A restarted agent finds it by its pid file."""
 
+import contextlib
 import hashlib
+import json
 import os
 import pwd
 import select
@@ -9,7 +11,7 @@ import signal
 import subprocess
 from importlib.resources import files
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
@@ -74,14 +76,25 @@ class Samba:
         log.info("smbd.stopped")
 
     def let_go_of_files(self) -> None:
-        """Have those connected to the files connect anew: what they had open was in a mount that is no more."""
-        for name in (self._settings.share.files, self._settings.share.takes_in):
-            if name:
-                self._run("smbcontrol", f"--configfile={self.config}", "smbd", "close-share", name)
+        """Have those connected to the files connect anew: what they had open was in a mount that is no more. Their
+        connections are ended: `close-share` leaves requests that are under way without an answer, and who waits for one
+        waits for ever. Raises OSError, subprocess.SubprocessError or ValueError."""
+        shares = {self._settings.share.files, self._settings.share.takes_in}
+        for one in self._listed("--shares", "tcons"):
+            if one["service"] in shares:
+                end_connection(one)
         log.info("smbd.files_anew")
 
-    def _run(self, *command: str) -> None:
-        subprocess.run(command, check=True, capture_output=True, timeout=START_TIMEOUT_S)
+    def sessions(self) -> list[dict[str, Any]]:
+        """As smbstatus(1) lists them. Raises OSError, subprocess.SubprocessError or ValueError."""
+        return self._listed("--processes", "sessions")
+
+    def _listed(self, what: str, key: str) -> list[dict[str, Any]]:
+        shown = self._run("smbstatus", f"--configfile={self.config}", what, "--json")
+        return list(json.loads(shown).get(key, {}).values())
+
+    def _run(self, *command: str) -> str:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=START_TIMEOUT_S).stdout
 
     # -- configuration -----------------------------------------------------------------------------------------
 
@@ -202,3 +215,9 @@ def _signal_group(pid: int, number: int) -> None:
             os.kill(pid, number)
         except ProcessLookupError:
             return
+
+
+def end_connection(row: dict[str, Any]) -> None:
+    """End the process of smbd that serves a client, by what smbstatus(1) says of it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(row["server_id"]["pid"]), signal.SIGTERM)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Final
 
 import structlog
@@ -71,7 +72,14 @@ class Share:
             self._restarts = [*self._restarts[-RESTARTS_MAX:], now]
             self._do(self._samba.start, "smbd.not_started")
         elif files is not None and before is not None and files.number != before.number:
-            self._do(self._samba.let_go_of_files, "smbd.files_kept")
+            self._do(partial(self._let_go_of_files, self._samba, before), "smbd.files_kept")
+
+    def _let_go_of_files(self, samba: Samba, before: Mount) -> None:
+        try:
+            samba.let_go_of_files()
+        except BaseException:
+            self._files = before  # once more
+            raise
 
     def _sees_files(self, now: float) -> bool:
         if self._samba is not None and self._samba.files is not None:

@@ -5,11 +5,8 @@ and does all work as the gateway's. What a removed user has open is ended.
 """
 
 import asyncio
-import contextlib
-import json
 import os
 import pwd
-import signal
 import subprocess
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,7 +14,7 @@ from typing import Any, Final
 import structlog
 
 from conf.settings import Settings
-from ha.reach.samba import Samba, passwords_of
+from ha.reach.samba import Samba, end_connection, passwords_of
 from storage.control import NT_HASH, USER_NAME
 from storage.control_client import order
 
@@ -131,11 +128,9 @@ class ShareUsers:
         samba = Samba(self._settings)
         if samba.pid is None:
             return
-        shown = _run("smbstatus", f"--configfile={samba.config}", "--processes", "--json")
-        for session in json.loads(shown).get("sessions", {}).values():
+        for session in samba.sessions():
             if int(session["uid"]) in uids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(session["server_id"]["pid"]), signal.SIGTERM)
+                end_connection(session)
 
     def _known(self) -> dict[str, int]:
         """uid by name, as smbd has them now."""

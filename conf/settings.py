@@ -20,6 +20,7 @@ AETitle = Annotated[str, Field(min_length=1, max_length=16, pattern=r"^[\x21-\x5
 ShareName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")]
 Port = Annotated[int, Field(ge=1, le=65535)]
 FolderPath = Annotated[Path, Field(strict=False)]
+SharedFolder = Annotated[str, Field(pattern=r"^/")]  # of the share's files, from their topmost folder
 Seconds = Annotated[float, Field(gt=0)]
 
 
@@ -248,6 +249,10 @@ class ShareSettings(Section):
     inbox: str = Field(
         "inbox", pattern=r"^[A-Za-z0-9_-]{0,40}$", description="Folder of files that is taken in, and share"
     )
+    index: tuple[SharedFolder, ...] = Field(
+        ("/",), strict=False, description="Folders of the files whose DICOM files are in the catalogue where they lie"
+    )
+    index_not: tuple[SharedFolder, ...] = Field((), strict=False, description="Folders below these that aren't")
     mount: FolderPath = Field(Path("/srv/tandem-files"), description="Where `tandem mount` shows the files")
     port: Port = Field(445, description="TCP port of SMB")
     netbios_name: str = Field("TANDEM", pattern=r"^[A-Z0-9-]{1,15}$", description="Server name shown to clients")

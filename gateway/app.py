@@ -16,6 +16,7 @@ import uvloop
 from conf.notify import keep_alive, notify
 from conf.settings import Settings
 from conf.telling import place_of, set_level
+from gateway.archive.indexing import Indexing
 from gateway.dimse.reoffer import Offering
 from gateway.dimse.server import DicomServer
 from gateway.health import Health
@@ -69,6 +70,7 @@ async def _main(settings: Settings, read_again: Callable[[], Settings]) -> int:
     health = Health(store, settings.http, meter, server.queues, addresses)
     await health.start()
     server.spawn(Offering(store, settings).run())
+    server.spawn(Indexing(store, settings.share, lambda: server.settings).run())
     engine.fatal.add_done_callback(lambda _: stop.set())
     server.spawn(keep_alive())
     notify("READY=1")

@@ -29,8 +29,9 @@ from storage.replication.peering import Peering
 from storage.replication.pending import Pending, Pendings
 from storage.replication.replica import Replica
 from storage.state.catalogue import Catalogue
+from storage.state.file_images import is_of_file
 from storage.state.file_model import Change
-from storage.state.model import Delete, Entry, Files, Forget, Operation, Put, Task, TaskDone
+from storage.state.model import Delete, Entry, Files, Forget, IndexFile, Operation, Put, Task, TaskDone
 from storage.workers import Threads
 
 COMMIT_S: Final = 60.0  # longer than any change of the in-sync set takes
@@ -124,7 +125,7 @@ class Ingest:
         """Commit a change that brings no bytes; returns when both nodes will carry it out. Raises NotServing."""
         await self.propose(operation).committed()
 
-    def propose(self, operation: Delete | Task | TaskDone | Forget | Files) -> "Proposal":
+    def propose(self, operation: Delete | Task | TaskDone | Forget | Files | IndexFile) -> "Proposal":
         """Put a change that brings no bytes behind all others in the log. Raises NotServing."""
         if not self._duty.may_serve:
             raise NotServing("not the primary")
@@ -140,6 +141,10 @@ class Ingest:
             raise NotServing(f"node {core.peer} runs a version that doesn't know the share's files: upgrade it")
         core.need(KNOWS_FILES)
         return self.propose(Files(change))
+
+    async def index_file(self, operation: IndexFile) -> None:
+        """Have both nodes know what a file of the share is. Raises NotServing."""
+        await self.propose(operation).committed()
 
     async def put(self, upload: Upload, make: Callable[[bytes, int], Put]) -> bool:
         """Commit a finished object. `make(digest, length)` gives its record.
@@ -194,7 +199,7 @@ class Ingest:
             known, seq = pending.entry.operation, pending.entry.seq
         else:
             found = self._catalogue.instance(put.sop_instance)
-            if found is None:
+            if found is None or is_of_file(found.seq):  # what lies in a file of the share may be gone any moment
                 return None
             known, seq = found.put, found.seq
         return None if self._pendings.deletes(known, seq) else (known, seq)

@@ -14,6 +14,7 @@ from storage.ingest import Ingest
 from storage.journal import Journal
 from storage.log.log import Log
 from storage.objects.copies import Copies
+from storage.objects.file_copies import FileCopies
 from storage.objects.lookups import Lookups
 from storage.objects.reading import Reading
 from storage.objects.view import Showing
@@ -33,6 +34,7 @@ from storage.replication.replica import Replica
 from storage.replication.state_transfer import StateGiver, StateTaker
 from storage.replication.transmitting import Transmitting
 from storage.state.catalogue import Batch, Catalogue
+from storage.state.file_images import file_of, is_of_file
 from storage.state.model import Entry, Forget, Put
 from storage.upkeep.disks import DiskWatch
 from storage.upkeep.forgetting import Forgetting
@@ -89,7 +91,8 @@ class Parts:
             clock=self.clock,
         )
         self.lookups = Lookups(*kept, self.asking, storage.hang_s)
-        self.copies = Copies(*kept, self.disk, self._pendings, self._is_awaited)
+        self.file_copies = FileCopies(*kept, self.settings.node.name)
+        self.copies = Copies(*kept, self.disk, self._pendings, self._is_awaited, self.file_copies.instance)
         self.peering = self._new_peering(around.networks)
         self.follower = Follower(self.peering, self.journal, *kept, self.disk, self._stuck)
         self.transmitting = Transmitting(
@@ -145,7 +148,7 @@ class Parts:
 
     def _furnish_upkeep(self) -> None:
         storage, kept = self.settings.storage, (self.catalogue, self.volumes)
-        self.reading = Reading(self.copies, self.healing.now, self.disk, storage.hang_s)
+        self.reading = Reading(self.copies, self._remake, self.disk, storage.hang_s)
         self.disks = DiskWatch(
             self.volumes,
             self.disk,
@@ -260,6 +263,13 @@ class Parts:
             from_log=self._from_log,
             look=self._look,
         )
+
+    async def _remake(self, seq: int) -> None:
+        """A copy isn't good: of an entry it is made again now, of a file of the share soon."""
+        if not is_of_file(seq):
+            await self.healing.now(seq)
+        elif await self.disk.run(self.copies.good, seq) is False:
+            self._files_lost([file_of(seq)])
 
     def _from_log(self, seq: int) -> tuple[Put, bytes] | None:
         """An entry's bytes that are on no volume yet, or not any more. Blocks."""

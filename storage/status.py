@@ -81,10 +81,11 @@ def node_status(engine: Engine) -> dict[str, Any]:
 
 
 def _files(engine: Engine) -> dict[str, int]:
-    """Of the share: how many there are, how many are being written to, and how many one of the nodes lacks."""
+    """Of the share: how many there are, how many are being written to, how many one of the nodes lacks; how many are to
+    be looked at, are DICOM instances, and of these have their instance elsewhere, too."""
+    rows = {"count": "file_inodes", "dirty": "file_dirty", "single_copy": "file_lacking"}
     with engine.catalogue.kv.read() as txn:
-        rows = {"count": "file_inodes", "dirty": "file_dirty", "single_copy": "file_lacking"}
-        return {name: txn.count(table) for name, table in rows.items()}
+        return {name: txn.count(table) for name, table in rows.items()} | engine.file_copies.counts()
 
 
 def _taking(taker: StateTaker) -> dict[str, Any] | None:

@@ -6,15 +6,18 @@ committed and visible; anything else is an exception. Reading: `settled()` and t
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from storage.engine import Engine
 from storage.ingest import Conflict, NotServing
+from storage.objects.file_copies import data_digests
 from storage.objects.reading import Source, Unavailable
 from storage.objects.upload import Upload
 from storage.objects.volume import NoRoom
 from storage.replication.peering import FetchFailed
-from storage.state.model import Instance, Put, Task, TaskDone
+from storage.state.file_images import Unlooked, is_of_file
+from storage.state.model import IndexFile, Instance, Put, Task, TaskDone
 from storage.state.rows import Identity, SeriesRow, StudyRow, belongs, identity_of, same_patient
 from storage.status import mode, node_status
 from storage.upkeep.quarantine import DIVERGED, amend, kept, purge
@@ -30,6 +33,7 @@ __all__ = [
     "Store",
     "StudyRow",
     "Unavailable",
+    "Unlooked",
     "Upload",
     "belongs",
     "identity_of",
@@ -204,9 +208,12 @@ class Store:
 
     async def proven(self, instances: Sequence[Instance]) -> set[str]:
         """The SOP Instance UIDs of those whose copies, on each node, were read now and are what was stored. A bad copy
-        is made again meanwhile."""
+        is made again meanwhile. What lies in a file of the share nobody can promise to keep."""
         engine = self._engine
+        instances = [instance for instance in instances if not is_of_file(instance.seq)]
         seqs = tuple(instance.seq for instance in instances)
+        if not seqs:
+            return set()
         try:
             theirs = await engine.peering.listing(0, read=True, only=seqs) if engine.core.peer else None
         except FetchFailed:
@@ -222,6 +229,31 @@ class Store:
             else:
                 engine.peering.suspect(instance.seq)
         return found
+
+    # -- what lies in the share's files ------------------------------------------------------------------------
+
+    async def unlooked(self, limit: int, after: int = 0) -> list[Unlooked]:
+        """Files of the share that were written and closed, and of which nobody has said yet what they are; of the inode
+        numbers behind one."""
+        return await self.run(self._engine.file_copies.unlooked, limit, after)
+
+    async def shared_folder(self, path: str) -> int | None:
+        """The inode number of a folder of the share, None if there is none."""
+        return await self.run(self._engine.file_copies.folder, path)
+
+    async def shared_file(self, number: int) -> Path | None:
+        """Where this node's copy of a file of the share lies, None if it holds none now."""
+        found = await self.run(self._engine.file_copies.find, number)
+        return found[0].path / found[1] if found else None
+
+    async def digests(self, path: Path, start: int, feed: Callable[[bytes], None]) -> tuple[bytes, bytes, int]:
+        """(digest, digests of its blocks, length of the file) of the data set that begins at byte `start` of a file.
+        `feed` is given all of it, in a thread. Raises OSError."""
+        return await self.run(data_digests, path, start, feed)
+
+    async def index_file(self, file: Unlooked, put: Put | None) -> None:
+        """Say what a file is: an instance, or none. It counts if the file is still as it was. Raises NotServing."""
+        await self._engine.ingest.index_file(IndexFile(file.number, file.since, put))
 
     # -- what diverged -----------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from storage.objects.volume import Volume, set_aside
 from storage.objects.volumes import Volumes
 from storage.replication.pending import Pendings
 from storage.state.catalogue import Catalogue, same_copy
+from storage.state.file_images import is_of_file
 from storage.state.model import Entry, Location, Put, Void
 from storage.workers import Threads
 
@@ -36,10 +37,12 @@ class Copies:
         workers: Threads,
         pendings: Pendings,
         awaited: Callable[[Entry], bool],
+        of_file: Callable[[int], tuple[Volume, str, Put] | None] = lambda seq: None,
     ) -> None:
-        """`awaited(entry)`: it isn't committed, and a sender may still hear of Success once it is."""
+        """`awaited(entry)`: it isn't committed, and a sender may still hear of Success once it is. `of_file(seq)`: what
+        `find` says of an instance that lies in a file of the share."""
         self._catalogue, self._volumes, self._workers, self._pendings = catalogue, volumes, workers, pendings
-        self._awaited = awaited
+        self._awaited, self._of_file = awaited, of_file
 
     def entry(self, seq: int) -> Entry | None:
         """The entry with this number, logged or on its way."""
@@ -60,6 +63,8 @@ class Copies:
 
     def find(self, seq: int) -> tuple[Volume, str, Put] | None:
         """(volume, file, record) of this node's copy, None if there is none now. Blocks."""
+        if is_of_file(seq):
+            return self._of_file(seq)
         entry, location = self.entry(seq), self.location(seq)
         if entry is None or location is None or not isinstance(entry.operation, Put):
             return None

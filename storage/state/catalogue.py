@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from storage.replication.epochs import Epochs
-from storage.state import changes, entries, file_rows, instances, places, rows, transfer
+from storage.state import changes, entries, file_images, file_rows, instances, places, rows, transfer
 from storage.state.batch import Batch
 from storage.state.changes import ADOPTED, same_copy
 from storage.state.description import Description, lineage_of
@@ -70,6 +70,7 @@ TABLES: Final = (
     "conflict",  # studies that name more than one patient
     "task",  # ID -> Task that isn't over
     *file_rows.TABLES,
+    *file_images.TABLES,
     "file_gone",  # inode number -> generations of its copies: they are to be removed from this node's volumes
 )
 
@@ -126,6 +127,7 @@ class Catalogue:
             table = "entries" if txn.count("entries") or txn.count("kept") else "log"  # until format 3
             found = [seq_of(key) for key, _ in txn.scan(table, seq_key(start))]
             kept, instances_kept, instances_there = txn.last_key("kept"), txn.count("kept"), txn.count("instances")
+            instances_there -= file_images.count_listed(txn)
             located, placed = txn.count("location"), txn.count("placed")
             converting, found_format = changes.meta(txn, "converting", 0), changes.meta(txn, "format", 1)
         last = self.epochs.last[1]

@@ -6,9 +6,9 @@ from typing import Any, Final
 
 import msgspec
 
-from storage.state import entries, files, instances, places, rows
+from storage.state import entries, file_images, files, instances, places, rows
 from storage.state.entries import seq_key
-from storage.state.file_model import Change
+from storage.state.file_model import Change, Drop, Flush, MarkDirty, Remove, Rename
 from storage.state.file_rows import FileRefused
 from storage.state.kv import Transaction
 from storage.state.model import (
@@ -16,6 +16,8 @@ from storage.state.model import (
     Entry,
     Files,
     Forget,
+    IndexFile,
+    Instance,
     Leaving,
     Location,
     Put,
@@ -29,6 +31,7 @@ from storage.state.model import (
 NOT_HERE_YET: Final = b"no copy yet"  # why a copy is missing that was never here
 ADOPTED: Final = "adopted-"  # instead of a spool name: a file that was taken over where it lay
 DIVERGED: Final = "diverged: prepared here and not committed"
+SEEN_IN_BYTES: Final = (MarkDirty, Flush, Remove, Rename, Drop)  # a file may be another image, or none, after these
 
 
 def same_copy(one: Location, other: Location) -> bool:
@@ -120,16 +123,23 @@ def apply(txn: Transaction, entry: Entry, location: Location | None) -> int:
     elif isinstance(operation, Forget):
         forget(txn, operation.upto)
     elif isinstance(operation, Files):
-        apply_files(txn, operation.change)
+        apply_files(txn, entry.seq, operation.change)
+    elif isinstance(operation, IndexFile):
+        file_images.indexed(txn, entry.seq, operation)
     return 0
 
 
-def apply_files(txn: Transaction, change: Change) -> None:
+def apply_files(txn: Transaction, seq: int, change: Change) -> None:
     with contextlib.suppress(FileRefused):  # who proposed it asked before; in any case both nodes say the same
-        gone = files.apply(txn, change).gone
-        if gone:
-            copies = b",".join(generation.encode() for _, generation in gone)
-            txn.put("file_gone", seq_key(gone[0][0]), copies)
+        done = files.apply(txn, change)
+        if done.gone:
+            copies = b",".join(generation.encode() for _, generation in done.gone)
+            txn.put("file_gone", seq_key(done.gone[0][0]), copies)
+        if isinstance(change, SEEN_IN_BYTES):
+            flushed = isinstance(change, Flush) and change.clean
+            moved = isinstance(change, Rename) and change.parent != change.to_parent
+            for number in filter(None, (done.inode, done.replaced)):
+                file_images.changed(txn, seq, number, flushed=flushed, moved=moved)
 
 
 def over(txn: Transaction, upto: int) -> Iterator[bytes]:
@@ -155,8 +165,10 @@ def apply_put(txn: Transaction, seq: int, put: Put, location: Location | None) -
     old = instances.get(txn, instances.key_of(put.sop_instance))
     grown = put.length
     if old is not None and old.seq != seq:
-        grown -= rows.remove(txn, old.put)
+        grown -= _removed(txn, old)
         supersede(txn, old.seq, old.put, "replaced by a newer version")
+        if file_images.is_of_file(old.seq):
+            file_images.replaced(txn, old)
         if not rows.says_the_same(old.put, put):
             rows.made_anew(txn, old.put.study)
     rows.add(txn, seq, put)
@@ -170,11 +182,18 @@ def apply_put(txn: Transaction, seq: int, put: Put, location: Location | None) -
 def apply_delete(txn: Transaction, seq: int, delete: Delete) -> int:
     shrunk = 0
     for old in rows.matching(txn, delete):
-        shrunk += rows.remove(txn, old.put)
+        shrunk += _removed(txn, old)
+        file_images.deleted(txn, old.put.sop_instance)
         supersede(txn, old.seq, old.put, f"deleted: {delete.reason}")
         txn.put("tombstone", old.put.sop_instance.encode(), encode(Tombstone(seq, delete.reason, delete.at)))
     rows.made_anew(txn, delete.study)
     return -shrunk
+
+
+def _removed(txn: Transaction, old: Instance) -> int:
+    """Returns the bytes that the archive has had of it."""
+    length = rows.remove(txn, old.put)
+    return 0 if file_images.is_of_file(old.seq) else length
 
 
 def supersede(txn: Transaction, seq: int, put: Put, reason: str) -> None:

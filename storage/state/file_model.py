@@ -17,7 +17,7 @@ class Inode(msgspec.Struct, frozen=True, array_like=True):
     mtime: int
     ctime: int
     rdev: int = 0  # of a device
-    parent: int = 0  # of a folder: the inode it is in
+    parent: int = 0  # the folder that it is in; of what has several names, where it got the last one
     target: bytes = b""  # of a symbolic link
 
 

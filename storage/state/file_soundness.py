@@ -4,7 +4,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterator
 
-from storage.state import file_rows
+from storage.state import file_images, file_rows
 from storage.state.file_model import ROOT, Inode, decode_inode
 from storage.state.file_rows import NUMBER_BYTES, Named, number_key, number_of
 from storage.state.kv import Transaction
@@ -50,6 +50,7 @@ def broken(txn: Transaction) -> Iterator[str]:
     for key, _ in txn.scan("file_xattrs"):
         if number_of(key[:NUMBER_BYTES]) not in inodes and key[:NUMBER_BYTES] != number_key(ROOT):
             yield f"attributes of inode {number_of(key[:NUMBER_BYTES])}, which isn't there"
+    yield from file_images.broken(txn)
 
 
 def _broken_inode(txn: Transaction, number: int, row: Inode, names: int, folders: int) -> Iterator[str]:

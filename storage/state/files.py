@@ -69,10 +69,11 @@ XATTR_NAMES_BYTES_MAX: Final = 64 << 10  # of one inode: what listxattr(2) can g
 @dataclass(frozen=True)
 class Applied:
     """`inode`: what the change was about. `gone`: a file that is no more, each of its copies by number and generation;
-    their bytes can go."""
+    their bytes can go. `replaced`: what a name was taken from for it, or exchanged with."""
 
     inode: int
     gone: tuple[tuple[int, str], ...] = ()
+    replaced: int = 0
 
 
 def apply(txn: KeyValues, change: Change) -> Applied:
@@ -97,7 +98,7 @@ def _make(txn: KeyValues, change: Make) -> Applied:
         mtime=change.at,
         ctime=change.at,
         rdev=change.rdev,
-        parent=change.parent if is_folder else 0,
+        parent=change.parent,
         target=change.target,
     )
     _put(txn, number, made)
@@ -115,7 +116,11 @@ def _link(txn: KeyValues, change: Link) -> Applied:
         refuse(errno.EPERM)
     if not linked.nlink:
         refuse(errno.ENOENT)
-    _put(txn, change.inode, msgspec.structs.replace(linked, nlink=linked.nlink + 1, ctime=change.at))
+    _put(
+        txn,
+        change.inode,
+        msgspec.structs.replace(linked, nlink=linked.nlink + 1, ctime=change.at, parent=change.parent),
+    )
     _add_name(txn, change.parent, Named(change.inode, _next(txn), change.name))
     _touch(txn, change.parent, change.at)
     return Applied(change.inode)
@@ -156,7 +161,7 @@ def _rename(txn: KeyValues, change: Rename) -> Applied:
         _not_below(txn, target.inode, there, change.parent)
         if named.inode != target.inode:
             _exchange(txn, change, named, target)
-        return Applied(named.inode)
+        return Applied(named.inode, replaced=target.inode)
     if named.inode == target.inode:
         return Applied(named.inode)  # rename(2): two names of one file stay as they are
     if stat.S_ISDIR(there.mode):
@@ -171,7 +176,7 @@ def _rename(txn: KeyValues, change: Rename) -> Applied:
     if stat.S_ISDIR(there.mode):
         _touch(txn, change.to_parent, change.at, links=-1)
     _move(txn, change, named, moved)
-    return Applied(named.inode, gone)
+    return Applied(named.inode, gone, target.inode)
 
 
 def _set_attributes(txn: KeyValues, change: SetAttributes) -> Applied:
@@ -394,7 +399,6 @@ def _exchange(txn: KeyValues, change: Rename, named: Named, target: Named) -> No
 
 def _moved(txn: KeyValues, number: int, parent: int, at: int) -> None:
     row = inode(txn, number)
-    parent = parent if stat.S_ISDIR(row.mode) else 0
     _put(txn, number, msgspec.structs.replace(row, ctime=at, parent=parent))
 
 

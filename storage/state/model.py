@@ -67,7 +67,16 @@ class Files(msgspec.Struct, frozen=True, tag="files"):
     change: Change
 
 
-Operation = Put | Delete | Void | Task | TaskDone | Forget | Files
+class IndexFile(msgspec.Struct, frozen=True, tag="index-file"):
+    """A file of the share was looked at, as it was since the entry `since`. `put`: the instance that it is, None if it
+    is none."""
+
+    number: int  # inode number
+    since: int
+    put: Put | None = None
+
+
+Operation = Put | Delete | Void | Task | TaskDone | Forget | Files | IndexFile
 
 
 class Entry(msgspec.Struct, frozen=True):

@@ -14,7 +14,7 @@ import msgspec
 import xxhash
 
 from storage.replication.epochs import Epochs
-from storage.state import changes, entries, file_rows, instances, places
+from storage.state import changes, entries, file_images, file_rows, instances, places
 from storage.state.kv import Kv, Transaction
 from storage.state.model import Leaving
 
@@ -35,7 +35,11 @@ SHARED: Final = (
     "conflict",
     "task",
 )
-LATER: Final = ("blocks", *file_rows.TABLES)  # tables that nodes of the first version to give its state don't know
+LATER: Final = (
+    "blocks",
+    *file_rows.TABLES,
+    *file_images.TABLES,
+)  # tables that nodes of the first version to give its state don't know
 FORMAT: Final = 4  # of the rows of all these
 ROWS_AT_ONCE: Final = 4000
 BYTES_AT_ONCE: Final = 512 << 10

@@ -13,7 +13,8 @@ from typing import Any, Final
 from storage.engine import Engine
 from storage.files.namespace import Namespace, Proposal
 from storage.ingest import NotServing
-from storage.state import file_rows, file_soundness
+from storage.state import file_images, file_rows, file_soundness, instances
+from storage.state.file_images import file_of
 from storage.state.file_model import (
     ROOT,
     BeginWriting,
@@ -30,11 +31,13 @@ from storage.state.file_model import (
 )
 from storage.state.file_rows import FileRefused
 from storage.state.files import apply
-from storage.state.kv import KeyValues
+from storage.state.kv import KeyValues, Transaction
+from storage.state.model import IndexFile, Put
 from tests.simulation.machine import MemoryKv
 from tests.simulation.world import Violation, World
 
 NAMES: Final = (b"a", b"b", b"c", b"d", b"A")
+IMAGES: Final = ("9.1", "9.2", "9.3", "9.4")  # SOP Instance UIDs that files have
 AT_ONCE_MAX: Final = 5
 FOLDERS_DEEP: Final = 3
 
@@ -43,6 +46,15 @@ Rows = dict[str, list[tuple[bytes, bytes]]]
 
 def rows_of(txn: KeyValues) -> Rows:
     return {table: list(txn.scan(table)) for table in file_rows.TABLES}
+
+
+def images_of(txn: Transaction) -> Rows:
+    """What the catalogue has of the files. Raises Violation for what they don't say any more."""
+    for uid in IMAGES:
+        one = instances.get(txn, instances.key_of(uid))
+        if one is not None and one.put.keys["PatientID"] != str(file_rows.inode(txn, file_of(one.seq)).mtime):
+            raise Violation(f"the catalogue has {uid} as it was before inode {file_of(one.seq)} was written to")
+    return {table: list(txn.scan(table)) for table in file_images.TABLES}
 
 
 class Known:
@@ -116,6 +128,7 @@ class ShareProgram:
         self._propose(namespace, BeginWriting("sim"))
         for number in namespace.look(file_rows.orphans):
             self._propose(namespace, Drop(number))
+        self._spawn(self._look_on())
         while not self._failed and not self._world.calm:
             for _ in range(self._rng.randrange(AT_ONCE_MAX)):
                 if self._under_way < AT_ONCE_MAX:
@@ -138,6 +151,26 @@ class ShareProgram:
         self._known.asked(change)
         self._under_way += 1
         self._spawn(self._wait(change, proposal))
+
+    async def _look(self) -> None:
+        """At some of the files that nobody has looked at; each says when it was written to last."""
+        with self._engine.catalogue.kv.read() as txn:
+            files = list(file_images.unlooked(txn))
+        for file in files:
+            if self._rng.random() < 0.5:
+                uid = self._rng.choice(IMAGES)
+                keys = {"PatientID": str(file.mtime)}
+                put = Put(uid, "1.4", "9", "9.0", "1.2.1", bytes(16), file.size, 1, keys, "", 0.0)
+                await asyncio.sleep(self._rng.random() * 0.1)
+                with contextlib.suppress(NotServing):
+                    await self._engine.ingest.index_file(
+                        IndexFile(file.number, file.since, put if self._rng.random() < 0.8 else None)
+                    )
+
+    async def _look_on(self) -> None:
+        while not self._failed and not self._world.calm:
+            await self._look()
+            await asyncio.sleep(self._rng.random())
 
     async def _wait(self, change: Change, proposal: Proposal) -> None:
         try:

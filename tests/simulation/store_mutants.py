@@ -23,12 +23,12 @@ from storage.log.segment import Segment
 from storage.objects import reading
 from storage.objects.incoming import Incoming
 from storage.replication import follower
-from storage.state import changes, entries, files, transfer
+from storage.state import changes, entries, file_images, file_rows, files, transfer
 from storage.state.catalogue import Catalogue
 from storage.state.description import Description
 from storage.state.file_model import Change, Flush, MarkDirty
 from storage.state.kv import KeyValues, Transaction
-from storage.state.model import Delete, Location
+from storage.state.model import Delete, IndexFile, Location
 from storage.upkeep import recovery
 from tests.simulation.machine import MemoryVolume
 from tests.simulation.mutants import AckBeforePeer, RollForwardSkipped, ShrinkWithoutCompare
@@ -221,6 +221,18 @@ def lacking_not_noted() -> contextlib.AbstractContextManager[None]:
     return replaced(files, "CARRIED_OUT", {**files.CARRIED_OUT, Flush: on_both})
 
 
+def looked_at_too_late() -> contextlib.AbstractContextManager[None]:
+    """What was seen of a file counts although it was written to since."""
+    indexed = file_images.indexed
+
+    def whenever(txn: Transaction, seq: int, operation: IndexFile) -> None:
+        since = txn.get("file_unlooked", file_rows.number_key(operation.number))
+        if since is not None:
+            indexed(txn, seq, msgspec.structs.replace(operation, since=file_rows.number_of(since)))
+
+    return replaced(file_images, "indexed", whenever)
+
+
 def ack_before_the_peer() -> contextlib.AbstractContextManager[None]:
     return replaced(parts, "Replica", AckBeforePeer.core_class)
 
@@ -259,5 +271,6 @@ MUTANTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
         dirty_after_the_write,
         stale_block_kept,
         lacking_not_noted,
+        looked_at_too_late,
     )
 }

@@ -40,7 +40,7 @@ from storage.upkeep import forgetting, healing, scrub, share_copies, tidying
 from tests.simulation.copies import MemoryCopies
 from tests.simulation.files import FileProgram, KnownFiles
 from tests.simulation.machine import Machine, MemoryDisk, PowerCut, VirtualThreads
-from tests.simulation.share import Known, Rows, ShareProgram, rows_of
+from tests.simulation.share import Known, Rows, ShareProgram, images_of, rows_of
 from tests.simulation.virtual import Process
 from tests.simulation.wire import Wire
 from tests.simulation.world import Node, Violation, World, drive
@@ -637,6 +637,9 @@ class StoreWorld(World):
             self.known.final(first, second)
         else:
             self._check_files(self.files, first, second)
+        first, second = (self._images(node) for node in self.nodes.values())
+        if first != second:
+            raise Violation(f"D: images in {[table for table in first if first[table] != second[table]]} differ")
         if self.careless:
             return  # what is bad is still being set aside, and what is gone asked for
         first, second = (list(_log(node)) for node in self.nodes.values())
@@ -682,6 +685,10 @@ class StoreWorld(World):
     def _names(self, node: StoreNode) -> Rows:
         with node.machine.kv.read() as txn:
             return rows_of(txn)
+
+    def _images(self, node: StoreNode) -> Rows:
+        with node.machine.kv.read() as txn:
+            return images_of(txn)
 
     def _check_node(self, node: StoreNode) -> None:
         catalogue = Catalogue(node.machine.kv)

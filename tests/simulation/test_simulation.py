@@ -39,6 +39,7 @@ CAUGHT_AT = {
     "dirty_after_the_write": 3,
     "stale_block_kept": 19,
     "lacking_not_noted": 95,
+    "looked_at_too_late": 0,
 }
 # Worlds in which these show sooner than in others.
 CARELESS = ("heal_from_the_worse_copy", "blocks_unchecked")  # both copies of an object may be bad
@@ -50,7 +51,7 @@ WITH_FILES = (
     "stale_block_kept",
     "lacking_not_noted",
 )
-WITH_NAMES = ("names_answered_early", "names_decided_on_old_rows")
+WITH_NAMES = ("names_answered_early", "names_decided_on_old_rows", "looked_at_too_late")
 
 # Each of these once showed a fault of the store; the comment says which.
 FOUND = {

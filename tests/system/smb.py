@@ -78,6 +78,9 @@ class Session:
     def rename(self, name: str, to: str) -> None:
         smbclient.rename(self.path(name), self.path(to), connection_cache=self.cache)
 
+    def remove(self, name: str) -> None:
+        smbclient.remove(self.path(name), connection_cache=self.cache)
+
     def mkdir(self, name: str) -> None:
         smbclient.makedirs(self.path(name), exist_ok=True, connection_cache=self.cache)
 

@@ -1,22 +1,17 @@
 """DICOM files as they are found on disks and CDs: which instance, and the bytes of its data set, unchanged."""
 
 import os
-import zlib
 from pathlib import Path
 from typing import Final
 
 from pydicom import dcmread
 from pydicom.uid import UID
 
-from gateway.dicom.scan import Scanner
+from gateway.dicom.part10 import MEDIA_DIRECTORY, start_of_data_set
+from gateway.dicom.whole import Whole
 from tools.cli.dicom_client import FileObject, Object
 
 HEAD_BYTES: Final = 1 << 20  # group 0002 ends within it
-MEDIA_DIRECTORY: Final = "1.2.840.10008.1.3.10"
-DEFLATED: Final = "1.2.840.10008.1.2.1.99"
-NEVER_FOUND: Final = frozenset({0xFFFF_FFFF})  # so all of it is looked through
-PADDING_BYTES: Final = 8
-_LONG_VRS: Final = (b"OB", b"OW", b"SQ", b"UN", b"UT")
 
 
 class NotAnInstance(Exception):
@@ -69,31 +64,9 @@ def is_cut_short(path: Path) -> bool:
     """The data set ends in the middle of an element: whoever copied the file was cut off. False for what can't be told.
     Raises NotAnInstance or OSError."""
     item = open_object(path)
-    implicit, big = item.transfer_syntax == "1.2.840.10008.1.2", item.transfer_syntax == "1.2.840.10008.1.2.2"
-    scanner = Scanner((), NEVER_FOUND, 0, implicit=implicit, little=not big)
-    deflated = zlib.decompressobj(-zlib.MAX_WBITS) if item.transfer_syntax == DEFLATED else None
-    last = b""
+    whole = Whole(item.transfer_syntax)
     with path.open("rb") as file:
         file.seek(item.start)
-        try:
-            while step := file.read(HEAD_BYTES):
-                while step:
-                    last = deflated.decompress(step, HEAD_BYTES) if deflated else step
-                    scanner.feed(last)
-                    step = deflated.unconsumed_tail if deflated else b""
-        except zlib.error:
-            return True
-    if deflated is not None and not deflated.eof:
-        return True
-    padded = not any(last[-PADDING_BYTES:])  # behind the data set, perhaps
-    return not scanner.why and (scanner.in_value or not (scanner.at_rest or padded))
-
-
-def start_of_data_set(raw: bytes) -> int:
-    """After preamble and group 0002, whatever its group length says."""
-    at = 132 if raw[128:132] == b"DICM" else 0
-    while raw[at : at + 2] == b"\2\0":
-        long_form = raw[at + 4 : at + 6] in _LONG_VRS
-        length = raw[at + 8 : at + 12] if long_form else raw[at + 6 : at + 8]
-        at += (12 if long_form else 8) + int.from_bytes(length, "little")
-    return at
+        while block := file.read(HEAD_BYTES):
+            whole.feed(block)
+    return whole.cut_short

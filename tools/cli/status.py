@@ -46,6 +46,12 @@ def render(status: dict[str, Any]) -> str:
         lines.append(f"TROUBLE: {status['trouble']}")
     if follow := status.get("follow"):
         lines.append("follows the address: " + ", ".join(f"{name} {state}" for name, state in follow.items()))
+    if (files := status["files"])["count"]:
+        lines.append(
+            f"share: {files['count']} files and folders, {files['images']} are DICOM instances "
+            f"({files['doubles']} kept elsewhere, too), {files['unlooked']} to be looked at; "
+            f"{files['single_copy']} with one copy only"
+        )
     lines += [f"ALARM: {alarm}" for alarm in status["alarms"]]
     if status.get("conflicts"):
         lines.append(f"{status['conflicts']} studies name more than one patient: `tandem conflicts`")

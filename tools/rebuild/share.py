@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from storage.state.catalogue import Catalogue
 from storage.state.changes import apply_files
+from storage.state.file_images import look_at_all
 from storage.state.file_model import Change
 from storage.state.file_rows import TABLES
 from storage.state.file_soundness import broken
@@ -26,7 +27,8 @@ def take_names(catalogue: Catalogue, old: Old, changes: Iterable[Change]) -> int
             for key, value in old.rows(table):
                 txn.put(table, key, value)
         for change in changes:
-            apply_files(txn, change)
+            apply_files(txn, 0, change)
+        look_at_all(txn)
         if any(True for _ in broken(txn)):
             raise Unsound
         return txn.count("file_names")

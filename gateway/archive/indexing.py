@@ -1,0 +1,139 @@
+"""DICOM files in the share's files: found when they are closed and quiet, and known to the catalogue where they lie.
+
+What is to be looked at is in the log's state (`storage/state/file_images.py`), so nothing is overlooked, whatever is
+restarted when. The primary looks, and says to both nodes what it has seen.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from conf.settings import DicomSettings, ShareSettings
+from conf.telling import reason_of
+from gateway.dicom.identify import Identity, Unreadable, identify
+from gateway.dicom.part10 import MEDIA_DIRECTORY, Header, read_header
+from gateway.dicom.sop_classes import is_storage_class, is_transfer_syntax
+from gateway.dicom.uids import is_uid
+from gateway.dicom.whole import Whole
+from storage.state.model import Put
+from storage.store import NotServing, Store, Unlooked
+
+log = structlog.get_logger()
+
+LOOK_S: Final = 1.0
+QUIET_S: Final = 2.0  # since it was written to last: some programs close a file and open it again
+AT_ONCE: Final = 100
+READ_AT_ONCE: Final = 2  # files; modalities go before
+AGAIN_S: Final = 30.0  # after one that couldn't be read
+HEAD_BYTES: Final = 1 << 20  # group 0002 ends within it
+RECYCLED: Final = "/.recycle"
+
+
+class NoInstance(Exception):
+    """A file that isn't, or isn't taken for, an instance; the text says why."""
+
+
+class Indexing:
+    def __init__(self, store: Store, share: ShareSettings, dicom: Callable[[], DicomSettings]) -> None:
+        """`dicom()`: the settings in force now."""
+        self._store, self._share, self._dicom = store, share, dicom
+        self._again: dict[int, float] = {}  # inode number -> not before
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            with contextlib.suppress(NotServing):
+                if self._store.may_serve:
+                    await self.look()
+
+    async def look(self) -> None:
+        """At all that is to be looked at and quiet. Raises NotServing."""
+        wanted = await self._folders()
+        after = 0
+        while files := await self._store.unlooked(AT_ONCE, after):
+            after = files[-1].number
+            quiet = [file for file in files if self._is_quiet(file)]
+            for start in range(0, len(quiet), READ_AT_ONCE):
+                some = quiet[start : start + READ_AT_ONCE]
+                await asyncio.gather(*(self._index(file, wanted) for file in some))
+
+    async def _folders(self) -> dict[int, bool]:
+        """Whether what is below a folder is indexed, by its inode number."""
+        share = self._share
+        left_out = [*share.index_not, RECYCLED, *([share.takes_in] if share.takes_in else [])]
+        said = dict.fromkeys(share.index, True) | dict.fromkeys(left_out, False)
+        found = {path: await self._store.shared_folder(path) for path in said}
+        return {number: said[path] for path, number in found.items() if number is not None}
+
+    def _is_quiet(self, file: Unlooked) -> bool:
+        age_s = time.time() - file.mtime / 1e9
+        return (age_s >= QUIET_S or age_s < 0) and self._again.get(file.number, 0.0) <= time.monotonic()
+
+    async def _index(self, file: Unlooked, wanted: dict[int, bool]) -> None:
+        self._again.pop(file.number, None)
+        if not next((wanted[number] for number in file.folders if number in wanted), False):
+            await self._store.index_file(file, None)
+            return
+        try:
+            put = await self._read(file)
+        except NoInstance as error:
+            log.debug("index.none", inode=file.number, why=str(error))
+            put = None
+        except OSError as error:
+            self._again[file.number] = time.monotonic() + AGAIN_S
+            log.info("index.later", inode=file.number, why=reason_of(error))
+            return
+        await self._store.index_file(file, put)
+
+    async def _read(self, file: Unlooked) -> Put:
+        """Raises NoInstance, OSError."""
+        path = await self._store.shared_file(file.number)
+        if path is None:
+            raise OSError(0, "this node holds no copy of it now")
+        header, identity = await self._store.run(identified, path, self._dicom())
+        whole = Whole(header.transfer_syntax)
+        digest, blocks, length = await self._store.digests(path, header.start, whole.feed)
+        if whole.cut_short:
+            raise NoInstance("it ends in the middle of an element: whoever copied it was cut off")
+        return Put(
+            sop_instance=identity.sop_instance,
+            sop_class=identity.sop_class,
+            study=identity.study,
+            series=identity.series,
+            transfer_syntax=header.transfer_syntax,
+            digest=digest,
+            length=length,
+            offset=header.start,
+            keys=identity.keys,
+            calling_ae="",
+            received=time.time(),
+            blocks=blocks,
+        )
+
+
+def identified(path: Path, settings: DicomSettings) -> tuple[Header, Identity]:
+    """What a file's header says, and which instance its data set is. Blocks. Raises NoInstance, OSError."""
+    with path.open("rb") as file:
+        header = read_header(file.read(HEAD_BYTES))
+        if header is None:
+            raise NoInstance("no DICOM file")
+        if header.sop_class == MEDIA_DIRECTORY:
+            raise NoInstance("a DICOMDIR")
+        if not is_transfer_syntax(header.transfer_syntax, settings):
+            raise NoInstance(f"an unknown transfer syntax: {header.transfer_syntax!r}")
+        file.seek(header.start)
+        try:
+            identity = identify(file, header.transfer_syntax, settings.default_character_set)
+        except Unreadable as error:
+            raise NoInstance(str(error)) from error
+    if not is_storage_class(identity.sop_class, settings):
+        raise NoInstance(f"no class of instances that are stored: {identity.sop_class!r}")
+    for uid in (identity.sop_instance, identity.study, identity.series):
+        if not is_uid(uid, lenient=settings.lenient_uids):
+            raise NoInstance("a UID is missing or isn't one")
+    return header, identity

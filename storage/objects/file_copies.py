@@ -1,0 +1,93 @@
+"""This node's copies of the share's files, for who reads an instance where it lies."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import xxhash
+
+from storage.files.local import name_of
+from storage.objects.blocks import BLOCK_BYTES, BlockDigests
+from storage.objects.volume import Volume
+from storage.objects.volumes import Volumes
+from storage.state import file_images, file_rows, instances
+from storage.state.catalogue import Catalogue
+from storage.state.file_images import Unlooked
+from storage.state.file_model import ROOT
+from storage.state.model import Put
+
+READ_BYTES: Final = 1 << 20
+
+
+class FileCopies:
+    """All methods block."""
+
+    def __init__(self, catalogue: Catalogue, volumes: Volumes, node: str) -> None:
+        self._catalogue, self._volumes, self._node = catalogue, volumes, node
+
+    def instance(self, seq: int) -> tuple[Volume, str, Put] | None:
+        """(volume, file, record) of an instance by the number that its row has; None if this node holds no copy now."""
+        number = file_images.file_of(seq)
+        with self._catalogue.kv.read() as txn:
+            image = file_images.image(txn, number)
+            row = instances.get(txn, instances.key_of(image.sop_instance)) if image else None
+        if image is None or row is None or row.seq != seq:
+            return None
+        found = self.find(number)
+        return (*found, msgspec.structs.replace(row.put, blocks=image.blocks)) if found else None
+
+    def find(self, number: int) -> tuple[Volume, str] | None:
+        """(volume, file) of what was flushed last of a file, None if this node doesn't hold it now."""
+        with self._catalogue.kv.read() as txn:
+            if file_rows.is_gone(txn, number) or self._node in file_rows.lacking(txn, number):
+                return None
+            name = name_of(file_rows.space(txn), number, file_rows.generation(txn, number, self._node))
+        for slot in self._volumes.slots:
+            if slot.usable and slot.volume is not None:
+                try:
+                    slot.volume.size(name)
+                except OSError:
+                    continue
+                return slot.volume, name
+        return None
+
+    def unlooked(self, limit: int, after: int) -> list[Unlooked]:
+        """Files that are to be looked at, see `file_images`, of the numbers behind one."""
+        found: list[Unlooked] = []
+        with self._catalogue.kv.read() as txn:
+            for one in file_images.unlooked(txn, after):
+                if len(found) == limit:
+                    break
+                found.append(one)
+        return found
+
+    def folder(self, path: str) -> int | None:
+        """The inode number of a folder of the share by its path from the topmost; None if there is none."""
+        number = ROOT
+        with self._catalogue.kv.read() as txn:
+            for name in path.strip("/").split("/") if path.strip("/") else ():
+                named = file_rows.find(txn, number, name.encode())
+                if named is None:
+                    return None
+                number = named.inode
+        return number
+
+    def counts(self) -> dict[str, int]:
+        """Of files: to be looked at, images, and of these the ones whose instance is kept elsewhere too."""
+        tables = {"unlooked": "file_unlooked", "images": "file_images", "doubles": "file_doubles"}
+        with self._catalogue.kv.read() as txn:
+            return {name: txn.count(table) for name, table in tables.items()}
+
+
+def data_digests(path: Path, start: int, feed: Callable[[bytes], None]) -> tuple[bytes, bytes, int]:
+    """See `Store.digests`. Blocks."""
+    digest, blocks, length = xxhash.xxh3_128(), BlockDigests(), start
+    with path.open("rb") as file:
+        file.seek(start)
+        while data := file.read(READ_BYTES):
+            digest.update(data)
+            blocks.update(data)
+            feed(data)
+            length += len(data)
+    return digest.digest(), blocks.digests() if length - start > BLOCK_BYTES else b"", length

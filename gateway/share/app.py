@@ -14,6 +14,7 @@ from typing import Final
 import pyfuse3
 import pyfuse3.asyncio
 import structlog
+import uvloop
 
 from conf.mounts import files_at, mount_at
 from conf.settings import Settings
@@ -43,7 +44,7 @@ def run(settings: Settings, mountpoint: Path) -> str:
     then, as what this node is by then: the primary's may be read and written, the standby's read. Raises OSError."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # two for each file that is open
-    return asyncio.run(_main(settings, Path(os.path.abspath(mountpoint))))
+    return uvloop.run(_main(settings, Path(os.path.abspath(mountpoint))))
 
 
 async def _main(settings: Settings, mountpoint: Path) -> str:

@@ -32,6 +32,7 @@ from storage.state.files import Applied
 from storage.state.kv import KeyValues
 
 LISTED_AT_ONCE: Final = 32  # about what one answer to the kernel holds
+DOS_ATTRIBUTES: Final = b"user.DOSATTRIB"
 BEHIND_MAX: Final = 10_000  # changes on their way before the next one waits
 FREEING: Final = (Remove, Drop, Flush, Lacks, Held, BeginWriting)  # taken as long as anything is
 
@@ -154,6 +155,8 @@ class Names:
         return self._namespace.look(lambda rows: file_rows.xattr_names(rows, number))
 
     def set_xattr(self, number: int, name: bytes, value: bytes) -> None:
+        if name == DOS_ATTRIBUTES and self._namespace.look(lambda rows: file_rows.has_xattr(rows, number, name, value)):
+            return  # smbd says it again after each rename; nobody asks it for the time of that
         self._change(SetXattr(number, name, value, self._now()))
 
     def remove_xattr(self, number: int, name: bytes) -> None:

@@ -136,7 +136,7 @@ def apply_files(txn: Transaction, seq: int, change: Change) -> None:
             copies = b",".join(generation.encode() for _, generation in done.gone)
             txn.put("file_gone", seq_key(done.gone[0][0]), copies)
         if isinstance(change, SEEN_IN_BYTES):
-            flushed = isinstance(change, Flush) and change.clean
+            flushed = isinstance(change, Flush)
             moved = isinstance(change, Rename) and change.parent != change.to_parent
             for number in filter(None, (done.inode, done.replaced)):
                 file_images.changed(txn, seq, number, flushed=flushed, moved=moved)

@@ -149,6 +149,10 @@ def xattr(txn: KeyValues, number: int, name: bytes) -> bytes:
     return refuse(errno.ENODATA) if value is None else value
 
 
+def has_xattr(txn: KeyValues, number: int, name: bytes, value: bytes) -> bool:
+    return txn.get("file_xattrs", number_key(number) + name) == value
+
+
 def xattr_names(txn: KeyValues, number: int) -> list[bytes]:
     return [key[NUMBER_BYTES:] for key, _ in of_file(txn, "file_xattrs", number)]
 

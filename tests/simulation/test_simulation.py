@@ -19,7 +19,7 @@ CAUGHT_AT = {
     "directory_not_synced": 2,
     "record_before_its_sync": 2,
     "checkpoint_before_its_sync": 2,
-    "trimmed_too_early": 4,
+    "trimmed_too_early": 50,
     "tail_not_replayed": 1,
     "log_entry_before_bytes": 2,
     "ack_before_the_peer": 12,
@@ -34,12 +34,12 @@ CAUGHT_AT = {
     "names_answered_early": 0,
     "names_decided_on_old_rows": 0,
     "names_left_out_of_the_state": 0,
-    "flush_answered_before_the_peer": 5,
-    "copy_not_synced": 277,
-    "dirty_after_the_write": 3,
+    "flush_answered_before_the_peer": 23,
+    "copy_not_synced": 325,
+    "dirty_after_the_write": 53,
     "stale_block_kept": 9,
     "lacking_not_noted": 95,
-    "looked_at_too_late": 10,
+    "looked_at_too_late": 16,
 }
 # Worlds in which these show sooner than in others.
 CARELESS = ("heal_from_the_worse_copy", "blocks_unchecked")  # both copies of an object may be bad

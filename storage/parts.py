@@ -160,7 +160,9 @@ class Parts:
             leave_thread=self.journal.leave_thread,
             checked=lambda: self._spawn(self.healing.note_new_volumes()),
         )
-        self.scrub = Scrub(*kept, self.journal, self.copies, self.healing, self.disk, storage.scrub_days)
+        self.scrub = Scrub(
+            *kept, self.journal, self.copies, self.healing, self.disk, storage.scrub_days, self._files_lost
+        )
         self.tidying = Tidying(
             *kept, self.journal, self.disk, in_use=self._spools_in_use, clock=self.clock, hang_s=storage.hang_s
         )

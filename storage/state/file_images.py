@@ -84,6 +84,12 @@ def count_listed(txn: Transaction) -> int:
     return txn.count("file_images") - txn.count("file_doubles")
 
 
+def numbers(txn: Transaction, start: int) -> Iterator[int]:
+    """What stands in the place of entries' numbers in the rows of instances of files, from `start` on."""
+    first = max(0, file_of(start))
+    return (seq_of(number_of(key)) for key, _ in txn.scan("file_images", number_key(first)))
+
+
 def unlooked(txn: KeyValues, after: int = 0) -> Iterator[Unlooked]:
     """Of the numbers behind one."""
     for key, since in txn.scan("file_unlooked", number_key(after + 1)):

@@ -2,10 +2,12 @@
 
 The pace is that of `scrub_days` for all there is, and images that come in go first. What is bad or gone is set aside
 and made again from the peer (`Healing.examine`). A file in the tree that the catalogue doesn't name goes to quarantine.
+Of the share's files those are read that the catalogue has as instances; the share makes bad copies again.
 """
 
 import asyncio
 from collections.abc import Callable
+from itertools import islice
 from typing import Any, Final
 
 import structlog
@@ -14,7 +16,9 @@ from storage.journal import Journal
 from storage.objects.copies import Copies
 from storage.objects.volume import set_aside
 from storage.objects.volumes import Volumes
+from storage.state import file_images
 from storage.state.catalogue import Catalogue
+from storage.state.file_images import file_of, is_of_file
 from storage.state.model import Put
 from storage.upkeep.healing import Healing
 from storage.workers import Threads
@@ -23,6 +27,7 @@ log = structlog.get_logger()
 
 BATCH: Final = 64
 DAY_S: Final = 86400.0
+WRITTEN_S: Final = 5.0
 BUSY_WAIT_S: Final = 0.2
 HEALING_LOOK_S: Final = 0.5
 HEALING_LOOKS: Final = 60
@@ -40,10 +45,12 @@ class Scrub:
         healing: Healing,
         workers: Threads,
         days: float,
+        files_lost: Callable[[list[int]], object],
     ) -> None:
+        """`files_lost(inode numbers)`: this node's copies of these aren't good."""
         self._catalogue, self._volumes, self._journal = catalogue, volumes, journal
         self._copies, self._healing, self._workers = copies, healing, workers
-        self._days = days
+        self._days, self._files_lost = days, files_lost
         self.checked = 0
         self.bad = 0
         self.at = int(catalogue.meta("scrub_at", 0))
@@ -59,10 +66,12 @@ class Scrub:
     async def _round(self) -> None:
         while found := await self._batch(self.at + 1):
             total_bytes = max(1, int(self._catalogue.meta("bytes", 0)))
+            files = max(1, await self._workers.run(self._count_files))
             for seq in found:
                 await self._journal.quiet(BUSY_WAIT_S)
                 length = await self._check(seq)
-                await asyncio.sleep(min(PAUSE_S_MAX, self._days * DAY_S * length / total_bytes))
+                part = 1 / files if is_of_file(seq) else length / total_bytes
+                await asyncio.sleep(min(PAUSE_S_MAX, self._days * DAY_S * part))
             self.at = found[-1]
             self._journal.note(scrub_at=self.at)
         self.at = 0
@@ -90,14 +99,31 @@ class Scrub:
         return {"checked": self.checked - before[0], "bad": self.bad - before[1], "strangers": strangers}
 
     def _is_of(self, seq: int, study: str) -> bool:
+        if is_of_file(seq):
+            found = self._copies.find(seq)
+            return found is not None and found[2].study == study
         entry = self._copies.entry(seq)
         return entry is not None and isinstance(entry.operation, Put) and entry.operation.study == study
 
     async def _batch(self, start: int) -> list[int]:
-        return await self._workers.run(lambda: [seq for seq, _ in self._catalogue.locations(start, BATCH)])
+        """Numbers of copies from one on: the archive's, then those of files."""
+        return await self._workers.run(self._numbers, start)
+
+    def _numbers(self, start: int) -> list[int]:
+        found = [] if is_of_file(start) else [seq for seq, _ in self._catalogue.locations(start, BATCH)]
+        if found:
+            return found
+        with self._catalogue.kv.read() as txn:
+            return list(islice(file_images.numbers(txn, start), BATCH))
+
+    def _count_files(self) -> int:
+        with self._catalogue.kv.read() as txn:
+            return file_images.count_listed(txn)
 
     async def _check(self, seq: int) -> int:
         """Returns the bytes that were read."""
+        if is_of_file(seq):
+            return await self._check_file(seq)
         entry = await self._workers.run(self._copies.entry, seq)
         if entry is None or not isinstance(entry.operation, Put):
             return 0
@@ -105,6 +131,27 @@ class Scrub:
         if not await self._healing.examine(seq) and await self._workers.run(self._copies.entry, seq) == entry:
             self.bad += 1
         return entry.operation.length
+
+    async def _check_file(self, seq: int) -> int:
+        found = await self._workers.run(self._copies.find, seq)
+        if found is None:
+            return 0
+        self.checked += 1
+        for wait_s in (0.0, WRITTEN_S):  # a standby may have the bytes of a change before it knows of it
+            await asyncio.sleep(wait_s)
+            if await self._workers.run(self._is_good, seq):
+                return found[2].length
+        if await self._workers.run(self._copies.find, seq) == found:
+            self.bad += 1
+            log.warning("scrub.file_bad", inode=file_of(seq))
+            self._files_lost([file_of(seq)])
+        return found[2].length
+
+    def _is_good(self, seq: int) -> bool:
+        try:
+            return self._copies.good(seq) is not False
+        except OSError:
+            return False
 
     async def strangers(self) -> int:
         """Set aside files in the trees that the catalogue doesn't name. Returns how many."""

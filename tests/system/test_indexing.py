@@ -1,6 +1,7 @@
 """DICOM files in the share's files: viewers find and get them where they lie, for as long as they lie there."""
 
 import os
+from pathlib import Path
 
 from pydicom import Dataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
@@ -11,8 +12,9 @@ from tests.conftest import wait_for
 from tests.system.conftest import SYNC_S, other_than, primary_of
 from tests.system.smb import PASSWORD, USER, Session, SmbWriter, have_user
 from tests.system.test_services import FIND, associate, got, keys
-from tests.system.test_share import mounted, same_on_both
+from tests.system.test_share import differing, mounted, same_on_both
 from tests.system.test_smb import lets_in, switch_over
+from tests.system.test_switchover import tandem
 from tests.system.writer import Writer
 from tools.cli.dicom_client import DicomClient, Object
 from tools.lab.network import ADDRESSES, VIP, inside
@@ -140,3 +142,35 @@ def test_a_day_in_the_hospital(lab: Lab) -> None:
     same_on_both(lab)
     assert found(study, ADDRESSES[primary]) == uids(*images, late)
     assert got(ADDRESSES[primary], study) == {one.sop_instance: one.data for one in (*images, late)}
+
+
+def test_a_bit_that_flips_in_a_file_is_found(lab: Lab) -> None:
+    primary = primary_of(lab)
+    point = mounted(lab, primary, writable=True)
+    study = generate_uid()
+    images = [image(study), image(study, LONG)]
+    for number, one in enumerate(images):
+        (point / f"rot{number}.dcm").write_bytes(file_of(one))
+    wait_for(lambda: found(study) == uids(*images), "them to be found", SYNC_S)
+    same_on_both(lab)
+    for node, number in ((primary, 0), (primary, 1), (other_than(primary), 0), (other_than(primary), 1)):
+        flip(lab, node, (point / f"rot{number}.dcm").stat().st_ino)
+        code, output = tandem(lab, node, "scrub", "--now")
+        assert code == 0, output
+        assert (lab.node_status(node) or {})["scrub"]["bad"], output
+        wait_for(lambda: not differing(lab), "the copy to be made again", SYNC_S)
+        assert got(VIP, study) == {one.sop_instance: one.data for one in images}
+
+
+def copies_of(lab: Lab, node: str, inode: int) -> list[Path]:
+    return [path for volume in lab.volumes(node) for path in (volume / "files").rglob(f"{inode:016x}*")]
+
+
+def flip(lab: Lab, node: str, inode: int) -> None:
+    """A bit of the last byte of a file's copy."""
+    [path] = [path for path in copies_of(lab, node, inode) if path.stat().st_size]
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))

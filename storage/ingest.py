@@ -143,7 +143,9 @@ class Ingest:
         return self.propose(Files(change))
 
     async def index_file(self, operation: IndexFile) -> None:
-        """Have both nodes know what a file of the share is. Raises NotServing."""
+        """Have both nodes know what a file of the share is. Raises NotServing, NoRoom."""
+        if operation.put is not None and self._state_is_full():
+            raise NoRoom("the disk of the catalogue is full")
         await self.propose(operation).committed()
 
     async def put(self, upload: Upload, make: Callable[[bytes, int], Put]) -> bool:

@@ -34,7 +34,7 @@ from storage.replication.replica import Replica
 from storage.replication.state_transfer import StateGiver, StateTaker
 from storage.replication.transmitting import Transmitting
 from storage.state.catalogue import Batch, Catalogue
-from storage.state.file_images import file_of, is_of_file
+from storage.state.file_images import is_of_file
 from storage.state.model import Entry, Forget, Put
 from storage.upkeep.disks import DiskWatch
 from storage.upkeep.forgetting import Forgetting
@@ -267,11 +267,11 @@ class Parts:
         )
 
     async def _remake(self, seq: int) -> None:
-        """A copy isn't good: of an entry it is made again now, of a file of the share soon."""
-        if not is_of_file(seq):
+        """A copy isn't good: of an entry it is made again now, of a file of the share once it is certain."""
+        if is_of_file(seq):
+            self._spawn(self.scrub.check_file(seq))
+        else:
             await self.healing.now(seq)
-        elif await self.disk.run(self.copies.good, seq) is False:
-            self._files_lost([file_of(seq)])
 
     def _from_log(self, seq: int) -> tuple[Put, bytes] | None:
         """An entry's bytes that are on no volume yet, or not any more. Blocks."""

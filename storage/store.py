@@ -246,6 +246,11 @@ class Store:
         found = await self.run(self._engine.file_copies.find, number)
         return found[0].path / found[1] if found else None
 
+    def is_archived(self, sop_instance: str) -> bool:
+        """The archive has it, and not only a file of the share."""
+        row = self._engine.catalogue.instance(sop_instance)
+        return row is not None and not is_of_file(row.seq)
+
     async def digests(self, path: Path, start: int, feed: Callable[[bytes], None]) -> tuple[bytes, bytes, int]:
         """(digest, digests of its blocks, length of the file) of the data set that begins at byte `start` of a file.
         `feed` is given all of it, in a thread. Raises OSError."""

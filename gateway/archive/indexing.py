@@ -14,7 +14,7 @@ from typing import Final
 import structlog
 
 from conf.settings import DicomSettings, ShareSettings
-from conf.telling import reason_of
+from conf.telling import place_of, reason_of
 from gateway.dicom.identify import Identity, Unreadable, identify
 from gateway.dicom.part10 import MEDIA_DIRECTORY, Header, read_header
 from gateway.dicom.sop_classes import is_storage_class, is_transfer_syntax
@@ -30,6 +30,11 @@ QUIET_S: Final = 2.0  # since it was written to last: some programs close a file
 AT_ONCE: Final = 100
 READ_AT_ONCE: Final = 2  # files; modalities go before
 AGAIN_S: Final = 30.0  # after one that couldn't be read
+AGAIN_MAX: Final = 10_000  # of which that is remembered
+FAILED_MAX: Final = 50  # in one pass
+LONG, LONG_S = 1000, 10.0  # so many that are left aren't gone through each second
+READ_S: Final = 30.0
+SLOWEST_BYTES_S: Final = 1 << 20
 HEAD_BYTES: Final = 1 << 20  # group 0002 ends within it
 RECYCLED: Final = "/.recycle"
 
@@ -43,24 +48,27 @@ class Indexing:
         """`dicom()`: the settings in force now."""
         self._store, self._share, self._dicom = store, share, dicom
         self._again: dict[int, float] = {}  # inode number -> not before
+        self._failed = 0
 
     async def run(self) -> None:
         while True:
-            await asyncio.sleep(LOOK_S)
+            looked_at = 0
             with contextlib.suppress(NotServing):
                 if self._store.may_serve:
-                    await self.look()
+                    looked_at = await self.look()
+            await asyncio.sleep(LOOK_S if looked_at < LONG else LONG_S)
 
-    async def look(self) -> None:
-        """At all that is to be looked at and quiet. Raises NotServing."""
-        wanted = await self._folders()
-        after = 0
-        while files := await self._store.unlooked(AT_ONCE, after):
+    async def look(self) -> int:
+        """At all that is to be looked at and quiet. Returns how many files are left. Raises NotServing."""
+        after = left = 0
+        self._failed = 0
+        while self._failed < FAILED_MAX and (files := await self._store.unlooked(AT_ONCE, after)):
             after = files[-1].number
             quiet = [file for file in files if self._is_quiet(file)]
+            left += len(files) - len(quiet)
             for start in range(0, len(quiet), READ_AT_ONCE):
-                some = quiet[start : start + READ_AT_ONCE]
-                await asyncio.gather(*(self._index(file, wanted) for file in some))
+                await asyncio.gather(*(self._index(file) for file in quiet[start : start + READ_AT_ONCE]))
+        return left + self._failed
 
     async def _folders(self) -> dict[int, bool]:
         """Whether what is below a folder is indexed, by its inode number."""
@@ -74,23 +82,38 @@ class Indexing:
         age_s = time.time() - file.mtime / 1e9
         return (age_s >= QUIET_S or age_s < 0) and self._again.get(file.number, 0.0) <= time.monotonic()
 
-    async def _index(self, file: Unlooked, wanted: dict[int, bool]) -> None:
+    async def _is_wanted(self, file: Unlooked) -> bool:
+        wanted = await self._folders()
+        return next((wanted[number] for number in file.folders if number in wanted), False)
+
+    async def _index(self, file: Unlooked) -> None:
+        """Raises NotServing."""
         self._again.pop(file.number, None)
-        if not next((wanted[number] for number in file.folders if number in wanted), False):
-            await self._store.index_file(file, None)
-            return
         try:
-            put = await self._read(file)
+            async with asyncio.timeout(READ_S + file.size / SLOWEST_BYTES_S):
+                put = await self._read(file) if await self._is_wanted(file) else None
+            if put is not None and not await self._is_wanted(file):  # a folder that is left out was made meanwhile
+                put = None
+            await self._store.index_file(file, put)
+        except NotServing:
+            raise
+        except Exception as error:  # whatever a file leads to: the others are looked at all the same
+            self._failed += 1
+            if len(self._again) >= AGAIN_MAX:
+                self._again.clear()
+            self._again[file.number] = time.monotonic() + AGAIN_S
+            why = reason_of(error) if isinstance(error, OSError) else place_of(error)
+            log.info("index.later", inode=file.number, why=why)
+
+    async def _read(self, file: Unlooked) -> Put | None:
+        """What a file is, None for no instance. Raises OSError."""
+        try:
+            return await self._instance(file)
         except NoInstance as error:
             log.debug("index.none", inode=file.number, why=str(error))
-            put = None
-        except OSError as error:
-            self._again[file.number] = time.monotonic() + AGAIN_S
-            log.info("index.later", inode=file.number, why=reason_of(error))
-            return
-        await self._store.index_file(file, put)
+            return None
 
-    async def _read(self, file: Unlooked) -> Put:
+    async def _instance(self, file: Unlooked) -> Put:
         """Raises NoInstance, OSError."""
         path = await self._store.shared_file(file.number)
         if path is None:
@@ -98,6 +121,8 @@ class Indexing:
         header, identity = await self._store.run(identified, path, self._dicom())
         whole = Whole(header.transfer_syntax)
         digest, blocks, length = await self._store.digests(path, header.start, whole.feed)
+        if length != file.size:
+            raise OSError(0, "it isn't as long as it should be")
         if whole.cut_short:
             raise NoInstance("it ends in the middle of an element: whoever copied it was cut off")
         return Put(

@@ -52,7 +52,7 @@ class Offering:
             if "offered" in one:
                 continue
             uid = str(one.get("sop_instance", ""))
-            if store.rows.instance(uid) or store.rows.is_deleted(uid):
+            if store.is_archived(uid) or store.rows.is_deleted(uid):
                 await store.amend(one, offered="not needed: stored or deleted since")
                 continue
             try:

@@ -318,7 +318,6 @@ class Content(Names):
                 size = file.size
                 try:
                     lacking = await self._make_durable(file)
-                    file.flushes, file.kept = file.flushes + 1, False
                     clean = clean and file.known and not (file.unflushed or file.changes)
                     self._note_flushed(file, Flush(file.number, size, file.mtime, file.ctime, clean, lacking))
                 except BaseException:
@@ -326,11 +325,7 @@ class Content(Names):
                     raise
             elif clean and file.dirty and file.known:
                 self._note_flushed(file, Flush(file.number, file.size, file.mtime, file.ctime, clean))
-                if file.kept:
-                    return  # that nobody writes to it any more need not be durable
-            flushes = file.flushes
         await self.all_committed()
-        file.kept = flushes == file.flushes and not file.unflushed
 
     async def _make_durable(self, file: OpenFile) -> tuple[str, ...]:
         """On both nodes. Returns those that lack it, never all. Raises OSError; then it isn't known what is durable."""

@@ -11,9 +11,8 @@ class OpenFile:
     """`size`, `mtime` and `ctime` are those of its bytes as they are now.
 
     `dirty`: it is marked so; `known`: its bytes are known to be what this writer makes of them, so that its flush may
-    clear the mark. `changes`: how many are under way. `unflushed`: there are bytes that aren't flushed. `flushes`: how
-    often it was flushed; `kept`: the last one is committed. `failed`: a sync of it failed; what it held then may be
-    lost, and whoever flushes it hears of it.
+    clear the mark. `changes`: how many are under way. `unflushed`: there are bytes that aren't flushed. `failed`: a
+    sync of it failed; what it held then may be lost, and whoever flushes it hears of it.
 
     Of the copies: `lost`: this node's isn't what it should be, all goes to the other one's; `left` was this node's.
     `told`: the session in which the other node hears of every change; `alike`: in which its copy, of generation
@@ -27,8 +26,6 @@ class OpenFile:
     dirty: bool
     known: bool
     unflushed: bool = False
-    flushes: int = 0
-    kept: bool = False
     lost: bool = False
     fresh: bool = False  # made just now
     handles: int = 0

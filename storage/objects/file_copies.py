@@ -28,11 +28,11 @@ class FileCopies:
 
     def instance(self, seq: int) -> tuple[Volume, str, Put] | None:
         """(volume, file, record) of an instance by the number that its row has; None if this node holds no copy now."""
-        number = file_images.file_of(seq)
         with self._catalogue.kv.read() as txn:
-            image = file_images.image(txn, number)
+            number = file_images.file_of(txn, seq)
+            image = file_images.image(txn, number) if number is not None else None
             row = instances.get(txn, instances.key_of(image.sop_instance)) if image else None
-        if image is None or row is None or row.seq != seq:
+        if number is None or image is None or row is None or row.seq != seq:
             return None
         found = self.find(number)
         return (*found, msgspec.structs.replace(row.put, blocks=image.blocks)) if found else None
@@ -63,11 +63,13 @@ class FileCopies:
         return found
 
     def folder(self, path: str) -> int | None:
-        """The inode number of a folder of the share by its path from the topmost; None if there is none."""
+        """The inode number of a folder of the share by its path from the topmost, in any case as over SMB; None if
+        there is none."""
         number = ROOT
         with self._catalogue.kv.read() as txn:
-            for name in path.strip("/").split("/") if path.strip("/") else ():
-                named = file_rows.find(txn, number, name.encode())
+            for name in filter(None, path.split("/")):
+                real = file_rows.real_name(txn, number, name.encode())
+                named = file_rows.find(txn, number, real) if real is not None else None
                 if named is None:
                     return None
                 number = named.inode

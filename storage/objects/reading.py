@@ -15,6 +15,7 @@ from storage.objects.blob_store import Reader
 from storage.objects.blocks import are_good
 from storage.objects.copies import Copies
 from storage.objects.volume import Volume
+from storage.state.file_images import is_of_file
 from storage.state.model import Instance, Put
 from storage.workers import Threads, within
 
@@ -148,7 +149,8 @@ class Reading:
             if put.length - put.offset > WHOLE_BYTES:
                 whole = whole or not put.blocks
                 good = self._copies.good(instance.seq) if whole else volume.size(name) == put.length
-                return Source(put, None, volume, name, self._disk, self._hang_s, again, whole) if good else None
+                checked = whole and not is_of_file(instance.seq)  # that may be written to the next moment
+                return Source(put, None, volume, name, self._disk, self._hang_s, again, checked) if good else None
             file = volume.open(name, put.offset)
             try:
                 data = b"".join(iter(lambda: file.read(WHOLE_BYTES), b""))

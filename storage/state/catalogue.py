@@ -195,9 +195,9 @@ class Catalogue:
             return [seq_of(key) for key, _ in islice(rows, limit)]
 
     def sizes(self) -> tuple[int, int]:
-        """(copies that this node lacks, instances)"""
+        """(copies that this node lacks, instances of the archive)"""
         with self.kv.read() as txn:
-            return txn.count("missing"), txn.count("instances")
+            return txn.count("missing"), txn.count("instances") - file_images.count_listed(txn)
 
     def was_at(self, seq: int) -> Location | None:
         """Where a missing copy lay before, if that is known."""

@@ -8,7 +8,7 @@ import msgspec
 
 from storage.state import entries, file_images, files, instances, places, rows
 from storage.state.entries import seq_key
-from storage.state.file_model import Change, Drop, Flush, MarkDirty, Remove, Rename
+from storage.state.file_model import Change, Drop, Flush, Link, MarkDirty, Remove, Rename
 from storage.state.file_rows import FileRefused
 from storage.state.kv import Transaction
 from storage.state.model import (
@@ -31,7 +31,14 @@ from storage.state.model import (
 NOT_HERE_YET: Final = b"no copy yet"  # why a copy is missing that was never here
 ADOPTED: Final = "adopted-"  # instead of a spool name: a file that was taken over where it lay
 DIVERGED: Final = "diverged: prepared here and not committed"
-SEEN_IN_BYTES: Final = (MarkDirty, Flush, Remove, Rename, Drop)  # a file may be another image, or none, after these
+SEEN_IN_BYTES: Final = (
+    MarkDirty,
+    Flush,
+    Remove,
+    Rename,
+    Link,
+    Drop,
+)  # a file may be another image, or none, after these
 
 
 def same_copy(one: Location, other: Location) -> bool:
@@ -137,7 +144,7 @@ def apply_files(txn: Transaction, seq: int, change: Change) -> None:
             txn.put("file_gone", seq_key(done.gone[0][0]), copies)
         if isinstance(change, SEEN_IN_BYTES):
             flushed = isinstance(change, Flush)
-            moved = isinstance(change, Rename) and change.parent != change.to_parent
+            moved = isinstance(change, Link) or (isinstance(change, Rename) and change.parent != change.to_parent)
             for number in filter(None, (done.inode, done.replaced)):
                 file_images.changed(txn, seq, number, flushed=flushed, moved=moved)
 
@@ -183,7 +190,7 @@ def apply_delete(txn: Transaction, seq: int, delete: Delete) -> int:
     shrunk = 0
     for old in rows.matching(txn, delete):
         shrunk += _removed(txn, old)
-        file_images.deleted(txn, old.put.sop_instance)
+        file_images.deleted(txn, old)
         supersede(txn, old.seq, old.put, f"deleted: {delete.reason}")
         txn.put("tombstone", old.put.sop_instance.encode(), encode(Tombstone(seq, delete.reason, delete.at)))
     rows.made_anew(txn, delete.study)

@@ -174,6 +174,17 @@ def made_anew(txn: Transaction, study: str) -> None:
             txn.put("series", series, msgspec.msgpack.encode(SeriesRow(filled.keys, folder)))
 
 
+def one_less(txn: Transaction, put: Put) -> None:
+    """The same, but only if none that is left says what this one has said: there may be thousands that go, one by
+    one."""
+    number = instances.number_of(txn, put.study, put.series)
+    left = next(instances.members(txn, number) if number is not None else members(txn, put.study, ""), None)
+    other = instances.get(txn, left) if left is not None else None
+    names = (*keys.PATIENT, *keys.STUDY, *keys.OF_ALL, *(keys.SERIES if number is not None else ()))
+    if other is None or any(put.keys.get(name) != other.put.keys.get(name) for name in names):
+        made_anew(txn, put.study)
+
+
 def says_the_same(one: Put, other: Put) -> bool:
     """Of the same study and series, and nothing in the rows above depends on which of them is there."""
     above = (*keys.PATIENT, *keys.STUDY, *keys.SERIES, *keys.OF_ALL)

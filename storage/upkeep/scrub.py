@@ -18,7 +18,7 @@ from storage.objects.volume import set_aside
 from storage.objects.volumes import Volumes
 from storage.state import file_images
 from storage.state.catalogue import Catalogue
-from storage.state.file_images import file_of, is_of_file
+from storage.state.file_images import is_of_file
 from storage.state.model import Put
 from storage.upkeep.healing import Healing
 from storage.workers import Threads
@@ -123,7 +123,7 @@ class Scrub:
     async def _check(self, seq: int) -> int:
         """Returns the bytes that were read."""
         if is_of_file(seq):
-            return await self._check_file(seq)
+            return await self.check_file(seq)
         entry = await self._workers.run(self._copies.entry, seq)
         if entry is None or not isinstance(entry.operation, Put):
             return 0
@@ -132,7 +132,9 @@ class Scrub:
             self.bad += 1
         return entry.operation.length
 
-    async def _check_file(self, seq: int) -> int:
+    async def check_file(self, seq: int) -> int:
+        """Of the share, which the catalogue has by this number. A bad copy is reported if it is bad once more when all
+        is known that the file may have had done to it. Returns the bytes that were read."""
         found = await self._workers.run(self._copies.find, seq)
         if found is None:
             return 0
@@ -141,11 +143,16 @@ class Scrub:
             await asyncio.sleep(wait_s)
             if await self._workers.run(self._is_good, seq):
                 return found[2].length
-        if await self._workers.run(self._copies.find, seq) == found:
+        number = await self._workers.run(self._number, seq)
+        if number is not None and await self._workers.run(self._copies.find, seq) == found:
             self.bad += 1
-            log.warning("scrub.file_bad", inode=file_of(seq))
-            self._files_lost([file_of(seq)])
+            log.warning("scrub.file_bad", inode=number)
+            self._files_lost([number])
         return found[2].length
+
+    def _number(self, seq: int) -> int | None:
+        with self._catalogue.kv.read() as txn:
+            return file_images.file_of(txn, seq)
 
     def _is_good(self, seq: int) -> bool:
         try:

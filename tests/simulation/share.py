@@ -52,8 +52,9 @@ def images_of(txn: Transaction) -> Rows:
     """What the catalogue has of the files. Raises Violation for what they don't say any more."""
     for uid in IMAGES:
         one = instances.get(txn, instances.key_of(uid))
-        if one is not None and one.put.keys["PatientID"] != str(file_rows.inode(txn, file_of(one.seq)).mtime):
-            raise Violation(f"the catalogue has {uid} as it was before inode {file_of(one.seq)} was written to")
+        number = file_of(txn, one.seq) if one is not None else None
+        if one is not None and one.put.keys["PatientID"] != str(file_rows.inode(txn, number or 0).mtime):
+            raise Violation(f"the catalogue has {uid} as it was before inode {number} was written to")
     return {table: list(txn.scan(table)) for table in file_images.TABLES}
 
 

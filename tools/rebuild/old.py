@@ -10,6 +10,7 @@ import msgspec
 
 from storage.state import instances
 from storage.state.catalogue import TABLES
+from storage.state.file_images import is_of_file
 from storage.state.model import Put, decode_leaving
 
 OLD_MAP_BYTES: Final = 1 << 40
@@ -42,11 +43,12 @@ class Old:
             return None
 
     def put(self, sop_instance: str) -> Put | None:
-        """The record of an instance."""
+        """The record of an instance of the archive."""
         key = instances.key_of(sop_instance)
         with contextlib.suppress(Exception):  # whatever a damaged row leads to: then it isn't known
             if (raw := self._get("instances", key)) is not None:
-                return instances.decode(key, raw, lambda number: self._get("base", number)).put
+                row = instances.decode(key, raw, lambda number: self._get("base", number))
+                return None if is_of_file(row.seq) else row.put
             if (raw := self._get("instance", sop_instance.encode())) is not None:
                 return instances.decode_old(raw).put
         return None

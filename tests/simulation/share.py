@@ -38,6 +38,7 @@ from tests.simulation.world import Violation, World
 
 NAMES: Final = (b"a", b"b", b"c", b"d", b"A")
 IMAGES: Final = ("9.1", "9.2", "9.3", "9.4")  # SOP Instance UIDs that files have
+LOOKS: Final = 4  # in one world of so many somebody looks at files
 AT_ONCE_MAX: Final = 5
 FOLDERS_DEEP: Final = 3
 
@@ -129,7 +130,8 @@ class ShareProgram:
         self._propose(namespace, BeginWriting("sim"))
         for number in namespace.look(file_rows.orphans):
             self._propose(namespace, Drop(number))
-        self._spawn(self._look_on())
+        if self._world.seed % LOOKS == 2:
+            self._spawn(self._look_on())
         while not self._failed and not self._world.calm:
             for _ in range(self._rng.randrange(AT_ONCE_MAX)):
                 if self._under_way < AT_ONCE_MAX:
@@ -154,19 +156,20 @@ class ShareProgram:
         self._spawn(self._wait(change, proposal))
 
     async def _look(self) -> None:
-        """At some of the files that nobody has looked at; each says when it was written to last."""
+        """At the files that nobody has looked at; each says when it was written to last."""
         with self._engine.catalogue.kv.read() as txn:
             files = list(file_images.unlooked(txn))
         for file in files:
-            if self._rng.random() < 0.5:
-                uid = self._rng.choice(IMAGES)
-                keys = {"PatientID": str(file.mtime)}
-                put = Put(uid, "1.4", "9", "9.0", "1.2.1", bytes(16), file.size, 1, keys, "", 0.0)
-                await asyncio.sleep(self._rng.random() * 0.1)
-                with contextlib.suppress(NotServing):
-                    await self._engine.ingest.index_file(
-                        IndexFile(file.number, file.since, put if self._rng.random() < 0.8 else None)
-                    )
+            uid = self._rng.choice(IMAGES)
+            keys = {"PatientID": str(file.mtime)}
+            put = Put(uid, "1.4", "9", "9.0", "1.2.1", bytes(16), file.size, 1, keys, "", 0.0)
+            await asyncio.sleep(self._rng.random() * 0.5)
+            if self._failed or self._world.calm:
+                return
+            with contextlib.suppress(NotServing):
+                await self._engine.ingest.index_file(
+                    IndexFile(file.number, file.since, put if self._rng.random() < 0.8 else None)
+                )
 
     async def _look_on(self) -> None:
         while not self._failed and not self._world.calm:

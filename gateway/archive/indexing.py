@@ -5,7 +5,6 @@ restarted when. The primary looks, and says to both nodes what it has seen.
 """
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,11 +51,16 @@ class Indexing:
 
     async def run(self) -> None:
         while True:
-            looked_at = 0
-            with contextlib.suppress(NotServing):
+            left = 0
+            try:
                 if self._store.may_serve:
-                    looked_at = await self.look()
-            await asyncio.sleep(LOOK_S if looked_at < LONG else LONG_S)
+                    left = await self.look()
+            except NotServing:
+                pass
+            except Exception as error:  # whatever it is, files are looked at again
+                log.error("index.failed", error=place_of(error))
+                left = LONG
+            await asyncio.sleep(LOOK_S if left < LONG else LONG_S)
 
     async def look(self) -> int:
         """At all that is to be looked at and quiet. Returns how many files are left. Raises NotServing."""

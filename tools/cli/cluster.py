@@ -407,6 +407,7 @@ def risk(config: Path | None, as_json: bool) -> None:
     since = own.get("single_copy_since")
     result = {
         "single_copy": own["single_copy"],
+        "files_single_copy": own["files"]["single_copy"],
         "oldest_s": round(time.time() - since) if since else None,
         "missing_here": own["healing"]["missing"],
         "unreadable": own["healing"]["unreadable"],
@@ -416,12 +417,15 @@ def risk(config: Path | None, as_json: bool) -> None:
         f"{own['single_copy']} objects have their only copy here, as far as is known"
         + (f", the oldest since {_when(since)}" if since else "")
     ]
+    if own["files"]["single_copy"]:
+        lines.append(f"{own['files']['single_copy']} files of the share are on one node only")
     if own["healing"]["missing"]:
         lines.append(f"{own['healing']['missing']} copies of this node are being made again")
     if own["healing"]["unreadable"]:
         lines.append(f"{own['healing']['unreadable']} objects have no good copy on either node")
     say(result, as_json, "\n".join(lines))
-    sys.exit(EXIT_FOUND if own["single_copy"] or own["healing"]["unreadable"] else 0)
+    at_risk = own["single_copy"] or own["files"]["single_copy"] or own["healing"]["unreadable"]
+    sys.exit(EXIT_FOUND if at_risk else 0)
 
 
 COMMANDS: tuple[click.Command, ...] = (switchover, failover, pause, resume, history, why, risk)

@@ -153,7 +153,7 @@ class Engine(Parts):
         while True:
             self.core.peer_unfit = self._peer_info().get("usable", 1) == 0
             self.core.counted = min(self.catalogue.tail, default=self.core.durable + 1) - 1
-            self.core.missing, self.core.instances = self.catalogue.sizes()
+            self.core.missing, self.core.instances, self.core.rows = self.catalogue.sizes()
             self._note_pair()
             if self.peering.heard():
                 self.core.alive(self.clock())

@@ -275,7 +275,7 @@ class Replica(Following):
         if behind and self.peer in self.in_sync.required:
             self._ask_to_go_alone()
         behind_by, must = self.commit - match, match < self.forgotten
-        far = self.rolled_forward and behind_by > max(self.limits.state_after, self.instances // STATE_SHARE)
+        far = self.rolled_forward and behind_by > max(self.limits.state_after, self.rows // STATE_SHARE)
         state = (far or must) and hello.features >= TAKES_STATE
         if hello.features < self.needs_features:
             return  # it wouldn't understand what the log says; it may go on giving copies of what it has

@@ -35,6 +35,7 @@ class ReplicaState:
     missing: int = 0  # copies that this node lacks, for the other one to know,
     counted: int = 0  # of all entries up to here
     instances: int = 0  # how many this node has, applied
+    rows: int = 0  # about how much there is to a state: instances, and files of the share
     needs_features: int = 0  # what a node must be able to carry out to understand this log, see `messages.FEATURES`
     forgotten: int = 0  # entries up to here may be Void though they said something: who lacks them takes the state
     peer_missing: int = 0  # copies that the peer says it lacks,

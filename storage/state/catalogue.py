@@ -194,10 +194,11 @@ class Catalogue:
             rows = txn.scan_back("missing", seq_key(before) if before else b"")
             return [seq_of(key) for key, _ in islice(rows, limit)]
 
-    def sizes(self) -> tuple[int, int]:
-        """(copies that this node lacks, instances of the archive)"""
+    def sizes(self) -> tuple[int, int, int]:
+        """(copies that this node lacks, instances of the archive, all instances and files of the share)"""
         with self.kv.read() as txn:
-            return txn.count("missing"), txn.count("instances") - file_images.count_listed(txn)
+            instances, of_files = txn.count("instances"), file_images.count_listed(txn)
+            return txn.count("missing"), instances - of_files, instances + txn.count("file_inodes")
 
     def was_at(self, seq: int) -> Location | None:
         """Where a missing copy lay before, if that is known."""

@@ -84,8 +84,9 @@ def _files(engine: Engine) -> dict[str, int]:
     """Of the share: how many there are, how many are being written to, how many one of the nodes lacks; how many are to
     be looked at, are DICOM instances, and of these have their instance elsewhere, too."""
     rows = {"count": "file_inodes", "dirty": "file_dirty", "single_copy": "file_lacking"}
+    rows |= {"unlooked": "file_unlooked", "images": "file_images", "doubles": "file_doubles"}
     with engine.catalogue.kv.read() as txn:
-        return {name: txn.count(table) for name, table in rows.items()} | engine.file_copies.counts()
+        return {name: txn.count(table) for name, table in rows.items()}
 
 
 def _taking(taker: StateTaker) -> dict[str, Any] | None:

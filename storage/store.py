@@ -5,7 +5,7 @@ committed and visible; anything else is an exception. Reading: `settled()` and t
 """
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -237,9 +237,9 @@ class Store:
         numbers behind one."""
         return await self.run(self._engine.file_copies.unlooked, limit, after)
 
-    async def shared_folder(self, path: str) -> int | None:
-        """The inode number of a folder of the share, None if there is none."""
-        return await self.run(self._engine.file_copies.folder, path)
+    async def shared_folders(self, paths: Iterable[str]) -> dict[str, int]:
+        """The inode numbers of those of these folders of the share that are there."""
+        return await self.run(self._engine.file_copies.folders, paths)
 
     async def shared_file(self, number: int) -> Path | None:
         """Where this node's copy of a file of the share lies, None if it holds none now."""

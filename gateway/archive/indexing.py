@@ -15,9 +15,8 @@ import structlog
 from conf.settings import DicomSettings, ShareSettings
 from conf.telling import place_of, reason_of
 from gateway.dicom.identify import Identity, Unreadable, identify
-from gateway.dicom.part10 import MEDIA_DIRECTORY, Header, read_header
+from gateway.dicom.part10 import HEADER_BYTES_MAX, MEDIA_DIRECTORY, Header, read_header
 from gateway.dicom.sop_classes import is_storage_class, is_transfer_syntax
-from gateway.dicom.uids import is_uid
 from gateway.dicom.whole import Whole
 from storage.state.model import Put
 from storage.store import NotServing, Store, Unlooked
@@ -34,7 +33,6 @@ FAILED_MAX: Final = 50  # in one pass
 LONG, LONG_S = 1000, 10.0  # so many that are left aren't gone through each second
 READ_S: Final = 30.0
 SLOWEST_BYTES_S: Final = 1 << 20
-HEAD_BYTES: Final = 1 << 20  # group 0002 ends within it
 RECYCLED: Final = "/.recycle"
 
 
@@ -47,7 +45,6 @@ class Indexing:
         """`dicom()`: the settings in force now."""
         self._store, self._share, self._dicom = store, share, dicom
         self._again: dict[int, float] = {}  # inode number -> not before
-        self._failed = 0
 
     async def run(self) -> None:
         while True:
@@ -64,23 +61,23 @@ class Indexing:
 
     async def look(self) -> int:
         """At all that is to be looked at and quiet. Returns how many files are left. Raises NotServing."""
-        after = left = 0
-        self._failed = 0
-        while self._failed < FAILED_MAX and (files := await self._store.unlooked(AT_ONCE, after)):
+        after = left = failed = 0
+        while failed < FAILED_MAX and (files := await self._store.unlooked(AT_ONCE, after)):
             after = files[-1].number
             quiet = [file for file in files if self._is_quiet(file)]
             left += len(files) - len(quiet)
             for start in range(0, len(quiet), READ_AT_ONCE):
-                await asyncio.gather(*(self._index(file) for file in quiet[start : start + READ_AT_ONCE]))
-        return left + self._failed
+                done = await asyncio.gather(*(self._index(file) for file in quiet[start : start + READ_AT_ONCE]))
+                failed += done.count(False)
+        return left + failed
 
     async def _folders(self) -> dict[int, bool]:
         """Whether what is below a folder is indexed, by its inode number."""
         share = self._share
         left_out = [*share.index_not, RECYCLED, *([share.takes_in] if share.takes_in else [])]
         said = dict.fromkeys(share.index, True) | dict.fromkeys(left_out, False)
-        found = {path: await self._store.shared_folder(path) for path in said}
-        return {number: said[path] for path, number in found.items() if number is not None}
+        found = await self._store.shared_folders(said)
+        return {number: said[path] for path, number in found.items()}
 
     def _is_quiet(self, file: Unlooked) -> bool:
         age_s = time.time() - file.mtime / 1e9
@@ -90,8 +87,8 @@ class Indexing:
         wanted = await self._folders()
         return next((wanted[number] for number in file.folders if number in wanted), False)
 
-    async def _index(self, file: Unlooked) -> None:
-        """Raises NotServing."""
+    async def _index(self, file: Unlooked) -> bool:
+        """False: it couldn't be read, and is tried again later. Raises NotServing."""
         self._again.pop(file.number, None)
         try:
             async with asyncio.timeout(READ_S + file.size / SLOWEST_BYTES_S):
@@ -102,12 +99,13 @@ class Indexing:
         except NotServing:
             raise
         except Exception as error:  # whatever a file leads to: the others are looked at all the same
-            self._failed += 1
             if len(self._again) >= AGAIN_MAX:
                 self._again.clear()
             self._again[file.number] = time.monotonic() + AGAIN_S
             why = reason_of(error) if isinstance(error, OSError) else place_of(error)
             log.info("index.later", inode=file.number, why=why)
+            return False
+        return True
 
     async def _read(self, file: Unlooked) -> Put | None:
         """What a file is, None for no instance. Raises OSError."""
@@ -129,26 +127,13 @@ class Indexing:
             raise OSError(0, "it isn't as long as it should be")
         if whole.cut_short:
             raise NoInstance("it ends in the middle of an element: whoever copied it was cut off")
-        return Put(
-            sop_instance=identity.sop_instance,
-            sop_class=identity.sop_class,
-            study=identity.study,
-            series=identity.series,
-            transfer_syntax=header.transfer_syntax,
-            digest=digest,
-            length=length,
-            offset=header.start,
-            keys=identity.keys,
-            calling_ae="",
-            received=time.time(),
-            blocks=blocks,
-        )
+        return identity.record(header.transfer_syntax, digest, length, header.start, blocks=blocks)
 
 
 def identified(path: Path, settings: DicomSettings) -> tuple[Header, Identity]:
     """What a file's header says, and which instance its data set is. Blocks. Raises NoInstance, OSError."""
     with path.open("rb") as file:
-        header = read_header(file.read(HEAD_BYTES))
+        header = read_header(file.read(HEADER_BYTES_MAX))
         if header is None:
             raise NoInstance("no DICOM file")
         if header.sop_class == MEDIA_DIRECTORY:
@@ -162,7 +147,6 @@ def identified(path: Path, settings: DicomSettings) -> tuple[Header, Identity]:
             raise NoInstance(str(error)) from error
     if not is_storage_class(identity.sop_class, settings):
         raise NoInstance(f"no class of instances that are stored: {identity.sop_class!r}")
-    for uid in (identity.sop_instance, identity.study, identity.series):
-        if not is_uid(uid, lenient=settings.lenient_uids):
-            raise NoInstance("a UID is missing or isn't one")
+    if problem := identity.problem(lenient=settings.lenient_uids):
+        raise NoInstance(problem)
     return header, identity

@@ -6,6 +6,7 @@ very many elements) is read by `identify`, which takes as long as it takes and b
 
 import re
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from pydicom.valuerep import PN_DELIMS, TEXT_VR_DELIMS
 
 from gateway.dicom.scan import GiveUp, Scanner
 from gateway.dicom.sop_classes import encoding_of
+from gateway.dicom.uids import is_uid
 from storage.state import keys
+from storage.state.model import Put
 
 READ_BYTES: Final = 256 << 10
 INFLATED_BYTES_MAX: Final = 1 << 30  # of one data set, in a worker; nothing of it is kept
@@ -45,6 +48,31 @@ class Identity:
     study: str
     series: str
     keys: dict[str, str]  # DICOM keyword -> text, several values joined by a backslash
+
+    def problem(self, *, lenient: bool) -> str:
+        """Which UID is none, "" if all are."""
+        uids = {"SOP": self.sop_instance, "Study": self.study, "Series": self.series}
+        wrong = next((name for name, uid in uids.items() if not is_uid(uid, lenient=lenient)), "")
+        return f"{wrong} Instance UID is missing or isn't a UID" if wrong else ""
+
+    def record(
+        self, transfer_syntax: str, digest: bytes, length: int, offset: int, calling_ae: str = "", blocks: bytes = b""
+    ) -> Put:
+        """What is stored of it, received now; the arguments are those of `Put`."""
+        return Put(
+            sop_instance=self.sop_instance,
+            sop_class=self.sop_class,
+            study=self.study,
+            series=self.series,
+            transfer_syntax=transfer_syntax,
+            digest=digest,
+            length=length,
+            offset=offset,
+            keys=self.keys,
+            calling_ae=calling_ae,
+            received=time.time(),
+            blocks=blocks,
+        )
 
 
 class Identifier:

@@ -8,6 +8,7 @@ from gateway.dicom.uids import IMPLEMENTATION_CLASS_UID, IMPLEMENTATION_VERSION
 from storage.state import description
 
 MEDIA_DIRECTORY: Final = "1.2.840.10008.1.3.10"  # SOP class of a DICOMDIR
+HEADER_BYTES_MAX: Final = 1 << 20  # of a file; group 0002 ends within it
 PREAMBLE: Final = 128
 _LONG_VRS: Final = (b"OB", b"OW", b"SQ", b"UN", b"UT")
 

@@ -1,7 +1,6 @@
 """C-STORE (PS3.4 annex B): what is received is kept bit for bit, on both nodes, before Success is said."""
 
 import contextlib
-import time
 
 import structlog
 
@@ -79,19 +78,8 @@ class Storer:
             return
 
         def make(digest: bytes, length: int) -> Put:
-            return Put(
-                sop_instance=identity.sop_instance,
-                sop_class=identity.sop_class,
-                study=identity.study,
-                series=identity.series,
-                transfer_syntax=self.call.transfer_syntax,
-                digest=digest,
-                length=length,
-                offset=upload.offset,
-                keys=identity.keys,
-                calling_ae=self.call.peer.calling_ae,
-                received=time.time(),
-            )
+            caller = self.call.peer.calling_ae
+            return identity.record(self.call.transfer_syntax, digest, length, upload.offset, caller)
 
         self.call.outcome.bytes = self._bytes
         try:
@@ -116,14 +104,8 @@ class Storer:
         return Identity(*found)
 
     def _problem(self, identity: Identity) -> tuple[int, str] | None:
-        lenient = self._context.settings.lenient_uids
-        for name, uid in (
-            ("SOP Instance UID", identity.sop_instance),
-            ("Study Instance UID", identity.study),
-            ("Series Instance UID", identity.series),
-        ):
-            if not is_uid(uid, lenient=lenient):
-                return Status.DATA_SET_MISMATCH, f"{name} is missing or isn't a UID"
+        if problem := identity.problem(lenient=self._context.settings.lenient_uids):
+            return Status.DATA_SET_MISMATCH, problem
         request = self.call.request
         if request.sop_instance != identity.sop_instance or request.sop_class != identity.sop_class:
             return Status.DATA_SET_MISMATCH, "command and data set name different SOP UIDs"

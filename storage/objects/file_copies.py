@@ -1,6 +1,7 @@
 """This node's copies of the share's files, for who reads an instance where it lies."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +16,7 @@ from storage.state import file_images, file_rows, instances
 from storage.state.catalogue import Catalogue
 from storage.state.file_images import Unlooked
 from storage.state.file_model import ROOT
+from storage.state.kv import KeyValues
 from storage.state.model import Put
 
 READ_BYTES: Final = 1 << 20
@@ -54,32 +56,26 @@ class FileCopies:
 
     def unlooked(self, limit: int, after: int) -> list[Unlooked]:
         """Files that are to be looked at, see `file_images`, of the numbers behind one."""
-        found: list[Unlooked] = []
         with self._catalogue.kv.read() as txn:
-            for one in file_images.unlooked(txn, after):
-                if len(found) == limit:
-                    break
-                found.append(one)
-        return found
+            return list(islice(file_images.unlooked(txn, after), limit))
 
-    def folder(self, path: str) -> int | None:
-        """The inode number of a folder of the share by its path from the topmost, in any case as over SMB; None if
-        there is none."""
-        number = ROOT
+    def folders(self, paths: Iterable[str]) -> dict[str, int]:
+        """The inode numbers of those of these folders of the share that are there, by their paths from the topmost, in
+        any case as over SMB."""
         with self._catalogue.kv.read() as txn:
-            for name in filter(None, path.split("/")):
-                real = file_rows.real_name(txn, number, name.encode())
-                named = file_rows.find(txn, number, real) if real is not None else None
-                if named is None:
-                    return None
-                number = named.inode
-        return number
+            found = {path: _folder(txn, path) for path in paths}
+        return {path: number for path, number in found.items() if number is not None}
 
-    def counts(self) -> dict[str, int]:
-        """Of files: to be looked at, images, and of these the ones whose instance is kept elsewhere too."""
-        tables = {"unlooked": "file_unlooked", "images": "file_images", "doubles": "file_doubles"}
-        with self._catalogue.kv.read() as txn:
-            return {name: txn.count(table) for name, table in tables.items()}
+
+def _folder(txn: KeyValues, path: str) -> int | None:
+    number = ROOT
+    for name in filter(None, path.split("/")):
+        real = file_rows.real_name(txn, number, name.encode())
+        named = file_rows.find(txn, number, real) if real is not None else None
+        if named is None:
+            return None
+        number = named.inode
+    return number
 
 
 def data_digests(path: Path, start: int, feed: Callable[[bytes], None]) -> tuple[bytes, bytes, int]:

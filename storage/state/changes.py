@@ -31,14 +31,8 @@ from storage.state.model import (
 NOT_HERE_YET: Final = b"no copy yet"  # why a copy is missing that was never here
 ADOPTED: Final = "adopted-"  # instead of a spool name: a file that was taken over where it lay
 DIVERGED: Final = "diverged: prepared here and not committed"
-SEEN_IN_BYTES: Final = (
-    MarkDirty,
-    Flush,
-    Remove,
-    Rename,
-    Link,
-    Drop,
-)  # a file may be another image, or none, after these
+# A file may be another image, or none, after these.
+SEEN_IN_BYTES: Final = (MarkDirty, Flush, Remove, Rename, Link, Drop)
 
 
 def same_copy(one: Location, other: Location) -> bool:

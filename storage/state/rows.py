@@ -5,7 +5,7 @@ names another one is kept in the study, and the study is then found under both (
 table `conflict` until the contradiction is gone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import msgspec
 import xxhash
@@ -181,16 +181,18 @@ def one_less(txn: Transaction, put: Put) -> None:
     left = next(instances.members(txn, number) if number is not None else members(txn, put.study, ""), None)
     other = instances.get(txn, left) if left is not None else None
     names = (*keys.PATIENT, *keys.STUDY, *keys.OF_ALL, *(keys.SERIES if number is not None else ()))
-    if other is None or any(put.keys.get(name) != other.put.keys.get(name) for name in names):
+    if other is None or not _agree(put, other.put, names):
         made_anew(txn, put.study)
 
 
 def says_the_same(one: Put, other: Put) -> bool:
     """Of the same study and series, and nothing in the rows above depends on which of them is there."""
     above = (*keys.PATIENT, *keys.STUDY, *keys.SERIES, *keys.OF_ALL)
-    return (one.study, one.series) == (other.study, other.series) and all(
-        one.keys.get(name) == other.keys.get(name) for name in above
-    )
+    return (one.study, one.series) == (other.study, other.series) and _agree(one, other, above)
+
+
+def _agree(one: Put, other: Put, names: Iterable[str]) -> bool:
+    return all(one.keys.get(name) == other.keys.get(name) for name in names)
 
 
 def matching(txn: Transaction, delete: Delete) -> list[Instance]:

@@ -35,11 +35,8 @@ SHARED: Final = (
     "conflict",
     "task",
 )
-LATER: Final = (
-    "blocks",
-    *file_rows.TABLES,
-    *file_images.TABLES,
-)  # tables that nodes of the first version to give its state don't know
+# Tables that nodes of the first version to give its state don't know.
+LATER: Final = ("blocks", *file_rows.TABLES, *file_images.TABLES)
 FORMAT: Final = 4  # of the rows of all these
 ROWS_AT_ONCE: Final = 4000
 BYTES_AT_ONCE: Final = 512 << 10

@@ -69,7 +69,7 @@ class Scrub:
             files = max(1, await self._workers.run(self._count_files))
             for seq in found:
                 await self._journal.quiet(BUSY_WAIT_S)
-                length = await self._check(seq)
+                length, _ = await self._check(seq)
                 part = 1 / files if is_of_file(seq) else length / total_bytes
                 await asyncio.sleep(min(PAUSE_S_MAX, self._days * DAY_S * part))
             self.at = found[-1]
@@ -80,23 +80,23 @@ class Scrub:
 
     async def now(self, study: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
         """Check everything, or one study, at once; images that come in still go first."""
-        before = (self.checked, self.bad)
         total = await self._workers.run(self._catalogue.counts)
-        start = 0
+        start = checked = bad = 0
         while found := await self._batch(start):
             for seq in found:
                 if study and not await self._workers.run(self._is_of, seq, study):
                     continue
                 await self._journal.quiet(BUSY_WAIT_S)
-                await self._check(seq)
+                _, good = await self._check(seq)
+                checked, bad = checked + (good is not None), bad + (good is False)
             start = found[-1] + 1
-            progress(self.checked - before[0], total["instances"])
+            progress(checked, total["instances"])
         for _ in range(HEALING_LOOKS):  # what was just found to be missing might be what lies in another place
             if study or not await self._workers.run(self._catching_up):
                 break
             await asyncio.sleep(HEALING_LOOK_S)
         strangers = 0 if study else await self.strangers()
-        return {"checked": self.checked - before[0], "bad": self.bad - before[1], "strangers": strangers}
+        return {"checked": checked, "bad": bad, "strangers": strangers}
 
     def _is_of(self, seq: int, study: str) -> bool:
         if is_of_file(seq):
@@ -120,35 +120,36 @@ class Scrub:
         with self._catalogue.kv.read() as txn:
             return file_images.count_listed(txn)
 
-    async def _check(self, seq: int) -> int:
-        """Returns the bytes that were read."""
+    async def _check(self, seq: int) -> tuple[int, bool | None]:
+        """Returns the bytes that were read, and whether they were good; None: there was nothing to be checked."""
         if is_of_file(seq):
             return await self.check_file(seq)
         entry = await self._workers.run(self._copies.entry, seq)
         if entry is None or not isinstance(entry.operation, Put):
-            return 0
+            return 0, None
         self.checked += 1
-        if not await self._healing.examine(seq) and await self._workers.run(self._copies.entry, seq) == entry:
-            self.bad += 1
-        return entry.operation.length
+        bad = not await self._healing.examine(seq) and await self._workers.run(self._copies.entry, seq) == entry
+        self.bad += bad
+        return entry.operation.length, not bad
 
-    async def check_file(self, seq: int) -> int:
+    async def check_file(self, seq: int) -> tuple[int, bool | None]:
         """Of the share, which the catalogue has by this number. A bad copy is reported if it is bad once more when all
-        is known that the file may have had done to it. Returns the bytes that were read."""
+        is known that the file may have had done to it. Returns what `_check` does."""
         found = await self._workers.run(self._copies.find, seq)
         if found is None:
-            return 0
+            return 0, None
         self.checked += 1
         for wait_s in (0.0, WRITTEN_S):  # a standby may have the bytes of a change before it knows of it
             await asyncio.sleep(wait_s)
             if await self._workers.run(self._is_good, seq):
-                return found[2].length
+                return found[2].length, True
         number = await self._workers.run(self._number, seq)
-        if number is not None and await self._workers.run(self._copies.find, seq) == found:
-            self.bad += 1
-            log.warning("scrub.file_bad", inode=number)
-            self._files_lost([number])
-        return found[2].length
+        if number is None or await self._workers.run(self._copies.find, seq) != found:
+            return found[2].length, True  # it was written to, or moved, meanwhile
+        self.bad += 1
+        log.warning("scrub.file_bad", inode=number)
+        self._files_lost([number])
+        return found[2].length, False
 
     def _number(self, seq: int) -> int | None:
         with self._catalogue.kv.read() as txn:

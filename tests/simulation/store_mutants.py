@@ -228,7 +228,9 @@ def looked_at_too_late() -> contextlib.AbstractContextManager[None]:
     def whenever(txn: Transaction, seq: int, operation: IndexFile) -> None:
         since = txn.get("file_unlooked", file_rows.number_key(operation.number))
         if since is not None:
-            indexed(txn, seq, msgspec.structs.replace(operation, since=file_rows.number_of(since[:8])))
+            indexed(
+                txn, seq, msgspec.structs.replace(operation, since=file_rows.number_of(since[: file_rows.NUMBER_BYTES]))
+            )
 
     return replaced(file_images, "indexed", whenever)
 

@@ -2,16 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import Final
 
 from pydicom import dcmread
 from pydicom.uid import UID
 
-from gateway.dicom.part10 import MEDIA_DIRECTORY, start_of_data_set
+from gateway.dicom.part10 import HEADER_BYTES_MAX, MEDIA_DIRECTORY, start_of_data_set
 from gateway.dicom.whole import Whole
 from tools.cli.dicom_client import FileObject, Object
-
-HEAD_BYTES: Final = 1 << 20  # group 0002 ends within it
 
 
 class NotAnInstance(Exception):
@@ -32,7 +29,7 @@ def open_object(path: Path) -> FileObject:
     """An instance, to be sent from its file. SOP class and UID are those of the data set; a transfer syntax that the
     file doesn't name is found from the data. Raises NotAnInstance or OSError."""
     with path.open("rb") as file:
-        raw = file.read(HEAD_BYTES)
+        raw = file.read(HEADER_BYTES_MAX)
         size = os.fstat(file.fileno()).st_size
     try:
         return _opened(path, raw, size)
@@ -67,6 +64,6 @@ def is_cut_short(path: Path) -> bool:
     whole = Whole(item.transfer_syntax)
     with path.open("rb") as file:
         file.seek(item.start)
-        while block := file.read(HEAD_BYTES):
+        while block := file.read(HEADER_BYTES_MAX):
             whole.feed(block)
     return whole.cut_short

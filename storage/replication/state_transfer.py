@@ -124,7 +124,7 @@ class StateTaker:
 
     def _check(self, head: Head, match: int) -> None:
         """Raises StateUnusable."""
-        if head.format != transfer.FORMAT or not set(transfer.SHARED) <= set(head.tables):
+        if head.format != transfer.FORMAT or not set(transfer.SHARED) <= set(head.rows):
             raise StateUnusable(f"it has format {head.format}, and this version {transfer.FORMAT}")
         if head.applied < match:
             raise StateUnusable(f"it ends at entry {head.applied}, and this node's log at {match}")

@@ -35,6 +35,9 @@ SHARED: Final = (
     "conflict",
     "task",
 )
+# Of these a node of the first versions wants the rows. They say nothing that the rows of the others don't: whoever has
+# the state needs none of them, as both nodes have what they say, and counts them as forgotten.
+NOT_TAKEN: Final = ("entries",)
 # Tables that nodes of the first version to give its state don't know.
 LATER: Final = ("blocks", *file_rows.TABLES, *file_images.TABLES)
 FORMAT: Final = 4  # of the rows of all these
@@ -58,7 +61,7 @@ class Head(msgspec.Struct, frozen=True, array_like=True):
     epochs: tuple[tuple[int, int], ...]
     bytes: int  # of all files
     rows: dict[str, int]  # how many each table has
-    forgotten: int = 0  # up to which entry what is over was forgotten
+    forgotten: int = 0  # up to which entry what is over was forgotten by who gives it
     size: int = 0  # bytes that it takes on the disk
     more: dict[str, int] = {}  # how many rows the tables have that not every version knows
 
@@ -68,8 +71,9 @@ class Head(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def tables(self) -> dict[str, int]:
-        """Those that are given, with how many rows each has."""
-        return {table: count for table, count in (self.rows | self.more).items() if table in (*SHARED, *LATER)}
+        """Those that are taken, with how many rows each has."""
+        taken = {*SHARED, *LATER} - set(NOT_TAKEN)
+        return {table: count for table, count in (self.rows | self.more).items() if table in taken}
 
 
 class Ask(msgspec.Struct, frozen=True, array_like=True):
@@ -206,7 +210,7 @@ def complete(old: Kv, new: Kv, head: Head) -> None:
             new.update(partial(_put_all, rows))
         facts: dict[str, Any] = {key.decode(): msgspec.msgpack.decode(value) for key, value in before.scan("meta")}
     facts |= {"epochs": head.epochs, "applied": applied, "checkpoint": applied, "bytes": head.bytes}
-    facts["forgotten"] = head.forgotten
+    facts["forgotten"] = applied
     if head.lineage:
         facts["lineage"] = head.lineage
 

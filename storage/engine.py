@@ -36,7 +36,7 @@ from storage.replication.effects import (
 )
 from storage.replication.messages import KNOWS_FILES, Ack, AnyMessage, Pong
 from storage.replication.pending import Pending, Pendings
-from storage.state.file_model import BeginWriting, Change, Lacks
+from storage.state.file_model import BeginWriting, Change
 from storage.state.formats import bring_up_to_date
 from storage.state.model import Delete, Files, Forget, Put, Task, TaskDone
 from storage.state.soundness import closed
@@ -91,7 +91,7 @@ class Engine(Parts):
     # -- life --------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        self.mirror.on_lost = lambda numbers: self._note_lacking(str(self.core.peer), numbers)
+        self.mirror.propose = self._propose_if_leading
         self.peering.on_progress = lambda: self.core.progress(self.clock())
         self._queue_applies(self.core.commit)
         if self.settings.cluster:
@@ -253,6 +253,10 @@ class Engine(Parts):
         """Put a change of the share's files behind all others in the log. Raises NotServing."""
         return self.ingest.propose_files(change)
 
+    def _propose_if_leading(self, change: Change) -> None:
+        with contextlib.suppress(NotServing):
+            self.propose_files(change)
+
     async def settle_files(self) -> None:
         """Wait until all that was ever proposed is in the catalogue: then a writer of the share may begin, the only one
         there is, and while this node leads. Raises NotServing."""
@@ -265,16 +269,6 @@ class Engine(Parts):
             if self.journal.applied >= proposed:
                 return
             await asyncio.sleep(SETTLE_S)
-
-    def _files_lost(self, numbers: list[int]) -> None:
-        """This node doesn't hold what it should of these files."""
-        self._note_lacking(self.core.node, numbers) if self.core.leading else self.mirror.report_lost(numbers)
-
-    def _note_lacking(self, node: str, numbers: list[int]) -> None:
-        """Nothing but a row of its own is changed: so the share's one writer may be another process."""
-        with contextlib.suppress(NotServing):
-            for number in numbers if self.core.peer else ():
-                self.propose_files(Lacks(number, node))
 
     async def _commit_forget(self, forget: Forget) -> None:
         with contextlib.suppress(NotServing):

@@ -19,10 +19,12 @@ from storage.files.wire import (
     Committed,
     Ended,
     Message,
+    Move,
     PeerIs,
     Propose,
     Said,
     Tell,
+    VolumesAre,
     frame,
     next_message,
 )
@@ -43,6 +45,9 @@ class FilesServer:
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._busy = False
+        self._leaving: dict[str, dict[int, None]] = {}  # node -> inode numbers
+        self._known: object = None  # of the volumes, as the writer has been told
+        engine.mirror.on_move = self._move
 
     async def start(self) -> None:
         self._path.unlink(missing_ok=True)
@@ -95,12 +100,14 @@ class FilesServer:
         try:
             await engine.settle_files()
             engine.catalogue.kv.forget_readers()
+            self._leaving, self._known = {}, engine.known_of_volumes()
             await _say(writer, self._begun(writes=True))
             log.info("share.begun")
             async with asyncio.TaskGroup() as group:
                 helpers = [
                     group.create_task(_answer(proposals, writer)),
                     group.create_task(self._tell_of_peer(writer)),
+                    group.create_task(self._tell_of_volumes(writer)),
                     group.create_task(self._while_serving()),
                 ]
                 try:
@@ -146,6 +153,31 @@ class FilesServer:
             await _say(writer, PeerIs(state))
             await mirror.changed(state)
 
+    async def _tell_of_volumes(self, writer: asyncio.StreamWriter) -> None:
+        """Whenever something about them has changed since `Begun`, and what is to leave them."""
+        known = self._known
+        while True:
+            await asyncio.sleep(LOOK_S)
+            known = await self._say_volumes(writer, known)
+            leaving, self._leaving = self._leaving, {}
+            for node, numbers in leaving.items():
+                await _say(writer, Move(node, tuple(numbers)))
+
+    async def _say_volumes(self, writer: asyncio.StreamWriter, known: object) -> object:
+        """If what is known of them is another. Returns that."""
+        now = self._engine.known_of_volumes()
+        if now != known:
+            begun = self._begun(writes=False)
+            absent = tuple(str(slot.path) for slot in self._engine.volumes.slots if not slot.usable)
+            await _say(writer, VolumesAre(begun.volumes, begun.draining, absent, begun.complete))
+        return now
+
+    def _move(self, node: str, numbers: list[int]) -> bool:
+        """Have the share's writer move copies off their volumes. Returns whether there is one."""
+        if self._busy:
+            self._leaving.setdefault(node, dict.fromkeys(numbers)).update(dict.fromkeys(numbers))
+        return self._busy
+
     async def _while_serving(self) -> None:
         """Raises NotServing when this node isn't the primary any more, or may not act as it."""
         while True:
@@ -158,11 +190,13 @@ class FilesServer:
         engine = self._engine
         database = engine.settings.storage.state / "catalogue" / DATA_FILE
         opened = database.stat().st_ino
+        known = engine.known_of_volumes()
         await _say(writer, self._begun(writes=False))
         gone = asyncio.ensure_future(reader.read(1))
         try:
             while not gone.done() and not engine.may_serve and database.stat().st_ino == opened:
                 await asyncio.wait((gone,), timeout=LOOK_S)
+                known = await self._say_volumes(writer, known)
         finally:
             gone.cancel()
         if not gone.done() or gone.cancelled():

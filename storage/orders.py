@@ -16,10 +16,7 @@ import structlog
 from storage import crash
 from storage.control import NT_HASH, USER_NAME
 from storage.engine import Engine
-from storage.files.local import has_files
-from storage.objects.blob_store import READ_BYTES
 from storage.objects.copies import Row
-from storage.objects.incoming import Incoming
 from storage.objects.local_volume import create_marker
 from storage.objects.reading import Unavailable
 from storage.objects.volume import Volume, VolumeOffline
@@ -33,8 +30,6 @@ from storage.upkeep.quarantine import kept, purge
 log = structlog.get_logger()
 
 DIFFERENCES_MAX: Final = 100
-DRAIN_BATCH: Final = 16
-DRAIN_REST_S: Final = 1.0  # at most between two batches, while images come in
 DAY_S: Final = 86400.0
 
 Progress = Callable[[int, int], None]
@@ -111,58 +106,30 @@ class Service:
     async def _volume_drain(self, progress: Progress, path: str) -> dict[str, Any]:
         """Copy all that lies on a volume to the others; nothing new is put there meanwhile and afterwards."""
         engine, volume = self._engine, self._volume_at(path)
-        await self._refuse_with_files(volume)
         await engine.disk.run(volume.set_draining, True)
-        held = await self._held(volume.id)
-        moved = done = start = 0
-        while batch := await engine.disk.run(engine.catalogue.locations_on, volume.id, start, DRAIN_BATCH):
-            found = {}
-            for seq, _ in batch:
-                incoming = await self._copy(seq, volume)
-                if incoming:
-                    found[seq] = incoming
-            moved += len(await engine.journal.move({seq: incoming.location for seq, incoming in found.items()}))
-            start, done = batch[-1][0] + 1, done + len(batch)
-            progress(done, max(held, done))
-            await engine.journal.quiet(DRAIN_REST_S)
-        return {"moved": moved, "left": await self._held(volume.id)}
-
-    async def _refuse_with_files(self, volume: Volume) -> None:
-        if await self._engine.disk.run(has_files, volume.path):
-            raise Refused(f"{volume.path} holds files of the share, which can't be moved to another volume yet")
-
-    async def _held(self, volume_id: str) -> int:
-        """How many copies lie on a volume."""
-        counts = await self._engine.disk.run(self._engine.catalogue.copies_on)
-        return counts.get(volume_id, 0)
-
-    async def _copy(self, seq: int, volume: Volume) -> Incoming | None:
-        """A verified second copy on another volume of this node, None if the first is gone or no good."""
-        engine = self._engine
-        found = await engine.disk.run(engine.copies.find, seq)
-        if found is None or found[0] is not volume:
-            return None
-        _, name, put = found
-        file = await engine.disk.run(volume.open, name)
-        try:
-            incoming = Incoming(engine.disk, engine.volumes, engine.volumes.choose(), file.read(put.offset))
-            while block := await engine.disk.run(file.read, READ_BYTES):
-                incoming.feed_chunk(bytearray(block))
-        finally:
-            file.close()
-        await incoming.finish()
-        if incoming.digest != put.digest:
-            await incoming.discard()
-            await engine.healing.examine(seq)
-            return None
-        return incoming
+        moved = await engine.draining.instances(volume, progress)
+        await engine.settled()
+        files, why = await engine.draining.files(volume, progress)
+        left = await engine.draining.files_on(volume) if why else []
+        return {
+            "moved": moved,
+            "left": await engine.draining.held(volume),
+            "files_moved": files,
+            "files_left": len(left),
+            "why": why,
+        }
 
     async def _volume_retire(self, _: Progress, path: str) -> dict[str, Any]:
         engine, volume = self._engine, self._volume_at(path)
-        await self._refuse_with_files(volume)
-        left = await self._held(volume.id)
-        if left:
-            raise Refused(f"{path} still holds {left} copies; `tandem volume drain {path}` moves them")
+        await engine.settled()
+        failed = any(slot.failed for slot in engine.volumes.slots if slot.volume is volume)
+        left, files = await engine.draining.held(volume), 0 if failed else len(await engine.draining.files_on(volume))
+        if left or files:
+            raise Refused(f"{path} still holds {_named(left, files)}; `tandem volume drain {path}` moves them")
+        if failed and (not engine.share_copies.up_to_date or await engine.draining.lacking()):
+            raise Refused(f"files of the share that lay on {path} are still being made again; try again later")
+        if not (failed or volume.draining) and engine.catalogue.files_space():
+            raise Refused(f"{path} may get files of the share at any time; `tandem volume drain {path}` ends that")
         engine.volumes.retire(volume.id)
         paths = sorted({str(slot.path) for slot in engine.volumes.slots})
         known = sorted(engine.catalogue.known_volumes - {volume.id})
@@ -364,3 +331,8 @@ class Service:
         except ValueError as error:
             raise Refused(str(error)) from error
         return {"armed": point}
+
+
+def _named(instances: int, files: int) -> str:
+    said = [f"{instances} copies of instances"] if instances else []
+    return " and ".join(said + ([f"{files} files of the share"] if files else []))

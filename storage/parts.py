@@ -37,6 +37,7 @@ from storage.state.catalogue import Batch, Catalogue
 from storage.state.file_images import is_of_file
 from storage.state.model import Entry, Forget, Put
 from storage.upkeep.disks import DiskWatch
+from storage.upkeep.draining import Draining
 from storage.upkeep.forgetting import Forgetting
 from storage.upkeep.healing import Healing
 from storage.upkeep.scrub import Scrub
@@ -127,7 +128,8 @@ class Parts:
             return around.open_copies(kept, storage.reserve_bytes, draining, complete=complete)
 
         self.share_disk = around.workers(SHARE_THREADS, "share")
-        self.mirror = Mirror(self.core, self.peering, Keeper(open_copies, self.share_disk, storage.hang_s))
+        keeper = Keeper(open_copies, self.share_disk, storage.hang_s, self.known_of_volumes)
+        self.mirror = Mirror(self.core, self.peering, keeper)
         self.open_copies = open_copies
         self.share_copies = ShareCopies(
             self.catalogue,
@@ -136,7 +138,7 @@ class Parts:
             self.share_disk,
             node=self.settings.node.name,
             clock=self.clock,
-            on_lost=self._files_lost,
+            on_lost=self.mirror.lost,
         )
 
     def share_volumes(self) -> tuple[list[Path], list[Path]]:
@@ -144,6 +146,13 @@ class Parts:
         slots = [slot for slot in self.volumes.slots if not slot.failed]
         return [slot.path for slot in slots], [
             slot.path for slot in slots if slot.volume is None or slot.volume.draining
+        ]
+
+    def known_of_volumes(self) -> object:
+        """All that counts for who uses them: another value when that has changed."""
+        return [
+            (slot.path, slot.volume and (slot.volume.id, slot.volume.draining), slot.usable, slot.failed)
+            for slot in self.volumes.slots
         ]
 
     def _furnish_upkeep(self) -> None:
@@ -161,10 +170,13 @@ class Parts:
             checked=lambda: self._spawn(self.healing.note_new_volumes()),
         )
         self.scrub = Scrub(
-            *kept, self.journal, self.copies, self.healing, self.disk, storage.scrub_days, self._files_lost
+            *kept, self.journal, self.copies, self.healing, self.disk, storage.scrub_days, self.mirror.lost
         )
         self.tidying = Tidying(
             *kept, self.journal, self.disk, in_use=self._spools_in_use, clock=self.clock, hang_s=storage.hang_s
+        )
+        self.draining = Draining(
+            *kept, self.journal, self.copies, self.healing, self.mirror, self.disk, node=self.settings.node.name
         )
         self._furnish_service()
 
@@ -310,9 +322,6 @@ class Parts:
         raise NotImplementedError
 
     def _not_kept(self, seq: int, error: Exception) -> None:
-        raise NotImplementedError
-
-    def _files_lost(self, numbers: list[int]) -> None:
         raise NotImplementedError
 
     def _die(self, error: BaseException) -> None:

@@ -8,6 +8,7 @@ import resource
 import signal
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +26,7 @@ from storage.files.namespace import Namespace
 from storage.files.peer import Pair
 from storage.files.remote import NoGateway, RemoteLog
 from storage.files.share import Share
+from storage.files.wire import VolumesAre
 from storage.state.catalogue import TABLES
 from storage.state.kv import LmdbReader
 from storage.workers import Workers
@@ -98,6 +100,7 @@ async def _mounted(settings: Settings, mountpoint: Path) -> str:
         peer=remote.peer if begun.peer else None,
     )
     remote.ended.add_done_callback(lambda _: setattr(share, "over", True))
+    remote.on_volumes = lambda now: _use(local, disk, now)
     helpers = [asyncio.create_task(remote.run()), asyncio.create_task(_reinforce(disk, settings.storage.hang_s))]
     try:
         if not local.complete:
@@ -107,8 +110,10 @@ async def _mounted(settings: Settings, mountpoint: Path) -> str:
             share.own_top(os.geteuid(), os.getegid())
         else:
             share.begin_reading()
-        if begun.writes and share.mirroring is not None:
-            helpers.append(asyncio.create_task(CatchingUp(share).run()))
+        if begun.writes:
+            catching_up = CatchingUp(share)
+            remote.on_move = lambda move: catching_up.move(move.node, move.numbers)
+            helpers.append(asyncio.create_task(catching_up.run()))
         await _clear(mountpoint)
         pyfuse3.asyncio.enable()
         options = OPTIONS if begun.writes else OPTIONS | {"ro"}
@@ -134,6 +139,15 @@ async def _mounted(settings: Settings, mountpoint: Path) -> str:
         disk.stop()
         local.close()
         reader.close()
+
+
+def _use(local: LocalFiles, disk: Workers, now: VolumesAre) -> None:
+    volumes, draining, absent = (
+        [Path(folder) for folder in folders] for folders in (now.volumes, now.draining, now.absent)
+    )
+    log.info("share.volumes", count=len(volumes), draining=len(draining), absent=len(absent))
+    using = disk.run(partial(local.use, volumes, draining, absent, complete=now.complete))
+    using.add_done_callback(lambda done: done.cancelled() or done.exception())
 
 
 async def _reinforce(disk: Workers, hang_s: float) -> None:

@@ -1,10 +1,10 @@
 """What the node whose share is written to does about copies that aren't what they should be: files that were left dirty
 are made the same on both nodes and clean, what the other node lacks is brought to it, what this one lacks is had from
-there. Block by block: only what differs goes over the wire."""
+there. Block by block: only what differs goes over the wire. And what is to leave a volume is moved off it."""
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from itertools import islice
 from typing import Final
 
@@ -20,6 +20,7 @@ from storage.state.kv import KeyValues
 log = structlog.get_logger()
 
 AGAIN_S: Final = 5.0
+LOOK_S: Final = 0.2  # between two looks for what is to be moved
 LATER_S: Final = 300.0  # what fails again and again is tried so seldom
 AT_ONCE: Final = 500  # rows looked at
 
@@ -28,11 +29,26 @@ class CatchingUp:
     def __init__(self, share: Share) -> None:
         self._share = share
         self._later: dict[int, tuple[float, float]] = {}  # what failed: when it is tried again, how long after the last
+        self._moving: dict[tuple[int, str], None] = {}  # (inode number, node)
+
+    def move(self, node: str, numbers: Iterable[int]) -> None:
+        """Copies of a node are to leave volumes on which nothing is put any more. Who asks looks what came of it."""
+        self._moving |= dict.fromkeys((number, node) for number in numbers)
 
     async def run(self) -> None:
-        """As long as there is somebody to log what changes; only for a share that has another node."""
+        """As long as there is somebody to log what changes."""
+        moving, others = (asyncio.create_task(work()) for work in (self._move_on, self._catch_up))
+        try:
+            await others
+        finally:
+            moving.cancel()
+            await asyncio.wait((moving,))
+
+    async def _catch_up(self) -> None:
         mirroring = self._share.mirroring
-        assert mirroring is not None
+        if mirroring is None:
+            await asyncio.Event().wait()
+            return
         while True:
             state = mirroring.peer.state
             with contextlib.suppress(PeerLost):
@@ -44,6 +60,21 @@ class CatchingUp:
                 continue
             except OSError:
                 return
+
+    async def _move_on(self) -> None:
+        while True:
+            await self.move_asked()
+            await asyncio.sleep(LOOK_S)
+
+    async def move_asked(self) -> None:
+        """What was asked for until now."""
+        while self._moving:
+            number, node = next(iter(self._moving))
+            del self._moving[number, node]
+            try:
+                await self._share.move(number, node)
+            except (OSError, PeerCannot, PeerLost) as error:
+                log.warning("share.not_moved", inode=number, node=node, error=reason_of(error))
 
     async def once(self, state: PeerState) -> None:
         """One round. Raises PeerLost."""

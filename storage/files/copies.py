@@ -25,6 +25,11 @@ class Capacity:
 class StoredFile(Protocol):
     """One copy, opened. All methods block, raise OSError, and may be called from any thread, one at a time."""
 
+    @property
+    def leaving(self) -> bool:
+        """Nothing is put any more on the volume that it lies on."""
+        ...
+
     def write(self, data: bytes, at: int, grows: int) -> None:
         """`grows`: by how many bytes it gets longer. Part of it may have been written if this fails."""
         ...

@@ -64,10 +64,14 @@ class _Kept:
 
 
 class Keeper:
-    def __init__(self, open_store: OpenStore, disk: Threads, hang_s: float) -> None:
-        """A store is opened when the first file is begun, and another one after something has failed."""
-        self._open_store, self._disk, self._hang_s = open_store, disk, hang_s
+    def __init__(
+        self, open_store: OpenStore, disk: Threads, hang_s: float, volumes: Callable[[], object] = lambda: None
+    ) -> None:
+        """A store is opened when the first file is begun, and another one after something has failed, or when
+        `volumes()`, all that is known of them, is another value."""
+        self._open_store, self._disk, self._hang_s, self._volumes = open_store, disk, hang_s, volumes
         self._store: CopyStore | None = None
+        self._opened_with: object = None
         self._kept: dict[int, _Kept] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._rest = asyncio.Event()
@@ -186,6 +190,10 @@ class Keeper:
         if isinstance(op, Create):
             return self._made(kept, store, "", 0)
         found = None if kept.suspect else store.open(op.inode, op.copy, named=isinstance(op, Begin))
+        leaves = isinstance(op, Renew) and found is not None and found.leaving
+        if leaves and found is not None:
+            found.close()
+            found = None
         if isinstance(op, Begin):
             size = found.found()[0] if found is not None else 0
             if size != op.size:
@@ -197,7 +205,7 @@ class Keeper:
             if found is None:
                 return self._made(kept, store, op.copy, 0)
         elif found is None:
-            spare = op.spare if kept.suspect or not store.complete else op.copy
+            spare = op.spare if kept.suspect or leaves or not store.complete else op.copy
             return self._made(kept, store, spare, op.size)
         kept.file, kept.copy, kept.size, kept.begun, kept.broken = found, op.copy, op.size, True, False
         if isinstance(op, Renew):
@@ -250,10 +258,12 @@ class Keeper:
             file.close()
 
     def _opened(self, space: str) -> CopyStore:
-        if self._store is None:
-            self._store = self._open_store()
-        self._store.space = space
-        return self._store
+        now, store = self._volumes(), self._store
+        if store is None or now != self._opened_with:
+            store = self._open_store()
+            self._store, self._opened_with = store, now
+        store.space = space
+        return store
 
 
 def _size(op: Op) -> int:

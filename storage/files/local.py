@@ -24,6 +24,7 @@ from storage.objects.volume import MARKER
 HOLE_BYTES: Final = 4096  # what is looked at of the end of a file
 FOLDER: Final = "files"
 FILE_MODE, FOLDER_MODE = 0o600, 0o700
+PARTS: Final = 256  # folders in which the files of a volume lie
 LOOK_S: Final = 0.5  # how old a look at a volume's room may be
 ROOT_USER: Final = 0
 
@@ -38,8 +39,23 @@ def _folder_of(space: str, part: int) -> str:
 
 
 def has_files(volume: Path) -> bool:
-    """Bytes of some file of the share lie on a volume. Raises OSError."""
+    """Bytes of some file of the share, whoever has named it, lie on a volume. Raises OSError."""
     return any(files for _, _, files in os.walk(volume / FOLDER))
+
+
+def copies_in(volume: Path, space: str) -> Iterator[tuple[int, str]]:
+    """(inode number, generation) of the copies that lie on a volume. Raises OSError."""
+    for part in range(PARTS):
+        with contextlib.suppress(FileNotFoundError), os.scandir(volume / _folder_of(space, part)) as entries:
+            yield from filter(None, (_copy_of(entry.name) for entry in entries))
+
+
+def _copy_of(name: str) -> tuple[int, str] | None:
+    number, _, generation = name.partition(".")
+    try:
+        return int(number, 16), generation
+    except ValueError:  # not ours
+        return None
 
 
 def ends_in_hole(fd: int) -> bool:
@@ -61,6 +77,10 @@ class LocalFile:
     folder: int  # an fd of it
     volume: "_Volume"
     named: bool
+
+    @property
+    def leaving(self) -> bool:
+        return self.volume.draining
 
     def write(self, data: bytes, at: int, grows: int) -> None:
         self.volume.take(grows)
@@ -108,17 +128,27 @@ class _Volume:
 
     def __init__(self, path: Path, reserve_bytes: int) -> None:
         """Raises OSError for what is no volume."""
+        self.path = path
         self.root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.draining = False
         self._reserve_bytes = reserve_bytes
         self._lock = threading.Lock()
         self._durable: set[str] = {""}  # folders whose names are
         self._left, self._looked_at = 0, float("-inf")
-        try:
-            status = os.stat(MARKER, dir_fd=self.root)
-        except OSError:
-            self.close()
-            raise
+        status = os.stat(MARKER, dir_fd=self.root)
         self._owner = status.st_uid, status.st_gid
+
+    def __del__(self) -> None:
+        """When the last thread that works on it has let go of it: its descriptor is never another file's meanwhile."""
+        if "root" in self.__dict__:
+            os.close(self.root)
+
+    def is_at_its_path(self) -> bool:
+        """And not, by now, another file system there, or none."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self.root))
+        except OSError:
+            return False
 
     def capacity(self) -> Capacity:
         status = os.fstatvfs(self.root)
@@ -216,9 +246,6 @@ class _Volume:
         finally:
             os.close(fd)
 
-    def close(self) -> None:
-        os.close(self.root)
-
 
 class LocalFiles:
     """See `CopyStore`."""
@@ -228,18 +255,37 @@ class LocalFiles:
     ) -> None:
         """`reserve_bytes` are left free on each volume; on those that are `draining` nothing new is put. `complete`:
         this node has no other volumes. Those that aren't there are left out, and it isn't complete then either."""
+        self._reserve_bytes = reserve_bytes
+        self._using, self._uses = threading.Lock(), 0
         self._volumes: list[_Volume] = []
-        self._draining: set[_Volume] = set()
         self.complete = complete
-        for path in volumes:
-            try:
-                self._volumes.append(_Volume(path, reserve_bytes))
-            except OSError:
-                self.complete = False
-                continue
-            if path in draining:
-                self._draining.add(self._volumes[-1])
         self.space = ""  # the name of the numbers, known when a writer has begun
+        self.use(volumes, draining, complete=complete)
+
+    def use(
+        self, volumes: Sequence[Path], draining: Sequence[Path], absent: Sequence[Path] = (), *, complete: bool
+    ) -> None:
+        """From now on these, as for a new one; those that are `absent` aren't touched. What is open stays so. Of
+        several calls the last one counts, however long an earlier one was held up."""
+        with self._using:
+            self._uses += 1
+            turn, known = self._uses, {volume.path: volume for volume in self._volumes}
+        found = []
+        for path in volumes:
+            volume = known.get(path)
+            try:
+                if path not in absent and (volume is None or not volume.is_at_its_path()):
+                    volume = _Volume(path, self._reserve_bytes)
+            except OSError:
+                volume = None
+            if volume is None:
+                complete = False
+                continue
+            volume.draining = path in draining
+            found.append(volume)
+        with self._using:
+            if turn == self._uses:
+                self._volumes, self.complete = found, complete
 
     def open(self, number: int, generation: str = "", *, named: bool) -> LocalFile | None:
         problem: OSError | None = None
@@ -276,9 +322,8 @@ class LocalFiles:
         found = []
         for volume in self._volumes:
             for name, age_s in volume.names(_folder_of(self.space, part)):
-                number, _, generation = name.partition(".")
-                with contextlib.suppress(ValueError):  # not ours
-                    found.append((int(number, 16), generation, age_s))
+                if copy := _copy_of(name):
+                    found.append((*copy, age_s))
         return found
 
     def remove(self, number: int, generation: str) -> None:
@@ -286,7 +331,7 @@ class LocalFiles:
             volume.remove(name_of(self.space, number, generation))
 
     def _room(self, volume: _Volume) -> int:
-        if volume in self._draining:
+        if volume.draining:
             return 0
         try:
             return volume.capacity().free
@@ -306,5 +351,4 @@ class LocalFiles:
         )
 
     def close(self) -> None:
-        for volume in self._volumes:
-            volume.close()
+        self._volumes = []

@@ -19,9 +19,10 @@ from storage.files.peer import (
     encode,
 )
 from storage.replication.link import Kind
-from storage.replication.messages import KNOWS_FILES
+from storage.replication.messages import KNOWS_FILES, MOVES_FILES
 from storage.replication.peering import Peering
 from storage.replication.replica import Replica
+from storage.state.file_model import Change, Lacks
 
 WINDOW_BYTES: Final = 16 << 20  # told, and not carried out yet
 NONE: Final = PeerState(0, required=False)
@@ -48,7 +49,8 @@ class Mirror:
         self._untaken = 0
         self._room = asyncio.Event()
         self._followed = (0, 0)  # epoch and session of what was carried out last
-        self.on_lost: Callable[[list[int]], None] = lambda numbers: None  # of the other node
+        self.propose: Callable[[Change], object] = lambda change: None  # puts it in the log, if this node leads
+        self.on_move: Callable[[str, list[int]], bool] = lambda node, numbers: False  # see `leave`
         peering.on_file = self._frame
 
     # -- leader ----------------------------------------------------------------------------------------------------
@@ -111,7 +113,9 @@ class Mirror:
         if kind is Kind.FILE:
             self._take(token, payload)
         elif kind is Kind.FILE_LOST:
-            self.on_lost(msgspec.msgpack.decode(payload, type=list[int]))
+            self._note_lacking(str(self._core.peer), msgspec.msgpack.decode(payload, type=list[int]))
+        elif kind is Kind.FILE_MOVE:
+            self.on_move(str(self._core.peer), msgspec.msgpack.decode(payload, type=list[int]))
         elif kind is Kind.FILE_ANSWER:
             self._asking.answered(token, bytes(payload))
             self._peering.on_progress()
@@ -121,11 +125,33 @@ class Mirror:
             if self._untaken <= WINDOW_BYTES:
                 self._room.set()
 
-    def report_lost(self, numbers: list[int]) -> None:
-        """Tell the leader what this node doesn't hold."""
+    # -- either ----------------------------------------------------------------------------------------------------
+
+    def lost(self, numbers: list[int]) -> None:
+        """This node doesn't hold what it should of these files."""
+        if self._core.leading:
+            self._note_lacking(self._core.node, numbers)
+        else:
+            self._send_numbers(Kind.FILE_LOST, numbers, KNOWS_FILES)
+
+    def leave(self, numbers: list[int]) -> bool:
+        """This node's copies of these files are to leave volumes on which nothing is put any more. Returns whether
+        somebody may see to that: the share's writer, on whichever node."""
+        if self._core.leading:
+            return self.on_move(self._core.node, numbers)
+        return self._send_numbers(Kind.FILE_MOVE, numbers, MOVES_FILES)
+
+    def _send_numbers(self, kind: Kind, numbers: list[int], features: int) -> bool:
         hello, link = self._core.peer_hello, self._peering.link
-        if link is not None and hello is not None and hello.features >= KNOWS_FILES:
-            link.send(Kind.FILE_LOST, 0, _encode(numbers))
+        if link is None or hello is None or hello.features < features:
+            return False
+        link.send(kind, 0, _encode(numbers))
+        return True
+
+    def _note_lacking(self, node: str, numbers: list[int]) -> None:
+        """Nothing but a row of its own is changed: so the share's one writer may be another process."""
+        for number in numbers if self._core.peer else ():
+            self.propose(Lacks(number, node))
 
     # -- follower --------------------------------------------------------------------------------------------------
 

@@ -74,9 +74,11 @@ class Mirroring:
             file.peer_copy = ""
 
     def begin(self, file: OpenFile) -> None:
-        """It is about to be changed, and both copies are the same: it is clean."""
+        """It is about to be changed, and both copies are the same: it is clean. While it is brought to the other node,
+        that hears of the change anyway."""
         session = self.peer.state.session
-        if session and not self.is_alike(file) and self.pair.peer not in self.lacking(file.number):
+        may = not (self.is_alike(file) or file.bringing.locked())
+        if session and may and self.pair.peer not in self.lacking(file.number):
             file.peer_copy = self.generation(file.number, self.pair.peer)
             self.peer.tell(session, Begin(self._space(), file.number, file.peer_copy, file.size))
             file.told = file.alike = session

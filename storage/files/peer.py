@@ -33,7 +33,8 @@ class Begin(msgspec.Struct, frozen=True, tag="begin", array_like=True):
 
 class Renew(msgspec.Struct, frozen=True, tag="renew", array_like=True):
     """Begin a file whose copy may be another one, or none: it gets this length, and will be told what differs. What
-    can't be found or not be written to any more is made anew as `spare`. Answered with `Renewed`."""
+    can't be found or not be written to any more, or is to leave its volume, is made anew as `spare`. Answered with
+    `Renewed`."""
 
     space: str
     inode: int

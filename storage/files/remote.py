@@ -4,13 +4,28 @@ import asyncio
 import contextlib
 import errno
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from storage.files.peer import Answer, AskedFor, Asking, PeerState, Told, decode_answer, encode
-from storage.files.wire import Ask, Begin, Begun, Committed, Ended, PeerIs, Propose, Said, Tell, frame, next_message
+from storage.files.wire import (
+    Ask,
+    Begin,
+    Begun,
+    Committed,
+    Ended,
+    Move,
+    PeerIs,
+    Propose,
+    Said,
+    Tell,
+    VolumesAre,
+    frame,
+    next_message,
+)
 from storage.state.file_model import Change
 
 WAITING_MAX: Final = 1 << 16  # far less than `storage.state.files.NUMBERS_SKIPPED`
@@ -89,6 +104,8 @@ class RemoteLog:
         self._committed = 0
         self.peer = RemotePeer(writer)
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()  # why
+        self.on_volumes: Callable[[VolumesAre], object] = lambda volumes: None
+        self.on_move: Callable[[Move], object] = lambda move: None
 
     @classmethod
     async def begin(cls, path: Path) -> "tuple[RemoteLog, Begun]":
@@ -131,6 +148,10 @@ class RemoteLog:
                     self.peer.is_now(message.state)
                 elif isinstance(message, Said):
                     self.peer.said(message)
+                elif isinstance(message, VolumesAre):
+                    self.on_volumes(message)
+                elif isinstance(message, Move):
+                    self.on_move(message)
                 elif isinstance(message, Ended):
                     why = message.why
                     return

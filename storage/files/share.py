@@ -19,6 +19,7 @@ from storage.files.copies import StoredFile, new_generation
 from storage.files.mirroring import PeerCannot
 from storage.files.opened import OpenFile
 from storage.files.peer import PeerLost
+from storage.objects.blocks import BLOCK_BYTES
 from storage.state import file_rows
 from storage.state.file_model import (
     BeginWriting,
@@ -30,6 +31,10 @@ from storage.state.kv import KeyValues
 
 T = TypeVar("T")
 SPACE_BYTES: Final = 4
+
+
+class SourceFailed(OSError):
+    """A copy can't be read."""
 
 
 class Share(Content):
@@ -171,17 +176,90 @@ class Share(Content):
                 self._unsettled.discard(number)
                 if not file.known and number not in self._doubtful:
                     file.known = file.unflushed = True
+                if file.failed:  # what was written and not flushed is there or isn't: who opens it next has to look
+                    self._unsettled.add(number)
         await self.all_committed()
 
     async def _renewed(self, file: OpenFile) -> tuple[str, StoredFile, bool]:
         """A copy to be filled, its generation, and whether it is a new one: what was this node's if it was away for a
-        while, another one if it failed just now."""
+        while; another one if that failed just now, or is to leave its volume."""
         generation = self._namespace.look(lambda rows: file_rows.generation(rows, file.number, self._node))
-        left = file.number in self._left
-        if not left:
+        goes = file.number in self._left
+        if not goes:
             found = await self._local_copy(file.number, named=False)
-            if found is not None:
+            if found is not None and not found.leaving:
                 return generation, found, False
-        if left or not self._local.complete:
+            if found is not None:
+                goes = True
+                await self._on_disk(found.close)
+        if goes or not self._local.complete:
             generation = new_generation()
         return generation, await self._on_disk(self._local.create, file.number, generation), True
+
+    async def move(self, number: int, node: str) -> None:
+        """A node's copy leaves a volume on which nothing is put any more, if it lies on one. Raises PeerLost,
+        PeerCannot, OSError."""
+        if node == self._node:
+            await self._move_own(number)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                async with self._held_open(number) as file, file.order:
+                    self._mirrored().differs(file)  # so it is begun anew
+            await self.heal_other(number)
+
+    async def _move_own(self, number: int) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            async with self._held_open(number) as file, file.turn:
+                local = None if file.lost or file.failed else await self._look_for(file)
+                if local is None or not local.leaving or number in self._doubtful:
+                    return
+                generation = new_generation()
+                made = await self._on_disk(self._local.create, number, generation)
+                try:
+                    await self._fill(made, local)
+                    async with file.order:
+                        await self._fill(made, local)  # what was written meanwhile
+                        await self._make_sure(file, made)
+                        if file.lost or self._node in self._lacking(number):
+                            raise PeerCannot("this node's copy isn't good")  # it will be made again elsewhere
+                        self._change(Held(number, self._node, generation))
+                        file.local = made
+                        file.left.append(local)
+                except BaseException as error:
+                    self._disk.run(made.close)
+                    removing = self._disk.run(self._local.remove, number, generation)
+                    removing.add_done_callback(lambda done: done.cancelled() or done.exception())
+                    if isinstance(error, SourceFailed):
+                        self._lose(file, error)
+                    raise
+        await self.all_committed()
+
+    async def _fill(self, made: StoredFile, local: StoredFile) -> None:
+        """Block by block what differs."""
+        size = (await self._on_disk(local.found))[0]
+        for block in range(-(-size // BLOCK_BYTES)):
+            await self._on_disk(_copy_block, local, made, block, size)
+
+    async def _make_sure(self, file: OpenFile, made: StoredFile) -> None:
+        """A new copy is durable, and the same as the other node's where both should be: the disk that it was on may be
+        a bad one."""
+        mirroring = self.mirroring
+        is_same = mirroring is not None and not file.dirty and mirroring.pair.peer not in self._lacking(file.number)
+        if mirroring is not None and is_same and mirroring.peer.state.session:
+            await mirroring.pull(file, made, file.size)
+            return
+        await self._on_disk(made.truncate, file.size)
+        await self._on_disk(made.sync)
+
+
+def _copy_block(source: StoredFile, target: StoredFile, block: int, size: int) -> None:
+    """If it differs; a hole stays one. Blocks. Raises OSError."""
+    at = block * BLOCK_BYTES
+    try:
+        data = source.read(BLOCK_BYTES, at)
+    except OSError as error:
+        raise SourceFailed(error.errno, error.strerror) from error
+    found = target.read(BLOCK_BYTES, at)
+    is_hole = not found and at + BLOCK_BYTES < size and data.count(0) == len(data)
+    if data != found and not is_hole:
+        target.write(data, at, max(0, len(data) - len(found)))

@@ -65,6 +65,22 @@ class Begun(msgspec.Struct, frozen=True, tag="begun", array_like=True):
     complete: bool  # no volume was given up
 
 
+class VolumesAre(msgspec.Struct, frozen=True, tag="volumes", array_like=True):
+    """From now on; see `Begun`. `absent`: those that don't answer now, or aren't mounted."""
+
+    volumes: tuple[str, ...]
+    draining: tuple[str, ...]
+    absent: tuple[str, ...]
+    complete: bool
+
+
+class Move(msgspec.Struct, frozen=True, tag="move", array_like=True):
+    """Copies of a node are to leave the volumes on which nothing is put any more."""
+
+    node: str
+    numbers: tuple[int, ...]
+
+
 class Committed(msgspec.Struct, frozen=True, tag="committed", array_like=True):
     """So many of what was proposed on this connection are committed, the last as entry `seq`."""
 
@@ -78,7 +94,7 @@ class Ended(msgspec.Struct, frozen=True, tag="ended", array_like=True):
     why: str
 
 
-Message = Begin | Propose | Tell | Ask | Begun | Committed | PeerIs | Said | Ended
+Message = Begin | Propose | Tell | Ask | Begun | VolumesAre | Move | Committed | PeerIs | Said | Ended
 _decoder = msgspec.msgpack.Decoder(Message)
 _encode = msgspec.msgpack.Encoder().encode
 

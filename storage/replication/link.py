@@ -67,6 +67,7 @@ class Kind(IntEnum):
     FILE = 19  # payload: msgpack files.mirror.Said; FILE_ANSWER with this number answers, unless it is 0
     FILE_ANSWER = 20  # payload: msgpack files.peer.Answer
     FILE_LOST = 22  # payload: msgpack, inode numbers of which the sender doesn't hold what it should
+    FILE_MOVE = 23  # payload: msgpack, inode numbers whose copies on the sender are to leave a volume
     FILE_TAKEN = 21  # stream: a session; payload: so many bytes of its FILEs were carried out
 
 

@@ -2,12 +2,13 @@
 
 import msgspec
 
-FEATURES = 6  # grows with what a node can carry out; what the other node can't isn't asked of it
+FEATURES = 7  # grows with what a node can carry out; what the other node can't isn't asked of it
 PLACES_STREAMS = 3  # from here on it takes the study of an object that is on its way
 # From here on it acknowledges old entries without their bytes and says up to where it counts them, takes the state
 # where it is far behind, and knows the entry that has both nodes forget what is over.
 TAKES_STATE = 4
 KNOWS_FILES = 6  # from here on it knows the share's files, and keeps copies of their bytes
+MOVES_FILES = 7  # from here on it moves copies of the other node's that are to leave a volume
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):

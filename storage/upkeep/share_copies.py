@@ -16,6 +16,7 @@ import structlog
 
 from conf.telling import reason_of
 from storage.files.copies import CopyStore, OpenStore
+from storage.files.local import PARTS
 from storage.objects.volumes import Volumes
 from storage.state import file_rows
 from storage.state.catalogue import Catalogue
@@ -29,7 +30,6 @@ PASS_S: Final = 86_400.0  # between two passes over all files
 HANG_S: Final = 10.0  # a thread that is at one job for so long is replaced
 AT_ONCE: Final = 500  # rows looked at
 RESTS_S: Final = 600.0  # since its last change: nobody works on it
-PARTS: Final = 256  # folders in which the files of a volume lie
 
 Copy = tuple[int, str]  # inode number, generation
 
@@ -65,7 +65,7 @@ class ShareCopies:
         slots = self._volumes.slots
         if not all(slot.usable or slot.failed for slot in slots):
             return
-        volumes = tuple(sorted(slot.volume.id for slot in slots if slot.usable and slot.volume))
+        volumes = self._usable()
         before, at = self._passed
         if volumes == before and self._clock() - at < PASS_S and not (self._strange or self._wanted):
             return
@@ -81,6 +81,14 @@ class ShareCopies:
             log.warning("share.not_looked_at", error=reason_of(error))
             return
         self._passed = volumes, self._clock()
+
+    def _usable(self) -> tuple[str, ...]:
+        return tuple(sorted(slot.volume.id for slot in self._volumes.slots if slot.usable and slot.volume))
+
+    @property
+    def up_to_date(self) -> bool:
+        """What lies on the volumes as they are now is known, and was reported."""
+        return self._passed[0] == self._usable() and not self._wanted
 
     def again(self) -> None:
         """The next look makes a pass, and so does the one after it, when all that is on its way is in the rows: another

@@ -13,6 +13,10 @@ class MemoryCopy:
     def __init__(self, disk: MemoryDisk, name: str, file: File, named: bool) -> None:
         self._disk, self._name, self._file, self._named = disk, name, file, named
 
+    @property
+    def leaving(self) -> bool:
+        return self._disk.leaving
+
     def write(self, data: bytes, at: int, grows: int) -> None:
         self._disk.touch(writes=grows > 0)
         if len(self._file.data) < at:
@@ -81,6 +85,8 @@ class MemoryCopies:
             try:
                 disk.touch(writes=True)
             except OSError:
+                continue
+            if disk.leaving:
                 continue
             disk.names[name] = File()
             disk.note(name)

@@ -7,6 +7,7 @@ there for ever after, on whichever node leads: of what came later any part may b
 import asyncio
 import contextlib
 import errno
+import random
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from tests.simulation.world import Violation, World
 NAMES: Final = tuple(f"f{number}".encode() for number in range(5))
 SIZE_MAX: Final = 5000
 ACTORS: Final = 3
+MOVES: Final = 4  # in one world of so many copies are moved from disk to disk
 HANG_S: Final = 2.0
 WROTE, CUT = "wrote", "cut"
 
@@ -143,8 +145,11 @@ class FileProgram:
         share = await self._begun()
         self._check_sound()
         await self._check(share)
-        catching_up = self._spawn(CatchingUp(share).run())
+        keeping = CatchingUp(share)
+        catching_up = self._spawn(keeping.run())
         actors = [self._spawn(self._act(share)) for _ in range(ACTORS)]
+        if self._world.seed % MOVES == 1:
+            actors.append(self._spawn(self._move_on(keeping)))
         try:
             while self._goes_on():
                 await asyncio.sleep(0.1)
@@ -190,6 +195,20 @@ class FileProgram:
         if number not in self._busy and self._goes_on():
             self._known.check(number, found, self._node)
         return found
+
+    async def _move_on(self, keeping: CatchingUp) -> None:
+        """Copies leave a disk, now of this node, now of the other one."""
+        rng = random.Random(self._world.seed)
+        while self._goes_on():
+            node = rng.choice(sorted(self._world.disks))
+            leaving = rng.choice(self._world.disks[node])
+            for disk in self._world.disks[node]:
+                disk.leaving = disk is leaving
+            keeping.move(node, [number for number, content in self._known.contents.items() if not content.removed])
+            await asyncio.sleep(rng.random() * 3)
+        for disks in self._world.disks.values():
+            for disk in disks:
+                disk.leaving = False
 
     # -- what it does ----------------------------------------------------------------------------------------------
 

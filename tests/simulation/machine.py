@@ -202,6 +202,7 @@ class MemoryDisk:
     broken: bool = False
     full: bool = False
     hung: bool = False
+    leaving: bool = False  # copies of the share's files are to leave it
     held: list[Callable[[float], None]] = field(default_factory=list)  # what hangs, to be let go after some seconds
     count: int = 0
     deletions: list[bytes] = field(default_factory=list)

@@ -221,6 +221,19 @@ def lacking_not_noted() -> contextlib.AbstractContextManager[None]:
     return replaced(files, "CARRIED_OUT", {**files.CARRIED_OUT, Flush: on_both})
 
 
+def moved_before_it_is_whole() -> contextlib.AbstractContextManager[None]:
+    """A copy that is moved to another disk counts without what was written while it was moved."""
+
+    async def never(self: Share, made: Any, local: Any) -> None:
+        filled.append(made)
+        if len(filled) % 2:
+            await fill(self, made, local)
+
+    filled: list[Any] = []
+    fill = Share._fill
+    return replaced(Share, "_fill", never)
+
+
 def looked_at_too_late() -> contextlib.AbstractContextManager[None]:
     """What was seen of a file counts although it was written to since."""
     indexed = file_images.indexed
@@ -273,6 +286,7 @@ MUTANTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
         dirty_after_the_write,
         stale_block_kept,
         lacking_not_noted,
+        moved_before_it_is_whole,
         looked_at_too_late,
     )
 }

@@ -21,7 +21,7 @@ from storage import checkpoints, crash, environment
 from storage.control import Report, Tell
 from storage.engine import Engine
 from storage.environment import Surroundings, open_log
-from storage.files import catching_up, copies, keeper, mirror, mirroring
+from storage.files import catching_up, copies, keeper, mirror, mirroring, share
 from storage.ingest import Conflict, NotServing
 from storage.log.log import Log
 from storage.objects import blocks, incoming, reading
@@ -332,6 +332,13 @@ class StoreWorld(World):
         self.careless = self.rng.random() < 0.15
         # Objects that take seconds: heartbeats and acknowledgements must not wait for them.
         self.wire_bytes_s = self.rng.choice((0.0, 0.0, 0.0, 0.0, 200_000.0, 40_000.0))
+
+    @property
+    def disks(self) -> dict[str, list[MemoryDisk]]:
+        """Of each node."""
+        return {
+            name: list(node.machine.disks.values()) for name, node in self.nodes.items() if isinstance(node, StoreNode)
+        }
 
     def _connect(self) -> None:
         """The stores dial by themselves."""
@@ -767,6 +774,7 @@ SMALL: Final = {
     (tidying, "SWEEP_S"): 2.0,
     (copies, "BLOCK_BYTES"): 1024,
     (mirroring, "BLOCK_BYTES"): 1024,
+    (share, "BLOCK_BYTES"): 1024,
     (keeper, "BLOCK_BYTES"): 1024,
     (mirror, "WINDOW_BYTES"): 4096,
     (catching_up, "AGAIN_S"): 1.0,

@@ -41,6 +41,7 @@ CAUGHT_AT = {
     "stale_block_kept": 19,
     "lacking_not_noted": 15,
     "looked_at_too_late": 398,
+    "moved_before_it_is_whole": 1,
 }
 # Worlds in which these show sooner than in others.
 CARELESS = ("heal_from_the_worse_copy", "blocks_unchecked")  # both copies of an object may be bad
@@ -51,6 +52,7 @@ WITH_FILES = (
     "dirty_after_the_write",
     "stale_block_kept",
     "lacking_not_noted",
+    "moved_before_it_is_whole",
 )
 WITH_NAMES = ("names_answered_early", "names_decided_on_old_rows")
 
@@ -74,6 +76,9 @@ FOUND = {
     30224: "healed copies waiting to be recorded were swept away as leftovers",
     500469: "a copy being made of what was deleted meanwhile was left in the tree",
     50072: "a node catching up asked for ever for what had been deleted meanwhile",
+    62000061: "beside a writer that never rests a node took the state, with all entries of the share, again and again",
+    91000085: "a file that was moved on the other node was begun there anew by who began to write to it",
+    91001101: "a file whose last writer had lost it was shown as long as it had been before",
 }
 
 

@@ -1,6 +1,5 @@
 """A lab for the system tests: real processes in network namespaces, ended whatever happens."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -104,8 +103,6 @@ def mend_disks(lab: Lab) -> None:
             state = next((row["state"] for row in rows if row["path"] == str(volume)), "online")
             if state.startswith(("failed", "offline")):
                 lab.replace_disk(node, number)
-                with contextlib.suppress(LabError):  # it knows of a new disk from the next time on that it mounts
-                    lab.kill(node, "mount")
 
 
 def healed(lab: Lab) -> bool:

@@ -189,6 +189,29 @@ class Program:
             assert here == record or here in self.maybe.get(at, ()), f"record {at}"
 
 
+@pytest.mark.parametrize("role", ["primary", "standby"])
+def test_a_disk_is_emptied_under_load_and_replaced(lab: Lab, role: str) -> None:
+    primary = primary_of(lab)
+    node = primary if role == "primary" else other_than(primary)
+    disk = sorted(lab.volumes(node))[0]
+    folder = mounted(lab, primary, writable=True) / f"emptied-{role}"
+    folder.mkdir()
+    program = Program(lambda: folder, len(role))
+    with program.running():
+        wait_for(lambda: program.flushed > 20, "it to work")
+        result = lab.order(node, "volume-drain", path=str(disk))
+        assert result["files_moved"] > 0
+        assert (result["left"], result["files_left"], result["why"]) == (0, 0, "")
+        lab.order(node, "volume-retire", path=str(disk))
+        lab.replace_disk(node, 1)
+        before = program.flushed
+        wait_for(lambda: program.flushed > before + 20, "it to go on")
+    wait_for(lambda: [path for path in (disk / "files").rglob("*") if path.is_file()], "the new disk to be used")
+    same_on_both(lab)
+    for one in (primary, other_than(primary)):
+        program.check(mounted(lab, one) / folder.name)
+
+
 @pytest.mark.parametrize("fault", ["power", "kill mount", "kill gateway"])
 def test_what_was_flushed_survives(lab: Lab, fault: str) -> None:
     primary = primary_of(lab)

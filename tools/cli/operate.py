@@ -127,7 +127,16 @@ def volume_list(config: Path | None, as_json: bool) -> None:
 def volume_drain(config: Path | None, path: Path, as_json: bool) -> None:
     """Move all that lies on PATH to the other volumes; nothing new goes there any more."""
     result = ordered(config, "volume-drain", f"emptying {path}", path=str(path.resolve()))
-    say(result, as_json, lambda: f"{path}: {result['moved']} copies moved, {result['left']} left")
+
+    def text() -> str:
+        said = f"{path}: {result['moved']} copies moved, {result['left']} left"
+        if result["files_moved"] or result["files_left"]:
+            said += f"; {result['files_moved']} files of the share moved, {result['files_left']} left"
+        return f"{said}: {result['why']}" if result["why"] else said
+
+    say(result, as_json, text)
+    if result["left"] or result["files_left"]:
+        sys.exit(EXIT_FAILED)
 
 
 @volume.command("retire")

@@ -323,12 +323,55 @@ def is_readable(path: Path) -> bool:
     return True
 
 
-def test_a_volume_with_files_isnt_retired(new_mounted: Callable[[], Mounted]) -> None:
+def copies_below(volume: Path) -> list[Path]:
+    return [path for path in (volume / "files").rglob("*") if path.is_file()]
+
+
+def test_a_volume_is_emptied_of_files_while_they_are_written_to(new_mounted: Callable[[], Mounted]) -> None:
+    """A volume that is added while the share is mounted takes what leaves another one; what is open is written on."""
+    mounted = new_mounted()
+    point, volume = mounted.point, mounted.gateway.volume
+    other = volume.with_name("other")
+    for number in range(20):
+        (point / f"file {number}").write_bytes(os.urandom(5000 + number))
+    with (point / "sparse").open("wb") as file:
+        file.seek(9 << 20)
+        file.write(b"end")
+    before = tree(point)
+    database = os.open(point / "database", os.O_CREAT | os.O_RDWR)
+    os.pwrite(database, b"one", 0)
+    os.fsync(database)
+    os.pwrite(database, b"two", 3)  # nobody has flushed it
+
+    def ordered(name: str, **given: object) -> dict[str, object]:
+        return order(mounted.gateway.folder / "standalone.sock", name, given, timeout_s=120)
+
+    with pytest.raises(OrderFailed, match="holds 22 files of the share; `tandem volume drain"):
+        ordered("volume-retire", path=str(volume))
+    ordered("volume-add", path=str(other))
+    result = ordered("volume-drain", path=str(volume))
+    assert (result["files_moved"], result["files_left"], result["why"]) == (22, 0, "")
+    os.pwrite(database, b"three", 6)
+    os.fsync(database)
+    ordered("volume-retire", path=str(volume))
+    (point / "new").write_bytes(b"new")
+    before |= {"database": b"onetwothree", "new": b"new"}
+    assert tree(point) == before
+    assert len(copies_below(other)) == 23
+    assert sum(path.stat().st_blocks * 512 for path in copies_below(other)) < (9 << 20)
+    os.close(database)
+    again(mounted)
+    assert tree(point) == before
+
+
+def test_files_are_only_moved_while_somebody_serves_the_share(new_mounted: Callable[[], Mounted]) -> None:
     mounted = new_mounted()
     (mounted.point / "a").write_bytes(b"x")
-    for name in ("volume-drain", "volume-retire"):
-        with pytest.raises(OrderFailed, match="holds files of the share"):
-            order(mounted.gateway.folder / "standalone.sock", name, {"path": str(mounted.gateway.volume)})
+    mounted.end()
+    path = {"path": str(mounted.gateway.volume)}
+    result = order(mounted.gateway.folder / "standalone.sock", "volume-drain", path, timeout_s=120)
+    assert result["files_left"] == 1
+    assert "isn't served now" in str(result["why"])
 
 
 def test_ending_while_many_write_is_no_crash(new_mounted: Callable[[], Mounted]) -> None:

@@ -40,12 +40,13 @@ class Standby:
         self.volume.mkdir()
         (self.volume / MARKER).write_text("marker")
         self.disk = Workers(4, "test")
-        self.keeper = Keeper(self.open_store, self.disk, HANG_S)
+        self.volumes, self.draining = [self.volume], list[Path]()
+        self.keeper = Keeper(self.open_store, self.disk, HANG_S, lambda: (list(self.volumes), list(self.draining)))
         self.held = threading.Event()
         self.hangs = False
 
     def open_store(self) -> CopyStore:
-        store = LocalFiles([self.volume], 0)
+        store = LocalFiles(self.volumes, 0, self.draining)
         return Hanging(self, store) if self.hangs else store
 
     async def ask(self, op: Op) -> Answer:
@@ -121,6 +122,24 @@ async def test_a_copy_is_compared_and_renewed(standby: Standby) -> None:
     assert isinstance(found, Blocks)
     assert (found.size, len(found.digests)) == (3, 1)
     assert standby.bytes_of(7) == b"abc"
+    await standby.keeper.stop()
+
+
+async def test_a_copy_leaves_its_volume_when_it_is_begun_anew(standby: Standby) -> None:
+    other = standby.volume.with_name("other")
+    other.mkdir()
+    (other / MARKER).write_text("marker")
+    await standby.ask(Create(SPACE, 7))
+    await standby.ask(Write(7, 0, b"abc"))
+    assert await standby.ask(Sync(7)) == Synced()
+    standby.volumes, standby.draining = [standby.volume, other], [standby.volume]
+    assert await standby.ask(Begin(SPACE, 7, "", 3)) == Renewed("")  # the same copy, as was said
+    assert await standby.ask(Renew(SPACE, 7, "", "5b1d0e77", 3)) == Renewed("5b1d0e77")
+    await standby.ask(Write(7, 0, b"abd"))
+    assert await standby.ask(Sync(7)) == Synced()
+    assert (other / name_of(SPACE, 7, "5b1d0e77")).read_bytes() == b"abd"
+    assert standby.bytes_of(7) == b"abc"  # until the rows name the other
+    assert await standby.ask(Renew(SPACE, 7, "5b1d0e77", "6b1d0e77", 3)) == Renewed("5b1d0e77")
     await standby.keeper.stop()
 
 

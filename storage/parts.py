@@ -139,6 +139,7 @@ class Parts:
             node=self.settings.node.name,
             clock=self.clock,
             on_lost=self.mirror.lost,
+            log_end=self._log_end,
         )
 
     def share_volumes(self) -> tuple[list[Path], list[Path]]:
@@ -147,6 +148,12 @@ class Parts:
         return [slot.path for slot in slots], [
             slot.path for slot in slots if slot.volume is None or slot.volume.draining
         ]
+
+    def _log_end(self) -> int | None:
+        """Up to which entry the log goes, as far as this node can know."""
+        if self.core.leading:
+            return self.core.accepted
+        return self.core.commit if self.duty.follows else None
 
     def known_of_volumes(self) -> object:
         """All that counts for who uses them: another value when that has changed."""

@@ -3,7 +3,7 @@ so that they are made again from the other node's; copies that nobody knows (any
 
 No inode number is given twice, and numbers are given in the order of the log: what lies below the next one and has no
 row never will have one. A copy that is being made again is in the rows only when it is complete: it is left alone as
-long as it changes. What goes was looked at twice.
+long as it changes. What goes was looked at twice, and all that was in the log the first time is in the rows the second.
 """
 
 import asyncio
@@ -45,13 +45,14 @@ class ShareCopies:
         node: str,
         clock: Callable[[], float],
         on_lost: Callable[[list[int]], object],
+        log_end: Callable[[], int | None],
     ) -> None:
         """`on_lost(inode numbers)`: this node doesn't hold what it should of these. It is called again until the rows
-        say so."""
+        say so. `log_end()`: up to which entry the log goes now, None where that can't be said."""
         self._catalogue, self._volumes, self._open_store, self._disk = catalogue, volumes, open_store, disk
-        self._node, self._clock, self._on_lost = node, clock, on_lost
+        self._node, self._clock, self._on_lost, self._log_end = node, clock, on_lost, log_end
         self._passed: tuple[tuple[str, ...], float] = ((), float("-inf"))  # with which volumes, and when
-        self._strange: set[Copy] = set()
+        self._strange: dict[Copy, int] = {}  # where the log ended when it was seen first
         self._wanted = 0
 
     async def run(self) -> None:
@@ -123,11 +124,16 @@ class ShareCopies:
 
     async def _remove_strange(self, store: CopyStore) -> None:
         found: set[Copy] = set()
+        end, applied = self._log_end(), int(self._catalogue.meta("applied", 0))
         for part in range(PARTS):
             found |= await self._disk.run(self._strange_in, store, part)
-        for number, generation in found & self._strange:
+        if end is None:
+            return
+        known = {copy: self._strange.get(copy, end) for copy in found}
+        gone = [copy for copy, at in known.items() if copy in self._strange and applied >= at]
+        for number, generation in gone:
             await self._disk.run(store.remove, number, generation)
-        self._strange = found - self._strange
+        self._strange = {copy: at for copy, at in known.items() if copy not in gone}
 
     def _strange_in(self, store: CopyStore, part: int) -> set[Copy]:
         copies = store.listing(part)

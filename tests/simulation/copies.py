@@ -1,7 +1,7 @@
 """Copies of the share's files on a machine in memory."""
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from storage.files.copies import Capacity
@@ -10,8 +10,8 @@ from tests.simulation.machine import File, Machine, MemoryDisk
 
 
 class MemoryCopy:
-    def __init__(self, disk: MemoryDisk, name: str, file: File, named: bool) -> None:
-        self._disk, self._name, self._file, self._named = disk, name, file, named
+    def __init__(self, disk: MemoryDisk, name: str, file: File, named: bool, clock: Callable[[], float]) -> None:
+        self._disk, self._name, self._file, self._named, self._clock = disk, name, file, named, clock
 
     @property
     def leaving(self) -> bool:
@@ -22,6 +22,7 @@ class MemoryCopy:
         if len(self._file.data) < at:
             self._file.data += bytes(at - len(self._file.data))
         self._file.data[at : at + len(data)] = data
+        self._file.changed_at = self._clock()
 
     def read(self, size: int, at: int) -> bytes:
         self._disk.touch()
@@ -38,6 +39,7 @@ class MemoryCopy:
         self._disk.touch()
         del self._file.data[size:]
         self._file.data += bytes(size - len(self._file.data))
+        self._file.changed_at = self._clock()
 
     def cut(self, size: int) -> None:
         self._disk.touch()
@@ -59,7 +61,7 @@ class MemoryCopies:
         disks = [machine.disks[path] for path in paths]
         self._disks = [disk for disk in disks if not (disk.broken or disk.hung)]
         self.complete = complete and len(self._disks) == len(disks)
-        self._rng = machine.rng
+        self._rng, self._clock = machine.rng, machine.clock
         self.space = ""
 
     def open(self, number: int, generation: str, *, named: bool) -> MemoryCopy | None:
@@ -72,7 +74,7 @@ class MemoryCopies:
                 problem = error
                 continue
             if name in disk.names:
-                return MemoryCopy(disk, name, disk.names[name], named)
+                return MemoryCopy(disk, name, disk.names[name], named, self._clock)
         if problem is not None:
             raise problem
         return None
@@ -88,9 +90,9 @@ class MemoryCopies:
                 continue
             if disk.leaving:
                 continue
-            disk.names[name] = File()
+            disk.names[name] = File(changed_at=self._clock())
             disk.note(name)
-            return MemoryCopy(disk, name, disk.names[name], named=False)
+            return MemoryCopy(disk, name, disk.names[name], named=False, clock=self._clock)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def has(self, number: int, generation: str) -> bool:
@@ -102,10 +104,10 @@ class MemoryCopies:
     def listing(self, part: int) -> list[tuple[int, str, float]]:
         folder, found = name_of(self.space, part).rpartition("/")[0], []
         for disk in self._disks:
-            for name in disk.names:
+            for name, file in disk.names.items():
                 if name.startswith(f"{folder}/"):
                     number, _, generation = name.rpartition("/")[2].partition(".")
-                    found.append((int(number, 16), generation, 1e6))
+                    found.append((int(number, 16), generation, self._clock() - file.changed_at))
         return found
 
     def remove(self, number: int, generation: str) -> None:

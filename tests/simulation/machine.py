@@ -186,6 +186,7 @@ class Power:
 class File:
     data: bytearray = field(default_factory=bytearray)
     synced: bytes | None = None  # what a power cut leaves for sure
+    changed_at: float = 0.0  # of the share's files
 
 
 @dataclass
@@ -468,6 +469,7 @@ class Machine:
     rng: random.Random
     volumes: int = 2
     generation: int = 0
+    clock: Callable[[], float] = lambda: 0.0
 
     def __post_init__(self) -> None:
         self.power = Power()

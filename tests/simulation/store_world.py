@@ -283,7 +283,7 @@ class NoView:
 class StoreNode(Node):
     def __init__(self, world: "World", name: str, peer: str) -> None:
         super().__init__(world, name, peer)
-        self.machine = Machine(name, world.rng)
+        self.machine = Machine(name, world.rng, clock=lambda: world.loop.now)
         self.machine.power.on_cut = self.power_gone
         self.lost_power = False  # since its gateway was started last
         self.harmed: set[tuple[str, str]] = set()  # (volume, file) that somebody has damaged or deleted
@@ -779,6 +779,7 @@ SMALL: Final = {
     (mirror, "WINDOW_BYTES"): 4096,
     (catching_up, "AGAIN_S"): 1.0,
     (share_copies, "LOOK_S"): 1.0,
+    (share_copies, "RESTS_S"): 5.0,
     (share_copies, "PARTS"): 256,
     (scrub, "REST_S"): 1.0,
 }

@@ -4,58 +4,27 @@ import asyncio
 import contextlib
 import errno
 from collections.abc import AsyncIterator, Awaitable, Callable
-from functools import partial
-from typing import Final, TypeVar
+from typing import Final
 
-from storage.files.copies import Capacity, CopyStore, StoredFile, new_generation
-from storage.files.mirroring import Mirroring, PeerCannot
-from storage.files.names import Names
-from storage.files.namespace import Namespace
+from storage.files.copies import Capacity, StoredFile, new_generation
+from storage.files.mirroring import PeerCannot
 from storage.files.opened import OpenFile
-from storage.files.peer import Pair, Peer, PeerLost
+from storage.files.own_copies import NOT_HERE, OwnCopies
+from storage.files.peer import PeerLost
 from storage.objects.volume import NO_ROOM
 from storage.state import file_rows
 from storage.state.file_model import (
     Drop,
     Flush,
     Held,
-    Lacks,
     MarkDirty,
 )
-from storage.workers import Threads, within
 
-T = TypeVar("T")
-NOT_HERE: Final = "its bytes are on no volume that is here"
 REFUSED: Final = (*NO_ROOM, errno.EFBIG, errno.EINVAL)  # which says nothing of the disk
 
 
-class Content(Names):
+class Content(OwnCopies):
     """All methods raise OSError as the system call would."""
-
-    def __init__(
-        self,
-        namespace: Namespace,
-        local: CopyStore,
-        disk: Threads,
-        now: Callable[[], int],
-        is_full: Callable[[], bool] = lambda: False,
-        *,
-        hang_s: float,
-        pair: Pair,
-        peer: Peer | None = None,
-    ) -> None:
-        """`hang_s`: what a disk may take to answer; `peer`: the other node, if there is one."""
-        super().__init__(namespace, now, is_full)
-        self._local, self._disk, self._hang_s, self._node = local, disk, hang_s, pair.node
-        self.mirroring: Mirroring | None = None
-        if peer is not None:
-            self.mirroring = Mirroring(pair, peer, self._on_disk, namespace.look, self._change, lambda: local.space)
-        self._unsettled: set[int] = set()  # dirty, and this node's bytes couldn't be seen when it began
-        self._doubtful: set[int] = set()  # a sync of them failed
-        self._left: set[int] = set()  # a thread may still write to what was this node's copy of these
-        self._first = 0  # inode number of those that are made from here on
-        self.writes = True  # else it is only looked at
-        self.over = False  # nothing is changed here any more
 
     @contextlib.asynccontextmanager
     async def _held_open(self, number: int) -> AsyncIterator[OpenFile]:
@@ -74,29 +43,6 @@ class Content(Names):
         file.handles -= 1
         if not file.handles:
             await self._close(file)
-
-    def _lacking(self, number: int) -> tuple[str, ...]:
-        """The nodes that don't hold what was flushed last."""
-        return self._namespace.look(lambda rows: file_rows.lacking(rows, number))
-
-    async def _local_copy(self, number: int, *, named: bool) -> StoredFile | None:
-        """This node's, opened, if there is one. Raises OSError."""
-        if not self._local.space:  # whoever only looks may have come before the first writer
-            self._local.space = self._namespace.look(file_rows.space)
-        generation = self._namespace.look(lambda rows: file_rows.generation(rows, number, self._node))
-        return await self._on_disk(partial(self._local.open, number, generation, named=named))
-
-    async def _on_copy(self, file: OpenFile, function: Callable[..., T], *args: object) -> T:
-        """The same for what works on its open copy."""
-        try:
-            return await self._on_disk(function, *args)
-        except OSError as error:
-            file.held |= error.errno == errno.ETIMEDOUT
-            raise
-
-    async def _on_disk(self, function: Callable[..., T], *args: object) -> T:
-        """Raises OSError, also when the disk doesn't answer."""
-        return await within(self._disk.run(function, *args), self._hang_s)
 
     async def capacity(self) -> Capacity:
         return await self._disk.run(self._local.capacity)
@@ -165,27 +111,6 @@ class Content(Names):
         except PeerCannot as error:
             raise OSError(errno.EIO, f"{NOT_HERE}, and the other node says: {error}") from None
 
-    def _mirrored(self) -> Mirroring:
-        if self.mirroring is None:
-            raise OSError(errno.EIO, NOT_HERE)
-        return self.mirroring
-
-    def _lose(self, file: OpenFile, error: OSError) -> None:
-        """This node's copy can't be used any more. Raises the error if the other node's can't, either."""
-        if file.lost:
-            return
-        mirroring = self.mirroring
-        clean_there = mirroring is not None and mirroring.pair.peer not in self._lacking(file.number)
-        changed = file.dirty and not (mirroring is not None and mirroring.is_alike(file))
-        if not clean_there or changed or not self.writes:
-            raise error
-        self._change(Lacks(file.number, self._node))
-        file.lost = True
-        self._left.add(file.number)
-        if file.local is not None:
-            file.left.append(file.local)  # somebody may be reading from it
-            file.local = None
-
     async def write(self, number: int, at: int, data: bytes) -> None:
         file = self._open[number]
 
@@ -217,10 +142,14 @@ class Content(Names):
             return
         except OSError as error:
             if error.errno in REFUSED:
-                with contextlib.suppress(OSError):
+                try:
                     await self._on_copy(file, local.cut, file.size)  # a part of it may be there
+                except OSError:
+                    self._torn.add(file.number)
                 raise
+            self._torn.add(file.number)
             self._lose(file, error)
+            self._torn.discard(file.number)  # another copy will take its place
 
     @contextlib.asynccontextmanager
     async def _changing(self, file: OpenFile) -> AsyncIterator[None]:
@@ -243,7 +172,7 @@ class Content(Names):
             file.unflushed = True
 
     def _takes_changes(self, file: OpenFile) -> bool:
-        if not file.dirty:
+        if not file.dirty or file.number in self._torn:
             return False
         if file.lost:
             return self.mirroring is not None and self.mirroring.is_alike(file)
@@ -266,6 +195,18 @@ class Content(Names):
                     raise OSError(errno.EIO, NOT_HERE)
             elif await self._look_for(file) is None:
                 await self._make_copy(file)
+            else:
+                await self._replace_torn(file)
+
+    async def _replace_torn(self, file: OpenFile) -> None:
+        """If a change of this node's copy failed: a thread may still write to it, and behind its end there may be what
+        never belonged to the file. In the file's turn."""
+        if file.number not in self._torn or file.lost or file.local is None:
+            return
+        try:
+            await self._renew_own(file, file.local)
+        except (PeerLost, PeerCannot):
+            raise OSError(errno.EIO, "a change of it failed, and its copy can't be made anew") from None
 
     async def _make_copy(self, file: OpenFile) -> None:
         """This node's first. In the file's turn."""
@@ -286,18 +227,6 @@ class Content(Names):
             if local is None:
                 raise OSError(errno.EIO, NOT_HERE)
             return local
-
-    async def _look_for(self, file: OpenFile) -> StoredFile | None:
-        """On all volumes, once; to be called in the file's turn."""
-        if file.local is None and not file.fresh:
-            local = await self._local_copy(file.number, named=not file.dirty)
-            if local is not None and not file.known:
-                file.size, mtime = await self._on_disk(local.found)  # as it was left
-                file.mtime = max(file.mtime, mtime)
-                file.known, file.unflushed = file.number not in self._doubtful, True
-                self._unsettled.discard(file.number)
-            file.local = local
-        return file.local
 
     async def fsync(self, number: int) -> None:
         await self._flush(self._open[number], clean=False)
@@ -338,6 +267,7 @@ class Content(Names):
 
     async def _made_durable(self, file: OpenFile) -> tuple[str, ...]:
         if self.mirroring is None:
+            await self._replace_torn(file)
             await self._sync_own(file)
             return ()
         await self._locate_own(file)
@@ -356,6 +286,7 @@ class Content(Names):
         """What is to be brought to the other node has to be open."""
         if not file.lost and file.size and await self._look_for(file) is None:
             raise OSError(errno.EIO, NOT_HERE)
+        await self._replace_torn(file)
 
     async def _sync_own(self, file: OpenFile) -> None:
         if file.local is not None:

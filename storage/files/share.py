@@ -14,12 +14,12 @@ import secrets
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from storage.files.content import NOT_HERE, REFUSED, Content
+from storage.files.content import REFUSED, Content
 from storage.files.copies import StoredFile, new_generation
 from storage.files.mirroring import PeerCannot
 from storage.files.opened import OpenFile
+from storage.files.own_copies import NOT_HERE
 from storage.files.peer import PeerLost
-from storage.objects.blocks import BLOCK_BYTES
 from storage.state import file_rows
 from storage.state.file_model import (
     BeginWriting,
@@ -31,10 +31,6 @@ from storage.state.kv import KeyValues
 
 T = TypeVar("T")
 SPACE_BYTES: Final = 4
-
-
-class SourceFailed(OSError):
-    """A copy can't be read."""
 
 
 class Share(Content):
@@ -211,55 +207,6 @@ class Share(Content):
         with contextlib.suppress(FileNotFoundError):
             async with self._held_open(number) as file, file.turn:
                 local = None if file.lost or file.failed else await self._look_for(file)
-                if local is None or not local.leaving or number in self._doubtful:
-                    return
-                generation = new_generation()
-                made = await self._on_disk(self._local.create, number, generation)
-                try:
-                    await self._fill(made, local)
-                    async with file.order:
-                        await self._fill(made, local)  # what was written meanwhile
-                        await self._make_sure(file, made)
-                        if file.lost or self._node in self._lacking(number):
-                            raise PeerCannot("this node's copy isn't good")  # it will be made again elsewhere
-                        self._change(Held(number, self._node, generation))
-                        file.local = made
-                        file.left.append(local)
-                except BaseException as error:
-                    self._disk.run(made.close)
-                    removing = self._disk.run(self._local.remove, number, generation)
-                    removing.add_done_callback(lambda done: done.cancelled() or done.exception())
-                    if isinstance(error, SourceFailed):
-                        self._lose(file, error)
-                    raise
+                if local is not None and local.leaving and number not in self._doubtful:
+                    await self._renew_own(file, local)
         await self.all_committed()
-
-    async def _fill(self, made: StoredFile, local: StoredFile) -> None:
-        """Block by block what differs."""
-        size = (await self._on_disk(local.found))[0]
-        for block in range(-(-size // BLOCK_BYTES)):
-            await self._on_disk(_copy_block, local, made, block, size)
-
-    async def _make_sure(self, file: OpenFile, made: StoredFile) -> None:
-        """A new copy is durable, and the same as the other node's where both should be: the disk that it was on may be
-        a bad one."""
-        mirroring = self.mirroring
-        is_same = mirroring is not None and not file.dirty and mirroring.pair.peer not in self._lacking(file.number)
-        if mirroring is not None and is_same and mirroring.peer.state.session:
-            await mirroring.pull(file, made, file.size)
-            return
-        await self._on_disk(made.truncate, file.size)
-        await self._on_disk(made.sync)
-
-
-def _copy_block(source: StoredFile, target: StoredFile, block: int, size: int) -> None:
-    """If it differs; a hole stays one. Blocks. Raises OSError."""
-    at = block * BLOCK_BYTES
-    try:
-        data = source.read(BLOCK_BYTES, at)
-    except OSError as error:
-        raise SourceFailed(error.errno, error.strerror) from error
-    found = target.read(BLOCK_BYTES, at)
-    is_hole = not found and at + BLOCK_BYTES < size and data.count(0) == len(data)
-    if data != found and not is_hole:
-        target.write(data, at, max(0, len(data) - len(found)))

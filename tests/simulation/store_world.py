@@ -21,7 +21,7 @@ from storage import checkpoints, crash, environment
 from storage.control import Report, Tell
 from storage.engine import Engine
 from storage.environment import Surroundings, open_log
-from storage.files import catching_up, copies, keeper, mirror, mirroring, share
+from storage.files import catching_up, copies, keeper, mirror, mirroring, own_copies
 from storage.ingest import Conflict, NotServing
 from storage.log.log import Log
 from storage.objects import blocks, incoming, reading
@@ -774,7 +774,7 @@ SMALL: Final = {
     (tidying, "SWEEP_S"): 2.0,
     (copies, "BLOCK_BYTES"): 1024,
     (mirroring, "BLOCK_BYTES"): 1024,
-    (share, "BLOCK_BYTES"): 1024,
+    (own_copies, "BLOCK_BYTES"): 1024,
     (keeper, "BLOCK_BYTES"): 1024,
     (mirror, "WINDOW_BYTES"): 4096,
     (catching_up, "AGAIN_S"): 1.0,

@@ -78,6 +78,8 @@ FOUND = {
     50072: "a node catching up asked for ever for what had been deleted meanwhile",
     62000061: "beside a writer that never rests a node took the state, with all entries of the share, again and again",
     91000085: "a file that was moved on the other node was begun there anew by who began to write to it",
+    92000165: "the only good copy of a file was removed as strange while its entry waited to be committed",
+    93000237: "what a hanging disk had written of a failed change turned up behind the end of the file",
     91001101: "a file whose last writer had lost it was shown as long as it had been before",
 }
 

@@ -362,7 +362,7 @@ class Peering:
                     waiting.set_result(bytes(payload))
             case Kind.CLIENTS:
                 self.on_clients(bytes(payload))
-            case Kind.FILE | Kind.FILE_ANSWER | Kind.FILE_TAKEN | Kind.FILE_LOST:
+            case Kind.FILE | Kind.FILE_ANSWER | Kind.FILE_TAKEN | Kind.FILE_LOST | Kind.FILE_MOVE:
                 self.on_file(kind, stream, payload)
             case Kind.CREDIT:
                 if stream in self._windows:

@@ -312,13 +312,16 @@ class Association(Connection):
 
     # -- time --------------------------------------------------------------------------------------------------
 
+    def _cut_off(self) -> None:
+        log.warning("association.cut", why="it doesn't read what it asked for", **self.who)
+        self._cut()
+
     def _check(self) -> None:
         if self._transport is None:
             return
         self._timer = self._loop.call_later(CHECK_S, self._check)
         if self._reads_nothing():
-            log.warning("association.cut", why="it doesn't read what it asked for", **self.who)
-            self._cut()
+            self._cut_off()
             return
         why = self._overdue(self._loop.time() - self.since)
         if why:

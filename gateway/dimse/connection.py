@@ -118,13 +118,17 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self._write(out)
 
+    def _cut_off(self) -> None:
+        """It doesn't read what it is sent."""
+        self._cut()
+
     async def drained(self, timeout_s: float) -> None:
         """Wait until the other side has taken most of what it was sent. One that doesn't read is cut off. Raises
         AssociationEnded."""
         try:
             await asyncio.wait_for(self._writable.wait(), timeout_s)
         except TimeoutError:
-            self._cut()
+            self._cut_off()
             raise AssociationEnded("the other side reads nothing") from None
         if not self.may_send:
             raise AssociationEnded("the association has ended")

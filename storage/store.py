@@ -17,6 +17,7 @@ from storage.objects.upload import Upload
 from storage.objects.volume import NoRoom
 from storage.replication.peering import FetchFailed
 from storage.state.file_images import Unlooked, is_of_file
+from storage.state.indexes import Range
 from storage.state.model import IndexFile, Instance, Put, Task, TaskDone
 from storage.state.rows import Identity, SeriesRow, StudyRow, belongs, identity_of, same_patient
 from storage.status import mode, node_status
@@ -57,6 +58,22 @@ class Rows(Protocol):
 
     def studies(self, patient_id: str | None = None) -> Iterator[tuple[str, StudyRow]]:
         """(Study Instance UID, row) of all studies, or of one patient's."""
+        ...
+
+    def numbers(self, asked: Range) -> Iterator[bytes]:
+        """Of studies that an index finds, see `state.indexes`; the same one more than once, perhaps."""
+        ...
+
+    def with_part(self, part: bytes) -> Iterator[bytes]:
+        """Numbers of studies with this somewhere in their folded texts."""
+        ...
+
+    def modalities(self) -> list[str]:
+        """Those that there are."""
+        ...
+
+    def numbered(self, numbers: Iterable[bytes]) -> list[tuple[str, StudyRow]]:
+        """(Study Instance UID, row) of those of these that are there."""
         ...
 
     def study(self, uid: str) -> StudyRow | None: ...

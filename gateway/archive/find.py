@@ -2,28 +2,24 @@
 is read from the file of the (first) instance, so that it can be matched and returned at whatever level it is asked for.
 """
 
-import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from pydicom.charset import convert_encodings
-from pydicom.datadict import dictionary_VM, dictionary_VR
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 
 from conf.settings import DicomSettings
+from gateway.archive.planning import Plan
 from gateway.dicom.identifiers import UNIQUE, BadQuery, is_single, level_of, values_of
 from gateway.dicom.matching import (
     Matcher,
     bounds,
-    element_of,
     in_range,
     is_universal,
     matcher,
     matches_element,
-    only_asked,
     text_of,
 )
 from gateway.dicom.sop_classes import Model
@@ -79,7 +75,7 @@ class Row:
     head: Dataset | None = field(default=None, repr=False)
 
 
-class Query:
+class Search:
     """`head(instance)` reads the attributes of a stored instance, None if it can't be read now."""
 
     def __init__(
@@ -106,11 +102,16 @@ class Query:
         applicable = [key for key in self._keys if self._applies(key)]
         self._from_file = [key for key in applicable if key.keyword not in LEVEL_OF]
         self._matchers: dict[str, Matcher] = {}
+        self._texts: dict[str, str] = {}
         for key in applicable:
             if key.keyword in LEVEL_OF and key.keyword not in COUNTS and key.VR != "SQ" and not is_universal(key):
+                self._texts[key.keyword] = text_of(key.value)
                 self._matchers[key.keyword] = matcher(key.VR, text_of(key.value), self._names)
         self._moments = self._combined(identifier) if extended.date_time else []
         self._uids = {level: values_of(identifier, UNIQUE[level]) for level in self._levels}
+        days = [(first[:8], last[:8]) for date, _, first, last in self._moments if date == "StudyDate"]
+        self._plan = Plan(self._texts, self._names, days)
+        self._patient_plan = Plan({name: one for name, one in self._texts.items() if name in keys.PATIENT}, self._names)
 
     def _check(self, identifier: Dataset, model: Model, *, relational: bool) -> None:
         """Hierarchical queries name one entity at each level above (PS3.4 C.4.1.2.1)."""
@@ -131,14 +132,14 @@ class Query:
             if date in self._matchers and hour in self._matchers and "-" in days and "-" in hours:
                 (first, last), (begin, end) = bounds("DA", days), bounds("TM", hours)
                 moments.append((date, hour, first and first + begin, last and last + (end or "235959")))
-                del self._matchers[date], self._matchers[hour]
+                del self._matchers[date], self._matchers[hour], self._texts[date], self._texts[hour]
         return moments
 
     # -- candidates --------------------------------------------------------------------------------------------
 
-    def run(self) -> Iterator[Dataset | None]:
-        """Matching answers, one identifier each. Blocks; call from a worker thread. None where nothing was found up to
-        `until`: whoever asks may go on or not."""
+    def matches(self) -> Iterator[Row | None]:
+        """What matches. Blocks; call from a worker thread. None where nothing was found up to `until`: whoever asks may
+        go on or not."""
         rows = {
             "PATIENT": self._patients,
             "STUDY": self._studies,
@@ -147,7 +148,7 @@ class Query:
         }[self.level]()
         for row in rows:
             if row is not None and self._matches_file(row):
-                yield self._answer(row)
+                yield row
             elif time.monotonic() > self.until:
                 yield None
 
@@ -156,10 +157,18 @@ class Query:
         if is_single(wanted):
             groups = iter([(wanted[0], [uid for uid, _ in self._rows.studies(wanted[0])])])
         else:
-            groups = self._rows.patients()
+            groups = self._rows.patients() if self._patient_plan.is_scan else self._planned_patients()
         for patient_id, studies in groups:
             yield None  # a moment for others, also where nothing matches
             yield from self._patients_of(patient_id, studies)
+
+    def _planned_patients(self) -> Iterator[tuple[str, list[str]]]:
+        """As `Rows.patients`, of those that an index finds."""
+        seen: set[str] = set()
+        for _, study in self._patient_plan.studies(self._rows):
+            for patient_id in {identity_of(one)[0] for one in study.patients} - seen:
+                seen.add(patient_id)
+                yield patient_id, [uid for uid, _ in self._rows.studies(patient_id)]
 
     def _patients_of(self, patient_id: str, studies: list[str]) -> Iterator[Row]:
         """Studies of one Patient ID, by issuer. A patient is answered as in his newest study."""
@@ -196,8 +205,10 @@ class Query:
         if studies:
             rows = ((uid, self._rows.study(uid)) for uid in dict.fromkeys(studies))
             yield from ((uid, row) for uid, row in rows if row is not None)
-            return
-        yield from self._rows.studies(patients[0] if is_single(patients) else None)
+        elif is_single(patients):
+            yield from self._rows.studies(patients[0])
+        else:
+            yield from self._plan.studies(self._rows)
 
     def _studies_of(self, series: list[str], instances: list[str]) -> list[str] | None:
         """Relational queries: the studies in which these series or instances are, None if there are none, [] where none
@@ -289,157 +300,3 @@ class Query:
                 for instance in self._members(row, series):
                     return instance
         return None
-
-    # -- answers -----------------------------------------------------------------------------------------------
-
-    def _answer(self, row: Row) -> Dataset:
-        answer = Dataset()
-        for key in self._keys:
-            try:
-                self._fill(answer, key, row)
-            except Exception:  # a stored value that isn't one of its VR: the answer goes out without it
-                if key.VR != "SQ":
-                    answer.add_new(key.tag, key.VR, None)
-        answer.QueryRetrieveLevel = self.level
-        answer.RetrieveAETitle = self._settings.aet
-        answer.InstanceAvailability = self._availability(row)
-        self._add_unique(answer, row.values)
-        character_set = self._character_set(answer, row)
-        if character_set:
-            answer.SpecificCharacterSet = character_set
-        return answer
-
-    def _add_unique(self, answer: Dataset, values: dict[str, str]) -> None:
-        for level in self._levels:
-            if level in self._model.levels:
-                setattr(answer, UNIQUE[level], values.get(UNIQUE[level], ""))
-
-    def _availability(self, row: Row) -> str:
-        """PS3.3 C.4.23.1.1, for one instance; of many it isn't known without a look at each."""
-        gone = row.instance is not None and self._unreadable(row.instance.seq)
-        return "UNAVAILABLE" if gone else "ONLINE"
-
-    def in_utf_8(self, answer: Dataset) -> Dataset:
-        """The same in UTF-8, for one that can't be written in the character set of the stored data."""
-        answer.SpecificCharacterSet = UTF_8
-        return answer
-
-    def bare(self, answer: Dataset) -> Dataset:
-        """Its unique keys only."""
-        made = Dataset()
-        made.QueryRetrieveLevel = self.level
-        for level in self._levels:
-            if level in self._model.levels:
-                setattr(made, UNIQUE[level], answer.get(UNIQUE[level], ""))
-        return made
-
-    def _fill(self, answer: Dataset, key: DataElement, row: Row) -> None:
-        keyword = key.keyword
-        if not self._applies(key):
-            return
-        if keyword in COUNTS:
-            setattr(answer, keyword, self._count(keyword, row))
-        elif keyword in GATHERED:
-            setattr(answer, keyword, self._gathered(keyword, row.studies[0]))
-        elif keyword in LEVEL_OF:
-            _set(answer, keyword, row.values.get(keyword, ""))
-        elif row.head is not None and (element := element_of(row.head, key.tag)) is not None:
-            answer.add_new(key.tag, element.VR, only_asked(key, element))
-        else:
-            answer.add_new(key.tag, key.VR, [] if key.VR == "SQ" else None)
-
-    def _count(self, keyword: str, row: Row) -> int:
-        if keyword == "NumberOfSeriesRelatedInstances":
-            return self._instances_in(row, row.series)
-        if COUNTS[keyword] == "PATIENT" and self.level != "PATIENT":
-            row = self._whole_patient(row)
-        if keyword == "NumberOfPatientRelatedStudies":
-            return len(row.studies)
-        if keyword.endswith("RelatedSeries"):
-            return sum(self._has(row, uid) for study in row.studies for uid, _ in self._rows.series_of(study))
-        return self._instances_in(row, None)
-
-    def _instances_in(self, row: Row, series: str | None) -> int:
-        """Those of the row's patients; counted one by one only in a study that names several."""
-        total = 0
-        for study in row.studies:
-            of_study = self._rows.study(study) if row.patients is not None else None
-            if row.patients is None or (of_study is not None and not of_study.others):
-                total += self._rows.count_instances(study, series)
-                continue
-            every = [series] if series else [uid for uid, _ in self._rows.series_of(study)]
-            alone = Row(row.values, [study], row.patients)
-            total += sum(1 for uid in every for _ in self._members(alone, uid))
-        return total
-
-    def _has(self, row: Row, series: str) -> bool:
-        return row.patients is None or any(True for _ in self._members(row, series))
-
-    def _whole_patient(self, row: Row) -> Row:
-        """All studies of the patient of a row of a lower level."""
-        patient = identity_of(row.values)
-        studies = [
-            uid
-            for uid, study in self._rows.studies(patient[0])
-            if any(identity_of(one) == patient for one in study.patients)
-        ]
-        return Row(row.values, studies, frozenset((patient,)))
-
-    def _character_set(self, answer: Dataset, row: Row) -> str | list[str]:
-        """None is needed for plain ASCII; else UTF-8, or that of the stored data, if the settings say so and it can
-        express the answer."""
-        if all(text_of(element.value).isascii() for element in answer.iterall() if element.VR in TEXT_VRS):
-            return ""
-        stored = row.values.get("SpecificCharacterSet", "")
-        if self._settings.response_character_set == "utf-8" or not stored:
-            return UTF_8
-        sets = stored.split("\\")
-        return (sets if len(sets) > 1 else stored) if _expressible(answer, sets) else UTF_8
-
-
-def _expressible(answer: Dataset, sets: list[str]) -> bool:
-    if "ISO 2022 IR 58" in sets:
-        return False  # pydicom writes it without its escape sequences
-    try:
-        encodings = convert_encodings(sets)
-        for element in answer.iterall():
-            if element.VR in TEXT_VRS:
-                text = text_of(element.value)
-                if not text.isascii() and not _encodes(text, encodings):
-                    return False
-    except (LookupError, ValueError):
-        return False
-    return True
-
-
-def _encodes(text: str, encodings: Sequence[str]) -> bool:
-    """Each component of a name may be in another set."""
-    return all(any(_is_in(part, one) for one in encodings) for part in re.split(r"[\\^=]", text))
-
-
-def _is_in(text: str, encoding: str) -> bool:
-    try:
-        text.encode(encoding)
-    except (UnicodeError, LookupError):
-        return False
-    return True
-
-
-def _set(answer: Dataset, keyword: str, text: str) -> None:
-    """A number that was stored as something else ("70,5") is returned without a value."""
-    try:
-        setattr(answer, keyword, from_text(keyword, text))
-    except (ValueError, TypeError, OverflowError):
-        setattr(answer, keyword, None)
-
-
-def from_text(keyword: str, text: str) -> object:
-    """A value for pydicom from the catalogue's text."""
-    if not text:
-        return None
-    vr = dictionary_VR(keyword)
-    if vr in ("US", "SS", "UL", "SL"):
-        return int(text)
-    if dictionary_VM(keyword) != "1" and "\\" in text:
-        return text.split("\\")
-    return text

@@ -8,7 +8,6 @@ of the name, in any order.
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from typing import Final
 
 from pydicom.dataelem import DataElement
@@ -16,6 +15,7 @@ from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 
 from gateway.dicom.identify import without_escapes
+from storage.state.folding import digits_of, folded, trimmed, words_of
 
 Matcher = Callable[[str], bool]
 
@@ -125,23 +125,18 @@ def bounds(vr: str, wanted: str) -> tuple[str, str]:
         text = wanted.strip()
         found = None if _SINGLE_DT.fullmatch(text) else _RANGE_DT.fullmatch(text)
         low, high = (found[1] or "", found[2] or "") if found else (text, text)
-        return _plain(low), _plain(high)
+        return digits_of(low), digits_of(high)
     if "-" not in wanted:
-        one = _plain(wanted)
+        one = digits_of(wanted)
         return one, one
     low, _, high = wanted.partition("-")
-    return _plain(low), _plain(high)
-
-
-def _plain(text: str) -> str:
-    """Without the separators of ACR-NEMA, and without an offset from UTC."""
-    return re.sub(r"[:\s]", "", re.sub(r"^(\d{4})\.(\d\d)\.(\d\d)", r"\1\2\3", re.sub(r"[+-]\d{4}$", "", text.strip())))
+    return digits_of(low), digits_of(high)
 
 
 def in_range(text: str, low: str, high: str) -> bool:
     """Both ends are of it, as far as they say: 10 to 12 ends at 12:59:59. So is a value as far as it says: a time of
     1030 is of 103000 to 103059, a date of 2026 of each of its days."""
-    value = _plain(text)
+    value = digits_of(text)
     if not value or (low and value < low[: len(value)]):
         return False
     return not high or value[: len(high)] <= high
@@ -150,40 +145,17 @@ def in_range(text: str, low: str, high: str) -> bool:
 # -- names -------------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=65536)
-def folded(text: str) -> str:
-    """Without case and width, and without the accents of Latin and Greek letters. In other scripts marks make other
-    letters: が isn't か, й isn't и."""
-    plain = unicodedata.normalize("NFKD", text.casefold())
-    if plain.isascii():
-        return plain
-    kept: list[str] = []
-    bare = False  # the letter before may lose its marks
-    for char in plain:
-        if not unicodedata.combining(char):
-            bare = char.isascii() or _is_latin_or_greek(char)
-            kept.append(char)
-        elif not bare:
-            kept.append(char)
-    return "".join(kept)
-
-
-def _is_latin_or_greek(char: str) -> bool:
-    code = ord(char)
-    return code < 0x250 or 0x370 <= code < 0x400 or 0x1E00 <= code < 0x2000
-
-
 def _name(wanted: str, names: str) -> Matcher:
     """The groups of a name (alphabetic, ideographic, phonetic) are matched each for itself: whichever fits."""
     fold: Callable[[str], str] = folded if names != "exact" else lambda text: unicodedata.normalize("NFC", text)
-    groups = [_trimmed(fold(group)) for group in wanted.split("=")]
+    groups = [trimmed(fold(group)) for group in wanted.split("=")]
     if names == "fuzzy":
         words = [word for group in groups for word in re.split(r"[\^\s*?,.-]+", group) if word]
         return lambda text: _begins_words(words, fold(text))
     tests = [_group(group) for group in groups]
 
     def match(text: str) -> bool:
-        has = [_trimmed(fold(group)) for group in text.split("=")]
+        has = [trimmed(fold(group)) for group in text.split("=")]
         if len(tests) == 1:
             return any(tests[0](group) for group in has if group)
         return all(
@@ -194,10 +166,6 @@ def _name(wanted: str, names: str) -> Matcher:
     return match
 
 
-def _trimmed(group: str) -> str:
-    return "^".join(part.strip() for part in group.split("^")).rstrip("^ ")
-
-
 def _group(wanted: str) -> Matcher:
     if "*" in wanted or "?" in wanted:
         return glob(wanted)
@@ -205,7 +173,7 @@ def _group(wanted: str) -> Matcher:
 
 
 def _begins_words(wanted: list[str], text: str) -> bool:
-    words = re.split(r"[\^=\s,.-]+", text)
+    words = words_of(text)
     return all(any(word.startswith(one) for word in words) for one in wanted)
 
 

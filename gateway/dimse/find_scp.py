@@ -9,7 +9,8 @@ import structlog
 from pydicom import Dataset
 
 from conf.telling import place_of
-from gateway.archive.find import Extended, Query
+from gateway.archive.answers import Query
+from gateway.archive.find import Extended, Row
 from gateway.dicom.dimse import Status, encode_response
 from gateway.dicom.heads import HEAD_BYTES_MAX, read_head
 from gateway.dicom.identifiers import BadQuery, encode_identifier
@@ -21,6 +22,7 @@ from storage.store import NotServing, Store
 log = structlog.get_logger()
 
 FIND_BATCH: Final = 100
+TOO_MUCH: Final = "too much to search: add a Patient ID, accession or study date"  # 64 characters at most
 SLICE_S: Final = 0.2  # of a query thread, before others have their turn and a cancel is looked at
 
 
@@ -47,11 +49,12 @@ class Finder(Collector):
     async def _answer(self, query: Query) -> None:
         call, context = self.call, self._context
         loop, settings = asyncio.get_running_loop(), context.settings
-        answers, sent, ended = query.run(), 0, False
+        found, sent, ended, searched_s = query.matches(), 0, False, 0.0
         pending = Status.PENDING_OPTIONAL_KEYS if query.ignored else Status.PENDING
         response = encode_response(call.request, pending, has_data=True)
         while not ended:
-            batch, ended = await loop.run_in_executor(context.executor, self._batch, query, answers)
+            batch, ended, took_s = await loop.run_in_executor(context.executor, self._batch, query, found)
+            searched_s = 0.0 if batch else searched_s + took_s
             if call.peer.cancelled(call.request.message_id):
                 call.answer(Status.CANCEL)
                 return
@@ -65,20 +68,25 @@ class Finder(Collector):
             if sent > settings.query_limit:
                 call.answer(Status.OUT_OF_RESOURCES, "more matches than the limit; narrow the query")
                 return
+            if searched_s > settings.query_search_s and not ended:
+                call.answer(Status.OUT_OF_RESOURCES, TOO_MUCH)
+                return
         call.answer(Status.SUCCESS)
 
-    def _batch(self, query: Query, answers: Iterator[Dataset | None]) -> tuple[list[bytes], bool]:
-        """Some encoded answers, and whether those were the last; not more than a moment's work. Blocks."""
-        query.until = time.monotonic() + SLICE_S
+    def _batch(self, query: Query, found: Iterator[Row | None]) -> tuple[list[bytes], bool, float]:
+        """Some encoded answers, whether those were the last, and how many seconds it took; not more than a moment's
+        work. Blocks."""
+        begun = time.monotonic()
+        query.until = begun + SLICE_S
         batch: list[bytes] = []
-        for answer in answers:
-            if answer is not None:
-                encoded = self._encoded(query, answer)
+        for row in found:
+            if row is not None:
+                encoded = query.encoded(row, self.call.transfer_syntax) or self._encoded(query, query.answer(row))
                 if encoded is not None:
                     batch.append(encoded)
             if len(batch) >= FIND_BATCH or time.monotonic() > query.until:
-                return batch, False
-        return batch, True
+                return batch, False, time.monotonic() - begun
+        return batch, True, time.monotonic() - begun
 
     def _encoded(self, query: Query, answer: Dataset) -> bytes | None:
         """One stored value that can't be said never ends a query: that answer has its unique keys only, or is left

@@ -12,26 +12,23 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from storage.replication.epochs import Epochs
-from storage.state import changes, entries, file_images, file_rows, instances, places, rows, transfer
+from storage.state import changes, entries, file_images, file_rows, indexes, instances, places, rows, transfer
 from storage.state.batch import Batch
 from storage.state.changes import ADOPTED, same_copy
 from storage.state.description import Description, lineage_of
 from storage.state.entries import seq_key, seq_of
 from storage.state.kv import CatalogueDamaged, Kv, LmdbKv, Transaction
 from storage.state.model import (
-    Delete,
     Entry,
     Forget,
-    Instance,
     Leaving,
     Location,
     Put,
-    Task,
     decode_leaving,
-    decode_task,
     encode,
 )
-from storage.state.rows import SeriesRow, StudyRow, identity_of, patient_key, series_row, study_row
+from storage.state.reader import Reader
+from storage.state.rows import SeriesRow, series_row, study_row
 from storage.state.transfer import Head, StateUnusable
 
 __all__ = ["ADOPTED", "Batch", "Catalogue", "same_copy", "seq_key"]
@@ -39,8 +36,8 @@ __all__ = ["ADOPTED", "Batch", "Catalogue", "same_copy", "seq_key"]
 T = TypeVar("T")
 # 1: 0.1, without a number; 2: lineage, series -> study, studies that name several patients; 3: a log beside it;
 # 4: applied instances only in their row, by what differs within a series; 5: copies by volume, folders by number
-# 6: the share's files
-FORMAT: Final = 6
+# 6: the share's files; 7: studies by what is asked of them
+FORMAT: Final = 7
 PAGE_ROWS: Final = 500
 COPIES_LOOKED_AT: Final = 8  # of a study, to find a volume that has something of it
 TABLES: Final = (
@@ -67,6 +64,7 @@ TABLES: Final = (
     "member",  # until format 2: study, series, SOP Instance UID -> nothing
     "patient",  # Patient ID, study -> nothing
     "series_study",  # series, study -> nothing
+    *indexes.TABLES,
     "conflict",  # studies that name more than one patient
     "task",  # ID -> Task that isn't over
     *file_rows.TABLES,
@@ -75,9 +73,10 @@ TABLES: Final = (
 )
 
 
-class Catalogue:
+class Catalogue(Reader):
     def __init__(self, kv: Kv) -> None:
         """Raises CatalogueDamaged."""
+        super().__init__(kv)
         self.kv = kv
         self.tail: dict[int, tuple[Entry, Location | None]] = {}  # logged, and not written here yet
         self.epochs = Epochs(self.meta("epochs", ()))
@@ -268,154 +267,7 @@ class Catalogue:
                 not isinstance(entries.operation_of(txn, seq_of(key)), Forget) for key in changes.over(txn, upto)
             )
 
-    def tasks(self) -> list[Task]:
-        """Promised and not over, oldest first."""
-        with self.kv.read() as txn:
-            found = [decode_task(value) for _, value in txn.scan("task")]
-        return sorted(found, key=lambda task: task.at)
-
-    def task_ids(self) -> list[str]:
-        """Of those that were promised and aren't over."""
-        with self.kv.read() as txn:
-            return [key.decode() for key, _ in txn.scan("task")]
-
-    def task_count(self) -> int:
-        with self.kv.read() as txn:
-            return txn.count("task")
-
-    def task(self, task_id: str) -> Task | None:
-        with self.kv.read() as txn:
-            value = txn.get("task", task_id.encode())
-        return decode_task(value) if value is not None else None
-
-    def patients(self) -> Iterator[tuple[str, list[str]]]:
-        """(Patient ID, Study Instance UIDs in which it is named), whatever its issuer."""
-        size, studies, before = len(patient_key("")), list[str](), b""
-        for key in self._paged("patient", b"", lambda txn, key, value: key):
-            if key[:size] != before and studies:
-                yield from self._patient(before, studies)
-                studies = []
-            before = key[:size]
-            studies.append(key[size:].decode())
-        if studies:
-            yield from self._patient(before, studies)
-
-    def _patient(self, key: bytes, studies: list[str]) -> Iterator[tuple[str, list[str]]]:
-        row = self.study(studies[0])
-        for patient in row.patients if row else ():
-            if patient_key(identity_of(patient)[0]) == key:
-                yield identity_of(patient)[0], studies
-                return
-
-    # -- instances and above -----------------------------------------------------------------------------------
-
-    def instance(self, sop_instance: str) -> Instance | None:
-        with self.kv.read() as txn:
-            return instances.get(txn, instances.key_of(sop_instance))
-
-    def is_deleted(self, sop_instance: str) -> bool:
-        """It was deleted and not stored again since."""
-        with self.kv.read() as txn:
-            return txn.get("tombstone", sop_instance.encode()) is not None
-
-    def studies(self, patient_id: str | None = None) -> Iterator[tuple[str, StudyRow]]:
-        """(Study Instance UID, row) of all studies, or of one patient's."""
-        if patient_id is not None:
-            prefix = patient_key(patient_id)
-            rows = self._paged("patient", prefix, lambda txn, key, _: (key, txn.get("study", key[len(prefix) :])))
-            for key, raw in rows:
-                if raw is not None:
-                    yield key[len(prefix) :].decode(), msgspec.msgpack.decode(raw, type=StudyRow)
-            return
-        for key, value in self._paged("study", b"", lambda txn, key, value: (key, value)):
-            yield key.decode(), msgspec.msgpack.decode(value, type=StudyRow)
-
-    def studies_of_series(self, series: str) -> list[str]:
-        """The Study Instance UIDs in which a series is; more than one only where a sender used its UID twice."""
-        prefix = series.encode() + b"\0"
-        with self.kv.read() as txn:
-            return [key[len(prefix) :].decode() for key in changes.below(txn, "series_study", prefix)]
-
-    def conflicts(self, limit: int) -> list[str]:
-        """Studies whose instances name more than one patient."""
-        with self.kv.read() as txn:
-            return [key.decode() for key, _ in islice(txn.scan("conflict"), limit)]
-
-    def study(self, uid: str) -> StudyRow | None:
-        with self.kv.read() as txn:
-            row = txn.get("study", uid.encode())
-        return None if row is None else msgspec.msgpack.decode(row, type=StudyRow)
-
-    def series_of(self, study: str) -> Iterator[tuple[str, SeriesRow]]:
-        prefix = study.encode() + b"\0"
-        for key, value in self._paged("series", prefix, lambda txn, key, value: (key, value)):
-            yield key[len(prefix) :].decode(), msgspec.msgpack.decode(value, type=SeriesRow)
-
-    def instances_of(self, study: str, series: str) -> Iterator[Instance]:
-        size = instances.NUMBER_BYTES
-        found = self._paged(
-            "members",
-            lambda txn: instances.number_of(txn, study, series),
-            lambda txn, key, _: instances.get(txn, key[size:]),
-        )
-        for one in found:
-            if one is not None and (one.put.study, one.put.series) == (study, series):
-                yield one
-
-    def _paged(
-        self,
-        table: str,
-        below: bytes | Callable[[Transaction], bytes | None],
-        read: Callable[[Transaction, bytes, bytes], T],
-        start: bytes = b"",
-    ) -> Iterator[T]:
-        """Rows below a prefix, some hundreds from one snapshot: whoever takes his time with them holds up nobody.
-        `below`: the prefix, or what finds it in the first snapshot."""
-        prefix: bytes | None = None
-        at = start
-        while True:
-            page: list[T] = []
-            last = b""
-            with self.kv.read() as txn:
-                if prefix is None:
-                    prefix = below if isinstance(below, bytes) else below(txn)
-                if prefix is None:
-                    return
-                at = at or prefix
-                for key, value in txn.scan(table, at):
-                    if len(page) == PAGE_ROWS or not key.startswith(prefix):
-                        break
-                    page.append(read(txn, key, value))
-                    last = key
-            yield from page
-            if len(page) < PAGE_ROWS:
-                return
-            at = last + b"\0"
-
-    def count_instances(self, study: str, series: str | None = None) -> int:
-        with self.kv.read() as txn:
-            numbers = [instances.number_of(txn, study, series)] if series else rows.numbers(txn, study)
-            return sum(sum(instances.tally(txn, number).values()) for number in numbers)
-
-    def sop_classes(self, study: str) -> set[str]:
-        """SOP Class UIDs of a study's instances."""
-        with self.kv.read() as txn:
-            return {uid for number in rows.numbers(txn, study) for uid in instances.tally(txn, number)}
-
-    def count_matching(self, delete: Delete) -> int:
-        """Instances that a deletion names."""
-        with self.kv.read() as txn:
-            return len(rows.matching(txn, delete))
-
-    def counts(self) -> dict[str, int]:
-        with self.kv.read() as txn:
-            return {
-                "instances": txn.count("instances"),
-                "studies": txn.count("study"),
-                "bytes": int(changes.meta(txn, "bytes", 0)),
-                "missing": txn.count("missing"),
-                "conflicts": txn.count("conflict"),
-            }
+    # -- places in the tree ------------------------------------------------------------------------------------
 
     def folders(self, put: Put, fresh: dict[str, str]) -> tuple[str, str]:
         """(patient/study folder, series folder) of an instance. `fresh` remembers those of this batch."""

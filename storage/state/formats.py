@@ -1,7 +1,6 @@
 """The catalogue's format: what is older is brought up to date at the start, what is newer is refused."""
 
 import uuid
-from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from typing import Final
@@ -11,15 +10,14 @@ import structlog
 from storage.state import entries, instances, places, rows
 from storage.state.catalogue import FORMAT, Batch, Catalogue
 from storage.state.entries import seq_key
-from storage.state.kv import Transaction
+from storage.state.kv import Transaction, in_steps
 from storage.state.model import Put, Void, decode_entry
 
 log = structlog.get_logger()
 
 ROWS_AT_ONCE: Final = 2000
 PLACED: Final = 5  # what is older has its rows converted
-
-Step = Callable[[Transaction, bytes], bytes | None]  # given where to begin; returns the last key it has seen to
+INDEXED: Final = 7  # what is older has no indexes
 
 
 class FormatUnknown(OSError):
@@ -48,29 +46,22 @@ def bring_up_to_date(catalogue: Catalogue, cluster_id: str) -> None:
         facts["lineage"] = f"1-{cluster_id}" if cluster_id else str(uuid.uuid4())
     if found < PLACED:
         _convert(catalogue, found)
+    if found < INDEXED:
+        in_steps(catalogue.kv, rows.unindexed_some)
+        in_steps(catalogue.kv, rows.index_some)
     catalogue.write(Batch(meta=facts))
 
 
 def _convert(catalogue: Catalogue, found: int) -> None:
     if found == 1:
-        _in_steps(catalogue, _join_some)
-    _in_steps(catalogue, _fold_some)
-    _in_steps(
-        catalogue, partial(_shrink_some, applied=int(catalogue.meta("applied", 0)), last=catalogue.epochs.last[1])
+        in_steps(catalogue.kv, _join_some)
+    in_steps(catalogue.kv, _fold_some)
+    in_steps(
+        catalogue.kv, partial(_shrink_some, applied=int(catalogue.meta("applied", 0)), last=catalogue.epochs.last[1])
     )
-    _in_steps(catalogue, _place_some)
+    in_steps(catalogue.kv, _place_some)
     catalogue.kv.update(places.count_anew)
     catalogue.kv.update(lambda txn: entries.note_end(txn, catalogue.epochs))
-
-
-def _in_steps(catalogue: Catalogue, step: Step) -> None:
-    at = b""
-
-    def next_step(txn: Transaction) -> bytes | None:
-        return step(txn, at)
-
-    while (last := catalogue.kv.update(next_step)) is not None:
-        at = last + b"\0"
 
 
 def _join_some(txn: Transaction, start: bytes) -> bytes | None:

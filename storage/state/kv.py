@@ -130,6 +130,20 @@ class Kv(Readable, Protocol):
     def close(self) -> None: ...
 
 
+Step = Callable[[Transaction, bytes], bytes | None]  # given where to begin; returns the last key it has seen to
+
+
+def in_steps(kv: Kv, step: Step) -> None:
+    """Change rows without end, some in each transaction."""
+    at = b""
+
+    def next_step(txn: Transaction) -> bytes | None:
+        return step(txn, at)
+
+    while (last := kv.update(next_step)) is not None:
+        at = last + b"\0"
+
+
 class _LmdbTransaction:
     def __init__(self, txn: Any, tables: dict[str, Any]) -> None:
         self._txn, self._tables = txn, tables

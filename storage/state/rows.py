@@ -6,16 +6,19 @@ table `conflict` until the contradiction is gone.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Final
 
 import msgspec
 import xxhash
 
 from storage.objects import paths
-from storage.state import instances, keys
+from storage.state import indexes, instances, keys
 from storage.state.kv import Transaction
 from storage.state.model import Delete, Instance, Put
 
 Identity = tuple[str, str]  # (Patient ID, its issuer)
+ROWS_AT_ONCE: Final = 2000
 
 
 class StudyRow(msgspec.Struct, frozen=True):
@@ -84,10 +87,12 @@ def join(txn: Transaction, put: Put) -> None:
     study = put.study.encode()
     series = f"{put.study}\0{put.series}".encode()
     raw = txn.get("study", study)
-    row = _joined(msgspec.msgpack.decode(raw, type=StudyRow), put) if raw is not None else study_row(put)
+    before = msgspec.msgpack.decode(raw, type=StudyRow) if raw is not None else None
+    row = _joined(before, put) if before is not None else study_row(put)
     encoded = msgspec.msgpack.encode(row)
     if encoded != raw:
         txn.put("study", study, encoded)
+        indexes.changed(txn, put.study, before, row)
         for one in row.patients:
             txn.put("patient", patient_key(identity_of(one)[0]) + study, b"")
         if row.others:
@@ -95,12 +100,15 @@ def join(txn: Transaction, put: Put) -> None:
     raw = txn.get("series", series)
     if raw is None:
         txn.put("series", series, msgspec.msgpack.encode(series_row(put)))
+        indexes.count_series(txn, put.study, row, put.keys.get("Modality", ""), 1)
         txn.put("series_study", f"{put.series}\0{put.study}".encode(), b"")
         return
     known = msgspec.msgpack.decode(raw, type=SeriesRow)
     filled = _filled(known.keys, put, keys.SERIES)
     if filled is not known.keys:
         txn.put("series", series, msgspec.msgpack.encode(SeriesRow(filled, known.folder)))
+        if "Modality" not in known.keys:
+            indexes.count_series(txn, put.study, row, filled.get("Modality", ""), 1)
 
 
 def _joined(row: StudyRow, put: Put) -> StudyRow:
@@ -133,19 +141,30 @@ def remove(txn: Transaction, put: Put) -> int:
     """Returns the bytes of the file. Series and study go with their last instance."""
     study = put.study.encode()
     if instances.remove(txn, put):
-        txn.delete("series", f"{put.study}\0{put.series}".encode())
+        _forget_series(txn, study, f"{put.study}\0{put.series}".encode())
         txn.delete("series_study", f"{put.series}\0{put.study}".encode())
     if not _any(txn, "series", study + b"\0"):
         _forget_study(txn, study)
     return put.length
 
 
+def _forget_series(txn: Transaction, study: bytes, series: bytes) -> None:
+    raw, of_study = txn.get("series", series), txn.get("study", study)
+    if raw is not None and of_study is not None:
+        row, said = msgspec.msgpack.decode(raw, type=SeriesRow), msgspec.msgpack.decode(of_study, type=StudyRow)
+        indexes.count_series(txn, study.decode(), said, row.keys.get("Modality", ""), -1)
+    txn.delete("series", series)
+
+
 def _forget_study(txn: Transaction, study: bytes) -> None:
+    """To be called when its series are gone."""
     raw = txn.get("study", study)
     if raw is not None:
-        for one in msgspec.msgpack.decode(raw, type=StudyRow).patients:
+        row = msgspec.msgpack.decode(raw, type=StudyRow)
+        for one in row.patients:
             txn.delete("patient", patient_key(identity_of(one)[0]) + study)
         txn.delete("study", study)
+        indexes.changed(txn, study.decode(), row, None)
         txn.delete("conflict", study)
 
 
@@ -156,11 +175,11 @@ def made_anew(txn: Transaction, study: str) -> None:
     if raw is None:
         return
     before = msgspec.msgpack.decode(raw, type=StudyRow)
-    _forget_study(txn, key)
     folders = {}
     for series, value in list(_below(txn, "series", key + b"\0")):
         folders[series] = msgspec.msgpack.decode(value, type=SeriesRow).folder
-        txn.delete("series", series)
+        _forget_series(txn, key, series)
+    _forget_study(txn, key)
     for one in sorted(matching(txn, Delete(study, "", "", "", "", 0.0)), key=lambda instance: instance.seq):
         join(txn, one.put)
     raw = txn.get("study", key)
@@ -226,3 +245,28 @@ def _any(txn: Transaction, table: str, prefix: bytes) -> bool:
     for key, _ in txn.scan(table, prefix):
         return key.startswith(prefix)
     return False
+
+
+# -- catalogues without indexes ----------------------------------------------------------------------------------------
+
+
+def unindexed_some(txn: Transaction, _: bytes) -> bytes | None:
+    """Nothing is left of indexes that were begun."""
+    gone = False
+    for table in indexes.TABLES:
+        for key in [key for key, _ in islice(txn.scan(table), ROWS_AT_ONCE)]:
+            txn.delete(table, key)
+            gone = True
+    return b"" if gone else None
+
+
+def index_some(txn: Transaction, start: bytes) -> bytes | None:
+    """Studies from a UID on get their indexes."""
+    found = list(islice(txn.scan("study", start), ROWS_AT_ONCE))
+    for key, raw in found:
+        row = msgspec.msgpack.decode(raw, type=StudyRow)
+        indexes.changed(txn, key.decode(), None, row)
+        for _, value in _below(txn, "series", key + b"\0"):
+            modality = msgspec.msgpack.decode(value, type=SeriesRow).keys.get("Modality", "")
+            indexes.count_series(txn, key.decode(), row, modality, 1)
+    return found[-1][0] if found else None

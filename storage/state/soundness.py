@@ -17,6 +17,7 @@ OPEN_MARK: Final = "open"  # a file that is there while a gateway has the catalo
 MAP_BYTES: Final = 1 << 40
 RAW: Final = (  # tables whose rows aren't MessagePack
     *("missing", "kept", "number", "copies", "words", "blocks"),
+    *("modalities", "texts", "numbered", "study_number"),
     *("file_names", "file_listing", "file_xattrs", "file_counters", "file_unlooked", "file_entries"),
     *("file_copies", "file_gone"),
 )

@@ -14,8 +14,8 @@ import msgspec
 import xxhash
 
 from storage.replication.epochs import Epochs
-from storage.state import changes, entries, file_images, file_rows, instances, places
-from storage.state.kv import Kv, Transaction
+from storage.state import changes, entries, file_images, file_rows, indexes, instances, places, rows
+from storage.state.kv import Kv, Transaction, in_steps
 from storage.state.model import Leaving
 
 # What both nodes have alike, if they have the same log; `log` and most of `meta` are made anew.
@@ -39,7 +39,7 @@ SHARED: Final = (
 # the state needs none of them, as both nodes have what they say, and counts them as forgotten.
 NOT_TAKEN: Final = ("entries",)
 # Tables that nodes of the first version to give its state don't know.
-LATER: Final = ("blocks", *file_rows.TABLES, *file_images.TABLES)
+LATER: Final = ("blocks", *file_rows.TABLES, *file_images.TABLES, *indexes.TABLES)
 FORMAT: Final = 4  # of the rows of all these
 ROWS_AT_ONCE: Final = 4000
 BYTES_AT_ONCE: Final = 512 << 10
@@ -205,9 +205,11 @@ def complete(old: Kv, new: Kv, head: Head) -> None:
     applied = head.applied
     with new.read() as txn:
         check_counts(txn, head)
+    if "days" not in head.more:  # an older version gave it
+        in_steps(new, rows.index_some)
     with old.read() as before:
-        for rows in _batches(_own_rows(before, _scanned(new, "kept"))):
-            new.update(partial(_put_all, rows))
+        for batch in _batches(_own_rows(before, _scanned(new, "kept"))):
+            new.update(partial(_put_all, batch))
         facts: dict[str, Any] = {key.decode(): msgspec.msgpack.decode(value) for key, value in before.scan("meta")}
     facts |= {"epochs": head.epochs, "applied": applied, "checkpoint": applied, "bytes": head.bytes}
     facts["forgotten"] = applied

@@ -106,7 +106,7 @@ def synthetic(volume: str, instances: int) -> Iterator[tuple[Entry, Location]]:
         yield Entry(1, seq, put), Location(volume, f"{seq:016x}", place)
 
 
-class _Gateway:
+class Standalone:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
@@ -154,7 +154,7 @@ def measure(folder: Path, instances: int) -> dict[str, float]:
     """Seconds, bytes an instance and MB."""
     path = folder / "state" / "catalogue"
     found = {"bytes an instance": os.stat(path / "data.mdb").st_blocks * 512 / instances}
-    gateway, control = _Gateway(folder), folder / "standalone.sock"
+    gateway, control = Standalone(folder), folder / "standalone.sock"
     gateway.start()  # makes the log
     gateway.end(signal.SIGTERM)
     found["start after a clean stop, s"] = gateway.start()

@@ -21,6 +21,7 @@ from pynetdicom.presentation import build_context
 
 MAX_PDU_BYTES: Final = 131072
 PDUS_AT_ONCE: Final = 8
+PENDING: Final = (0xFF00, 0xFF01)
 _ELEMENT: Final = struct.Struct("<HHL")
 
 
@@ -221,13 +222,7 @@ class DicomClient:
         kind, body = self.read_pdu()
         if kind != 4:
             raise AssociationFailed(f"PDU {kind} instead of a response")
-        command, at = body[6:], 0
-        while at + 8 <= len(command):
-            _group, element, length = _ELEMENT.unpack_from(command, at)
-            if element == 0x0900:
-                return int.from_bytes(command[at + 8 : at + 10], "little")
-            at += 8 + length
-        raise AssociationFailed("a response without status")
+        return status_of(body[6:])
 
     def store(self, item: Object | FileObject) -> int:
         """C-STORE; returns the status. Raises Unreadable; the association is of no use then."""
@@ -241,20 +236,60 @@ class DicomClient:
             out = b""
         return self.status()
 
+    def find(self, context_id: int, sop_class: str, identifier: bytes) -> tuple[int, int]:
+        """C-FIND; returns how many answers came, and the last status."""
+        self._message_id = self._message_id % 0xFFFF + 1
+        command = find_command(self._message_id, sop_class)
+        self.send_raw(self.pdvs(context_id, command, command=True) + self.pdvs(context_id, identifier, command=False))
+        count = 0
+        while True:
+            kind, body = self.read_pdu()
+            if kind != 4:
+                raise AssociationFailed(f"PDU {kind} instead of a response")
+            at = 0
+            while at < len(body):
+                length = int.from_bytes(body[at : at + 4], "big")
+                if body[at + 5] & 1:
+                    status = status_of(body[at + 6 : at + 4 + length])
+                    if status not in PENDING:
+                        return count, status
+                    count += 1
+                at += 4 + length
+
     def release(self) -> None:
         self.send_raw(struct.pack(">BxLxxxx", 5, 4))
         self.read_pdu()
         self.close()
 
 
+def status_of(command: bytes) -> int:
+    at = 0
+    while at + 8 <= len(command):
+        _group, element, length = _ELEMENT.unpack_from(command, at)
+        if element == 0x0900:
+            return int.from_bytes(command[at + 8 : at + 10], "little")
+        at += 8 + length
+    raise AssociationFailed("a response without status")
+
+
 def store_command(message_id: int, sop_class: str, sop_instance: str) -> bytes:
-    def text(element: int, value: str) -> bytes:
-        raw = value.encode() + (b"\0" if len(value) % 2 else b"")
-        return _ELEMENT.pack(0, element, len(raw)) + raw
+    body = _text(0x0002, sop_class) + _number(0x0100, 1) + _number(0x0110, message_id) + _number(0x0700, 0)
+    return _command(body + _number(0x0800, 0) + _text(0x1000, sop_instance))
 
-    def number(element: int, value: int) -> bytes:
-        return _ELEMENT.pack(0, element, 2) + value.to_bytes(2, "little")
 
-    body = text(0x0002, sop_class) + number(0x0100, 1) + number(0x0110, message_id) + number(0x0700, 0)
-    body += number(0x0800, 0) + text(0x1000, sop_instance)
+def find_command(message_id: int, sop_class: str) -> bytes:
+    body = _text(0x0002, sop_class) + _number(0x0100, 0x20) + _number(0x0110, message_id)
+    return _command(body + _number(0x0700, 0) + _number(0x0800, 0))
+
+
+def _command(body: bytes) -> bytes:
     return _ELEMENT.pack(0, 0, 4) + len(body).to_bytes(4, "little") + body
+
+
+def _text(element: int, value: str) -> bytes:
+    raw = value.encode() + (b"\0" if len(value) % 2 else b"")
+    return _ELEMENT.pack(0, element, len(raw)) + raw
+
+
+def _number(element: int, value: int) -> bytes:
+    return _ELEMENT.pack(0, element, 2) + value.to_bytes(2, "little")

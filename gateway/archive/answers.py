@@ -1,0 +1,221 @@
+"""Answers to queries: what was asked for of each match, as a data set or as its bytes."""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from pydicom.charset import convert_encodings
+from pydicom.datadict import dictionary_VM, dictionary_VR
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset
+from pydicom.uid import UID
+
+from gateway.archive.find import COUNTS, GATHERED, LEVEL_OF, Row, Search
+from gateway.dicom.elements import encoded_element, encoded_text
+from gateway.dicom.identifiers import UNIQUE
+from gateway.dicom.matching import element_of, only_asked, text_of
+from storage.state import keys
+from storage.store import identity_of
+
+UTF_8: Final = "ISO_IR 192"
+TEXT_VRS: Final = frozenset(("PN", "LO", "SH", "LT", "ST", "UC", "UT"))
+_CHARACTER_SET, _LEVEL, _AET, _AVAILABILITY = 0x00080005, 0x00080052, 0x00080054, 0x00080056
+_TAG_OF: Final = {level: keys.ALL[keyword] for level, keyword in UNIQUE.items()}
+
+
+class Query(Search):
+    """A search, and the answers to what it finds."""
+
+    def run(self) -> Iterator[Dataset | None]:
+        """An identifier for each match; None as `matches` says it. Blocks."""
+        return (None if row is None else self.answer(row) for row in self.matches())
+
+    def encoded(self, row: Row, transfer_syntax: str) -> bytes | None:
+        """The answer as it goes out, without pydicom; None where only that can say it: what comes from a file, what
+        isn't one of its VR, what stands in another character set."""
+        syntax = UID(transfer_syntax)
+        if self._from_file or self._settings.response_character_set != "utf-8" or not syntax.is_little_endian:
+            return None
+        found: dict[int, tuple[str, bytes]] = {}
+        for key in self._keys:
+            if not self._applies(key):
+                continue
+            value = encoded_text(key.VR, self._text_of(key.keyword, row)) if key.keyword in LEVEL_OF else None
+            if value is None or dictionary_VR(key.tag) != key.VR:
+                return None
+            found[int(key.tag)] = (key.VR, value)
+        for level in self._levels:
+            if level in self._model.levels:
+                vr = "LO" if level == "PATIENT" else "UI"
+                unique = encoded_text(vr, row.values.get(UNIQUE[level], ""))
+                if unique is None:
+                    return None
+                found[_TAG_OF[level]] = (vr, unique)
+        if any(vr in TEXT_VRS and not value.isascii() for vr, value in found.values()):
+            found[_CHARACTER_SET] = ("CS", UTF_8.encode())
+        for tag, vr, text in ((_LEVEL, "CS", self.level), (_AVAILABILITY, "CS", self._availability(row))):
+            found[tag] = (vr, encoded_text(vr, text) or b"")
+        aet = encoded_text("AE", self._settings.aet)
+        if aet is None:
+            return None
+        found[_AET] = ("AE", aet)
+        return b"".join(encoded_element(tag, *found[tag], implicit=syntax.is_implicit_VR) for tag in sorted(found))
+
+    def _text_of(self, keyword: str, row: Row) -> str:
+        if keyword in COUNTS:
+            return str(self._count(keyword, row))
+        if keyword in GATHERED:
+            return "\\".join(self._gathered(keyword, row.studies[0]))
+        return row.values.get(keyword, "")
+
+    def answer(self, row: Row) -> Dataset:
+        answer = Dataset()
+        for key in self._keys:
+            try:
+                self._fill(answer, key, row)
+            except Exception:  # a stored value that isn't one of its VR: the answer goes out without it
+                if key.VR != "SQ":
+                    answer.add_new(key.tag, key.VR, None)
+        answer.QueryRetrieveLevel = self.level
+        answer.RetrieveAETitle = self._settings.aet
+        answer.InstanceAvailability = self._availability(row)
+        self._add_unique(answer, row.values)
+        character_set = self._character_set(answer, row)
+        if character_set:
+            answer.SpecificCharacterSet = character_set
+        return answer
+
+    def _add_unique(self, answer: Dataset, values: dict[str, str]) -> None:
+        for level in self._levels:
+            if level in self._model.levels:
+                setattr(answer, UNIQUE[level], values.get(UNIQUE[level], ""))
+
+    def _availability(self, row: Row) -> str:
+        """PS3.3 C.4.23.1.1, for one instance; of many it isn't known without a look at each."""
+        gone = row.instance is not None and self._unreadable(row.instance.seq)
+        return "UNAVAILABLE" if gone else "ONLINE"
+
+    def in_utf_8(self, answer: Dataset) -> Dataset:
+        """The same in UTF-8, for one that can't be written in the character set of the stored data."""
+        answer.SpecificCharacterSet = UTF_8
+        return answer
+
+    def bare(self, answer: Dataset) -> Dataset:
+        """Its unique keys only."""
+        made = Dataset()
+        made.QueryRetrieveLevel = self.level
+        for level in self._levels:
+            if level in self._model.levels:
+                setattr(made, UNIQUE[level], answer.get(UNIQUE[level], ""))
+        return made
+
+    def _fill(self, answer: Dataset, key: DataElement, row: Row) -> None:
+        keyword = key.keyword
+        if not self._applies(key):
+            return
+        if keyword in COUNTS:
+            setattr(answer, keyword, self._count(keyword, row))
+        elif keyword in GATHERED:
+            setattr(answer, keyword, self._gathered(keyword, row.studies[0]))
+        elif keyword in LEVEL_OF:
+            _set(answer, keyword, row.values.get(keyword, ""))
+        elif row.head is not None and (element := element_of(row.head, key.tag)) is not None:
+            answer.add_new(key.tag, element.VR, only_asked(key, element))
+        else:
+            answer.add_new(key.tag, key.VR, [] if key.VR == "SQ" else None)
+
+    def _count(self, keyword: str, row: Row) -> int:
+        if keyword == "NumberOfSeriesRelatedInstances":
+            return self._instances_in(row, row.series)
+        if COUNTS[keyword] == "PATIENT" and self.level != "PATIENT":
+            row = self._whole_patient(row)
+        if keyword == "NumberOfPatientRelatedStudies":
+            return len(row.studies)
+        if keyword.endswith("RelatedSeries"):
+            return sum(self._has(row, uid) for study in row.studies for uid, _ in self._rows.series_of(study))
+        return self._instances_in(row, None)
+
+    def _instances_in(self, row: Row, series: str | None) -> int:
+        """Those of the row's patients; counted one by one only in a study that names several."""
+        total = 0
+        for study in row.studies:
+            of_study = self._rows.study(study) if row.patients is not None else None
+            if row.patients is None or (of_study is not None and not of_study.others):
+                total += self._rows.count_instances(study, series)
+                continue
+            every = [series] if series else [uid for uid, _ in self._rows.series_of(study)]
+            alone = Row(row.values, [study], row.patients)
+            total += sum(1 for uid in every for _ in self._members(alone, uid))
+        return total
+
+    def _has(self, row: Row, series: str) -> bool:
+        return row.patients is None or any(True for _ in self._members(row, series))
+
+    def _whole_patient(self, row: Row) -> Row:
+        """All studies of the patient of a row of a lower level."""
+        patient = identity_of(row.values)
+        studies = [
+            uid
+            for uid, study in self._rows.studies(patient[0])
+            if any(identity_of(one) == patient for one in study.patients)
+        ]
+        return Row(row.values, studies, frozenset((patient,)))
+
+    def _character_set(self, answer: Dataset, row: Row) -> str | list[str]:
+        """None is needed for plain ASCII; else UTF-8, or that of the stored data, if the settings say so and it can
+        express the answer."""
+        if all(text_of(element.value).isascii() for element in answer.iterall() if element.VR in TEXT_VRS):
+            return ""
+        stored = row.values.get("SpecificCharacterSet", "")
+        if self._settings.response_character_set == "utf-8" or not stored:
+            return UTF_8
+        sets = stored.split("\\")
+        return (sets if len(sets) > 1 else stored) if _expressible(answer, sets) else UTF_8
+
+
+def _expressible(answer: Dataset, sets: list[str]) -> bool:
+    if "ISO 2022 IR 58" in sets:
+        return False  # pydicom writes it without its escape sequences
+    try:
+        encodings = convert_encodings(sets)
+        for element in answer.iterall():
+            if element.VR in TEXT_VRS:
+                text = text_of(element.value)
+                if not text.isascii() and not _encodes(text, encodings):
+                    return False
+    except (LookupError, ValueError):
+        return False
+    return True
+
+
+def _encodes(text: str, encodings: Sequence[str]) -> bool:
+    """Each component of a name may be in another set."""
+    return all(any(_is_in(part, one) for one in encodings) for part in re.split(r"[\\^=]", text))
+
+
+def _is_in(text: str, encoding: str) -> bool:
+    try:
+        text.encode(encoding)
+    except (UnicodeError, LookupError):
+        return False
+    return True
+
+
+def _set(answer: Dataset, keyword: str, text: str) -> None:
+    """A number that was stored as something else ("70,5") is returned without a value."""
+    try:
+        setattr(answer, keyword, from_text(keyword, text))
+    except (ValueError, TypeError, OverflowError):
+        setattr(answer, keyword, None)
+
+
+def from_text(keyword: str, text: str) -> object:
+    """A value for pydicom from the catalogue's text."""
+    if not text:
+        return None
+    vr = dictionary_VR(keyword)
+    if vr in ("US", "SS", "UL", "SL"):
+        return int(text)
+    if dictionary_VM(keyword) != "1" and "\\" in text:
+        return text.split("\\")
+    return text

@@ -1,0 +1,233 @@
+"""`tools/bench query`: what a query costs in an archive of many studies, over C-FIND.
+
+The archive is synthetic: rows of a catalogue without files; names in several scripts, several studies a patient, three
+series a study, each of one instance: how many a series has makes no difference to queries of studies.
+"""
+
+import json
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import date, timedelta
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+import click
+from pydicom import Dataset
+
+from gateway.dicom.identifiers import encode_identifier
+from gateway.dicom.sop_classes import FIND_MODELS, STUDY_ROOT
+from storage.objects.local_volume import create_marker
+from storage.state.catalogue import FORMAT, Batch, Catalogue
+from storage.state.model import Entry, Location, Put
+from tools.benchmarks.peers import HERE
+from tools.benchmarks.start import MAP_BYTES, PORT, Standalone
+from tools.cli.dicom_client import DicomClient
+
+AT_ONCE: Final = 2000  # studies written at a time
+STUDIES_A_PATIENT: Final = 4
+DAYS: Final = 3650
+FIRST_DAY: Final = date(2016, 1, 1)
+SYNTAX: Final = "1.2.840.10008.1.2"
+FIND: Final = next(uid for uid, model in FIND_MODELS.items() if model is STUDY_ROOT)
+ROOT: Final = "1.2.826.0.1.3680043.8.498.1234567890123456"
+ANSWER_S: Final = 600.0
+FIRST: Final = 100  # answers after which a client is content
+FAMILY: Final = (
+    *("Smith", "Müller", "García", "O'Brien", "Nguyễn", "Kowalski", "Johansson", "van der Berg", "Rossi", "Dubois"),
+    *("Silva", "Иванов", "Петров", "Παπαδόπουλος", "Yilmaz", "Cohen", "Haddad", "Singh", "Patel", "Okafor"),
+)
+GIVEN: Final = ("Anna", "Jörg", "María", "Liam", "Zoë", "Jan", "Åsa", "Luca", "Élodie", "Ольга", "Νίκος", "Ayşe", "Noa")
+CHINESE: Final = (("Wang", "王"), ("Li", "李"), ("Zhang", "张"), ("Liu", "刘"), ("Chen", "陈"), ("Yang", "杨"))
+CHINESE_GIVEN: Final = (("XiaoDong", "小东"), ("Wei", "伟"), ("Fang", "芳"), ("JianGuo", "建国"), ("Na", "娜"))
+WHAT: Final = (
+    "CT Thorax",
+    "MR Schädel",
+    "Röntgen Thorax p.a.",
+    "Abdomen complet",
+    "胸部平扫",
+    "Knee left",
+    "Mammographie",
+)
+KINDS: Final = ("CT", "MR", "CR", "DX", "US", "MG", "NM", "XA")
+
+
+def named(rng: random.Random, number: int) -> str:
+    """One patient of four has a name in Chinese as well; numbers make them many."""
+    if rng.random() < 0.25:
+        (family, first), (given, second) = rng.choice(CHINESE), rng.choice(CHINESE_GIVEN)
+        return f"{family}^{given}{number % 997}={first}^{second}"
+    return f"{rng.choice(FAMILY)}{number % 499}^{rng.choice(GIVEN)}"
+
+
+def synthetic(volume: str, studies: int) -> Iterator[tuple[Entry, Location]]:
+    rng, seq = random.Random(1), 0
+    for number in range(studies):
+        patient = number // STUDIES_A_PATIENT
+        of_patient = random.Random(patient)
+        day = FIRST_DAY + timedelta(days=number * DAYS // studies)
+        study = {
+            "PatientID": f"P{patient:07}",
+            "PatientName": named(of_patient, patient),
+            "PatientBirthDate": f"{of_patient.randrange(1920, 2020)}0{of_patient.randrange(1, 10)}15",
+            "PatientSex": of_patient.choice("FM"),
+            "StudyInstanceUID": f"{ROOT}.1.{number}",
+            "StudyDate": day.strftime("%Y%m%d"),
+            "StudyTime": f"{rng.randrange(7, 19):02}{rng.randrange(60):02}{rng.randrange(60):02}",
+            "AccessionNumber": f"A{number:08}",
+            "StudyID": str(number % 100_000),
+            "StudyDescription": rng.choice(WHAT),
+            "ReferringPhysicianName": named(rng, rng.randrange(2000)),
+            "SpecificCharacterSet": "ISO_IR 192",
+        }
+        modality = rng.choice(KINDS)
+        for series in range(3):
+            seq += 1
+            uid = f"{ROOT}.2.{number}.{series}"
+            keys = {
+                **study,
+                "SeriesInstanceUID": uid,
+                "Modality": "SR" if series == 2 and number % 3 == 0 else modality,
+                "SeriesNumber": str(series + 1),
+                "SeriesDescription": f"{modality} {series}",
+                "InstanceNumber": "1",
+                "Rows": "512",
+                "Columns": "512",
+            }
+            put = Put(
+                f"{ROOT}.3.{number}.{series}",
+                *("1.2.840.10008.5.1.4.1.1.2", study["StudyInstanceUID"], uid, "1.2.840.10008.1.2.1"),
+                seq.to_bytes(16, "big"),
+                *(526_000, 900),
+                keys,
+                "CT1",
+                1.7e9 + seq,
+            )
+            place = f"P{patient:07}/{number}/{series}/{seq}.dcm"
+            yield Entry(1, seq, put), Location(volume, f"{seq:016x}", place)
+
+
+def made(folder: Path, studies: int) -> None:
+    """A volume, and a catalogue of so many studies."""
+    volume = create_marker(folder / "volume")
+    catalogue = Catalogue.open(folder / "state" / "catalogue", MAP_BYTES)
+    rows: list[tuple[Entry, Location | None]] = []
+    with click.progressbar(length=studies, label="making the catalogue", file=sys.stderr) as bar:
+        for entry, location in synthetic(volume, studies):
+            rows.append((entry, location))
+            if len(rows) == 3 * AT_ONCE:
+                catalogue.write(Batch(appends=rows, applies=rows))
+                bar.update(AT_ONCE)
+                rows = []
+        facts: dict[str, Any] = {"promised": 1, "volumes": [volume], "checkpoint": 3 * studies, "lineage": "bench"}
+        catalogue.write(Batch(appends=rows, applies=rows, meta={**facts, "format": FORMAT}))
+    catalogue.close()
+
+
+def questions(studies: int) -> dict[str, list[dict[str, str]]]:
+    """Kind of query -> some of that kind, by keyword, all of them for studies but where they say otherwise."""
+    rng = random.Random(2)
+    some = [rng.randrange(studies) for _ in range(10)]
+    days = [(FIRST_DAY + timedelta(days=one * DAYS // studies)).strftime("%Y%m%d") for one in some]
+    patients = [one // STUDIES_A_PATIENT for one in some]
+    names = [named(random.Random(one), one).split("^")[0] for one in patients]
+    relational = {"QueryRetrieveLevel": "SERIES"}
+    image = {"QueryRetrieveLevel": "IMAGE"}
+    return {
+        "study UID": [{"StudyInstanceUID": f"{ROOT}.1.{one}"} for one in some],
+        "patient ID": [{"PatientID": f"P{one // STUDIES_A_PATIENT:07}"} for one in some],
+        "accession number": [{"AccessionNumber": f"A{one:08}"} for one in some],
+        "series UID": [{**relational, "SeriesInstanceUID": f"{ROOT}.2.{one}.0"} for one in some],
+        "SOP instance UID": [{**image, "SOPInstanceUID": f"{ROOT}.3.{one}.0"} for one in some],
+        "one day": [{"StudyDate": day} for day in days],
+        "day and modality": [{"StudyDate": day, "ModalitiesInStudy": "CT"} for day in days],
+        "name prefix": [{"PatientName": f"{name}^*"} for name in names],
+        "short name prefix": [{"PatientName": f"{name[:2]}*"} for name in FAMILY[:10]],
+        "name in Chinese": [
+            {"PatientName": f"={one}^{two}"} for (_, one), (_, two) in zip(CHINESE, CHINESE_GIVEN, strict=False)
+        ],
+        "part of a name": [
+            {"PatientName": f"*{name[1:]}{one % 499}*"} for name, one in zip(FAMILY, some, strict=False)
+        ],
+        "part of an ID": [{"PatientID": f"*{one // STUDIES_A_PATIENT:07}"} for one in some],
+        "part of a description": [{"StudyDescription": "*complet*"}, {"StudyDescription": "*平扫"}],
+        "month and physician": [
+            {"StudyDate": f"{day[:6]}01-{day[:6]}28", "ReferringPhysicianName": "Smith*"} for day in days
+        ],
+        "birth date alone": [{"PatientBirthDate": f"19{60 + one % 40}0115"} for one in some[:3]],
+        "a day with counts": [
+            {
+                "StudyDate": day,
+                "NumberOfStudyRelatedInstances": "",
+                "NumberOfStudyRelatedSeries": "",
+                "ModalitiesInStudy": "",
+            }
+            for day in days
+        ],
+    }
+
+
+RETURNED: Final = (
+    *("PatientName", "PatientID", "PatientBirthDate", "StudyInstanceUID", "StudyDate", "StudyTime", "AccessionNumber"),
+    *("StudyDescription", "ModalitiesInStudy"),
+)
+
+
+def encoded(asked: dict[str, str]) -> bytes:
+    identifier = Dataset()
+    identifier.SpecificCharacterSet = "ISO_IR 192"
+    for keyword, text in {"QueryRetrieveLevel": "STUDY", **dict.fromkeys(RETURNED, ""), **asked}.items():
+        setattr(identifier, keyword, text or None)
+    return encode_identifier(identifier, SYNTAX)
+
+
+def measure(host: str, port: int, called: str, studies: int) -> dict[str, dict[str, Any]]:
+    """Kind of query -> median milliseconds, median number of answers, and the statuses that came."""
+    found: dict[str, dict[str, Any]] = {}
+    with DicomClient(host, port, called, [(FIND, SYNTAX)], ANSWER_S) as client:
+        context = client.contexts[FIND, SYNTAX]
+        for kind, asked in questions(studies).items():
+            times, counts, statuses = [], [], set()
+            for one in asked:
+                identifier = encoded(one)
+                begin = time.perf_counter()
+                count, status = client.find(context, FIND, identifier)
+                times.append((time.perf_counter() - begin) * 1000)
+                counts.append(count)
+                statuses.add(f"0x{status:04X}")
+            answers = median(counts)
+            found[kind] = {"ms": median(times), "answers": answers, "statuses": sorted(statuses)}
+    return found
+
+
+@click.command()
+@click.option("--studies", default=20_000, show_default=True, help="How many the archive has.")
+@click.option("--dir", "folder", type=click.Path(path_type=Path), help="Where to write; default: a tmpfs.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def query(studies: int, folder: Path | None, as_json: bool) -> None:
+    """What each kind of query costs over C-FIND in an archive of many studies."""
+    base = Path(tempfile.mkdtemp(prefix="tandem-bench-", dir=folder or "/dev/shm"))
+    gateway = Standalone(base)
+    try:
+        made(base, studies)
+        size = (base / "state" / "catalogue" / "data.mdb").stat().st_blocks * 512 / (3 * studies)
+        gateway.start()
+        found = measure(HERE, PORT, "TANDEM", studies)
+        memory = gateway.memory_mb
+    finally:
+        gateway.end(signal.SIGTERM)
+        shutil.rmtree(base, ignore_errors=True)
+    if as_json:
+        facts = {"studies": studies, "bytes an instance": size, "anonymous memory, MB": memory}
+        click.echo(json.dumps({**facts, "queries": found}))
+        return
+    click.echo(
+        f"{studies} studies; {size:.0f} bytes of state an instance; {memory:.0f} MB of anonymous memory afterwards"
+    )
+    for kind, one in found.items():
+        click.echo(f"  {kind:<24}{one['ms']:>10.2f} ms{one['answers']:>8.0f} answers  {' '.join(one['statuses'])}")

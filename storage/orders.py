@@ -106,6 +106,10 @@ class Service:
     async def _volume_drain(self, progress: Progress, path: str) -> dict[str, Any]:
         """Copy all that lies on a volume to the others; nothing new is put there meanwhile and afterwards."""
         engine, volume = self._engine, self._volume_at(path)
+        self._refuse_away(volume)
+        others = [slot.volume for slot in engine.volumes.slots if slot.usable and slot.volume is not volume]
+        if all(other is None or other.draining for other in others):
+            raise Refused(f"{path} is the only volume that takes anything; add another one first")
         await engine.disk.run(volume.set_draining, True)
         moved = await engine.draining.instances(volume, progress)
         await engine.settled()
@@ -119,18 +123,28 @@ class Service:
             "why": why,
         }
 
+    def _refuse_away(self, volume: Volume) -> None:
+        if not any(slot.usable for slot in self._engine.volumes.slots if slot.volume is volume):
+            raise Refused(f"{volume.path} doesn't answer now, or isn't mounted; `tandem volume list` says how it is")
+
     async def _volume_retire(self, _: Progress, path: str) -> dict[str, Any]:
         engine, volume = self._engine, self._volume_at(path)
         await engine.settled()
         failed = any(slot.failed for slot in engine.volumes.slots if slot.volume is volume)
+        if not failed:
+            self._refuse_away(volume)
         left, files = await engine.draining.held(volume), 0 if failed else len(await engine.draining.files_on(volume))
         if left or files:
             raise Refused(f"{path} still holds {_named(left, files)}; `tandem volume drain {path}` moves them")
         if failed and (not engine.share_copies.up_to_date or await engine.draining.lacking()):
-            raise Refused(f"files of the share that lay on {path} are still being made again; try again later")
+            raise Refused(
+                f"files of the share that lay on {path} are still being looked for or made again, which takes both "
+                "nodes and all other volumes; `tandem status` counts them"
+            )
         if not (failed or volume.draining) and engine.catalogue.files_space():
             raise Refused(f"{path} may get files of the share at any time; `tandem volume drain {path}` ends that")
         engine.volumes.retire(volume.id)
+        engine.mirror.keeper.forget_volumes()
         paths = sorted({str(slot.path) for slot in engine.volumes.slots})
         known = sorted(engine.catalogue.known_volumes - {volume.id})
         await engine.journal.record(volumes=known, volume_paths=paths)

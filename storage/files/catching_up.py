@@ -20,6 +20,7 @@ from storage.state.kv import KeyValues
 log = structlog.get_logger()
 
 AGAIN_S: Final = 5.0
+MOVED_AGAIN_S: Final = 10.0
 LOOK_S: Final = 0.2  # between two looks for what is to be moved
 LATER_S: Final = 300.0  # what fails again and again is tried so seldom
 AT_ONCE: Final = 500  # rows looked at
@@ -30,10 +31,13 @@ class CatchingUp:
         self._share = share
         self._later: dict[int, tuple[float, float]] = {}  # what failed: when it is tried again, how long after the last
         self._moving: dict[tuple[int, str], None] = {}  # (inode number, node)
+        self._not_moved: dict[tuple[int, str], float] = {}  # when that is tried again
 
     def move(self, node: str, numbers: Iterable[int]) -> None:
         """Copies of a node are to leave volumes on which nothing is put any more. Who asks looks what came of it."""
-        self._moving |= dict.fromkeys((number, node) for number in numbers)
+        now = asyncio.get_running_loop().time()
+        asked = [(number, node) for number in numbers]
+        self._moving |= dict.fromkeys(one for one in asked if self._not_moved.get(one, now) <= now)
 
     async def run(self) -> None:
         """As long as there is somebody to log what changes."""
@@ -70,11 +74,14 @@ class CatchingUp:
         """What was asked for until now."""
         while self._moving:
             number, node = next(iter(self._moving))
-            del self._moving[number, node]
             try:
                 await self._share.move(number, node)
+                self._not_moved.pop((number, node), None)
             except (OSError, PeerCannot, PeerLost) as error:
-                log.warning("share.not_moved", inode=number, node=node, error=reason_of(error))
+                self._not_moved[number, node] = asyncio.get_running_loop().time() + MOVED_AGAIN_S
+                log.warning("share.not_moved", inode=number, node=node, error=_why(error))
+            finally:
+                self._moving.pop((number, node), None)
 
     async def once(self, state: PeerState) -> None:
         """One round. Raises PeerLost."""
@@ -111,3 +118,7 @@ class CatchingUp:
             if number not in self._later:
                 log.warning("share.not_caught_up", inode=number, error=reason_of(error))
             self._later[number] = now + wait_s, min(2 * wait_s, LATER_S)
+
+
+def _why(error: Exception) -> str:
+    return reason_of(error) if isinstance(error, OSError) else str(error) or "the other node isn't there"

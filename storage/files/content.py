@@ -97,7 +97,7 @@ class Content(OwnCopies):
         if not file.lost:
             try:
                 local = file.local or await self._located(file)
-                return await self._on_copy(file, local.read, size, at)
+                return await self._on_disk(local.read, size, at)
             except OSError as error:
                 self._lose(file, error)
         return await self._from_peer(file, at, size)
@@ -115,7 +115,7 @@ class Content(OwnCopies):
         file = self._open[number]
 
         def write(local: StoredFile) -> Awaitable[None]:
-            return self._on_copy(file, local.write, data, at, max(0, at + len(data) - file.size))
+            return self._on_disk(local.write, data, at, max(0, at + len(data) - file.size))
 
         async with self._changing(file):
             await self._change_bytes(file, write)
@@ -127,7 +127,7 @@ class Content(OwnCopies):
 
     async def truncate(self, number: int, size: int) -> None:
         async with self._held_open(number) as file, self._changing(file):
-            await self._change_bytes(file, lambda local: self._on_copy(file, local.truncate, size))
+            await self._change_bytes(file, lambda local: self._on_disk(local.truncate, size))
             file.size = size
             if self.mirroring is not None:
                 self.mirroring.truncated(file, size)
@@ -143,7 +143,7 @@ class Content(OwnCopies):
         except OSError as error:
             if error.errno in REFUSED:
                 try:
-                    await self._on_copy(file, local.cut, file.size)  # a part of it may be there
+                    await self._on_disk(local.cut, file.size)  # a part of it may be there
                 except OSError:
                     self._torn.add(file.number)
                 raise
@@ -290,7 +290,7 @@ class Content(OwnCopies):
 
     async def _sync_own(self, file: OpenFile) -> None:
         if file.local is not None:
-            await self._on_copy(file, file.local.sync)
+            await self._on_disk(file.local.sync)
 
     def _note_flushed(self, file: OpenFile, flush: Flush) -> None:
         self._change(flush)
@@ -323,8 +323,7 @@ class Content(OwnCopies):
 
     def _shut(self, file: OpenFile) -> None:
         del self._open[file.number]
-        if not file.held:
-            for copy in (*file.left, *([file.local] if file.local else ())):
-                self._disk.run(copy.close)
+        for copy in (*file.left, *([file.local] if file.local else ())):
+            self._disk.run(copy.close)
         if self.mirroring is not None:
             self.mirroring.end(file)

@@ -51,11 +51,17 @@ class StoredFile(Protocol):
         """Leave nothing behind so many bytes."""
         ...
 
-    def sync(self) -> None:
-        """Make bytes, length and name durable. If it fails, nothing is known of them."""
+    def touch(self) -> None:
+        """It is in the making, and no leftover."""
         ...
 
-    def close(self) -> None: ...
+    def sync(self) -> None:
+        """Make bytes, length and name durable. If it fails, nothing is known of them; it does if the name is gone."""
+        ...
+
+    def close(self) -> None:
+        """Who works on it now isn't disturbed."""
+        ...
 
 
 class CopyStore(Protocol):

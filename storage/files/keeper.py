@@ -5,6 +5,7 @@ failed is left as it is, and said to be so at its next sync, until it is begun a
 """
 
 import asyncio
+import contextlib
 import errno
 from collections import deque
 from collections.abc import Callable
@@ -58,6 +59,7 @@ class _Kept:
     size: int = 0
     suspect: bool = False
     left: bool = False  # to a thread that doesn't come back
+    unsure: CopyStore | None = None  # where this copy was made, if nothing has made it durable yet: nobody knows of it
     broken: bool = False  # something that was told of it couldn't be done
     queue: deque[tuple[Op, Finish]] = field(default_factory=deque)
     working: bool = False
@@ -147,6 +149,10 @@ class Keeper:
             log.warning("share.copy_failed", inode=kept.number, error=reason_of(error))
             return kept, [Failed(reason_of(error))] * len(ops)
 
+    def forget_volumes(self) -> None:
+        """Hold none of them, until the next file is begun."""
+        self._close_store()
+
     def _close_store(self) -> None:
         """Look at the volumes anew next time. Files that are open stay so."""
         store, self._store = self._store, None
@@ -181,6 +187,7 @@ class Keeper:
                 kept.size = op.size
             case Sync():
                 kept.file.sync()
+                kept.unsure = None
         return Synced()
 
     def _begin(self, kept: _Kept, op: Create | Begin | Renew) -> Answer:
@@ -190,10 +197,11 @@ class Keeper:
         if isinstance(op, Create):
             return self._made(kept, store, "", 0)
         found = None if kept.suspect else store.open(op.inode, op.copy, named=isinstance(op, Begin))
-        leaves = isinstance(op, Renew) and found is not None and found.leaving
-        if leaves and found is not None:
-            found.close()
-            found = None
+        if isinstance(op, Renew) and found is not None and found.leaving:
+            with contextlib.suppress(OSError):  # without room elsewhere it stays
+                answer = self._moved(kept, store, op)
+                found.close()
+                return answer
         if isinstance(op, Begin):
             size = found.found()[0] if found is not None else 0
             if size != op.size:
@@ -205,12 +213,23 @@ class Keeper:
             if found is None:
                 return self._made(kept, store, op.copy, 0)
         elif found is None:
-            spare = op.spare if kept.suspect or leaves or not store.complete else op.copy
+            spare = op.spare if kept.suspect or not store.complete else op.copy
             return self._made(kept, store, spare, op.size)
         kept.file, kept.copy, kept.size, kept.begun, kept.broken = found, op.copy, op.size, True, False
         if isinstance(op, Renew):
             found.truncate(op.size)
         return Renewed(kept.copy)
+
+    def _moved(self, kept: _Kept, store: CopyStore, op: Renew) -> Answer:
+        """Begun anew where there is room for all of it. Raises OSError; then nothing is left of it."""
+        answer = self._made(kept, store, op.spare, op.size)
+        try:
+            if kept.file is not None:
+                kept.file.write(b"", 0, op.size)
+        except OSError:
+            self._let_go(kept)
+            raise
+        return answer
 
     def _made(self, kept: _Kept, store: CopyStore, copy: str, size: int) -> Answer:
         try:
@@ -220,8 +239,10 @@ class Keeper:
             if found is None:
                 raise
             made = found
-        kept.file, kept.copy, kept.size, kept.begun, kept.broken, kept.suspect = made, copy, size, True, False, False
         made.truncate(size)
+        kept.file, kept.copy, kept.begun, kept.broken, kept.suspect = made, copy, True, False, False
+        kept.size = 0  # all that comes takes room
+        kept.unsure = store if copy else None
         return Renewed(copy)
 
     def _compare(self, kept: _Kept, op: Compare) -> Answer:
@@ -254,8 +275,12 @@ class Keeper:
 
     def _let_go(self, kept: _Kept) -> None:
         file, kept.file, kept.begun = kept.file, None, False
+        unsure, kept.unsure = kept.unsure, None
         if file is not None:
             file.close()
+        if unsure is not None:
+            with contextlib.suppress(OSError):  # it is found to be strange some time
+                unsure.remove(kept.number, kept.copy)
 
     def _opened(self, space: str) -> CopyStore:
         now, store = self._volumes(), self._store

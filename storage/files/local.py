@@ -14,7 +14,6 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -69,58 +68,94 @@ def ends_in_hole(fd: int) -> bool:
         raise
 
 
-@dataclass
 class LocalFile:
-    """See `StoredFile`. `named`: its name is durable."""
+    """See `StoredFile`. Its descriptors are closed when the last thread that works on it is done, and not before: they
+    would be another file's by then."""
 
-    fd: int
-    folder: int  # an fd of it
-    volume: "_Volume"
-    named: bool
+    def __init__(self, fd: int, folder: int, volume: "_Volume", named: bool) -> None:
+        """`folder`: a descriptor of it; `named`: its name is durable."""
+        self._fd, self._folder, self._volume, self._named = fd, folder, volume, named
+        self._lock = threading.Lock()
+        self._working, self._over = 0, False
+
+    @contextlib.contextmanager
+    def _used(self) -> Iterator[int]:
+        with self._lock:
+            if self._over:
+                raise OSError(errno.EBADF, "it is closed")
+            self._working += 1
+        try:
+            yield self._fd
+        finally:
+            self._done(1)
+
+    def _done(self, count: int) -> None:
+        with self._lock:
+            self._working -= count
+            closes = self._over and not self._working
+        if closes:
+            os.close(self._fd)
+            os.close(self._folder)
 
     @property
     def leaving(self) -> bool:
-        return self.volume.draining
+        return self._volume.draining
 
     def write(self, data: bytes, at: int, grows: int) -> None:
-        self.volume.take(grows)
-        view = memoryview(data)
-        while view:
-            done = os.pwrite(self.fd, view, at)
-            view, at = view[done:], at + done
+        self._volume.take(grows)
+        with self._used() as fd:
+            view = memoryview(data)
+            while view:
+                done = os.pwrite(fd, view, at)
+                view, at = view[done:], at + done
 
     def read(self, size: int, at: int) -> bytes:
-        found = os.pread(self.fd, size, at)
-        while len(found) < size:
-            more = os.pread(self.fd, size - len(found), at + len(found))
-            if not more:
-                break
-            found += more
-        return found
+        with self._used() as fd:
+            found = os.pread(fd, size, at)
+            while len(found) < size:
+                more = os.pread(fd, size - len(found), at + len(found))
+                if not more:
+                    break
+                found += more
+            return found
 
     def found(self) -> tuple[int, int]:
-        status = os.fstat(self.fd)
-        return status.st_size, status.st_mtime_ns
+        with self._used() as fd:
+            status = os.fstat(fd)
+            return status.st_size, status.st_mtime_ns
 
     def ends_unwritten(self) -> bool:
-        return ends_in_hole(self.fd)
+        with self._used() as fd:
+            return ends_in_hole(fd)
 
     def truncate(self, size: int) -> None:
-        os.ftruncate(self.fd, size)
+        with self._used() as fd:
+            os.ftruncate(fd, size)
 
     def cut(self, size: int) -> None:
-        if os.fstat(self.fd).st_size > size:
-            os.ftruncate(self.fd, size)
+        with self._used() as fd:
+            if os.fstat(fd).st_size > size:
+                os.ftruncate(fd, size)
+
+    def touch(self) -> None:
+        with self._used() as fd:
+            os.utime(fd)
 
     def sync(self) -> None:
-        os.fsync(self.fd)
-        if not self.named:
-            os.fsync(self.folder)
-            self.named = True
+        with self._used() as fd:
+            os.fsync(fd)
+            if not self._named:
+                os.fsync(self._folder)
+                self._named = True
+            if not os.fstat(fd).st_nlink:
+                raise OSError(errno.EIO, "it was removed meanwhile")
 
     def close(self) -> None:
-        os.close(self.fd)
-        os.close(self.folder)
+        with self._lock:
+            if self._over:
+                return
+            self._over = True
+        self._done(0)
 
 
 class _Volume:
@@ -280,12 +315,13 @@ class LocalFiles:
                 volume = None
             if volume is None:
                 complete = False
-                continue
-            volume.draining = path in draining
-            found.append(volume)
+            else:
+                found.append(volume)
         with self._using:
             if turn == self._uses:
                 self._volumes, self.complete = found, complete
+                for volume in found:
+                    volume.draining = volume.path in draining
 
     def open(self, number: int, generation: str = "", *, named: bool) -> LocalFile | None:
         problem: OSError | None = None

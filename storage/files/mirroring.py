@@ -157,8 +157,12 @@ class Mirroring:
                 if not isinstance(answer, Renewed):
                     raise PeerCannot(why(answer))
                 file.told, file.peer_copy = session, answer.copy
-            if local is not None:
-                await self._bring_blocks(file, local, session, size)
+            try:
+                if local is not None:
+                    await self._bring_blocks(file, local, session, size)
+            except BaseException:
+                self.differs(file)
+                raise
             if file.told == session:  # else something has failed meanwhile
                 file.alike = session
 
@@ -222,8 +226,21 @@ class Mirroring:
         copy = self._other_copy(file)
         return await self.fetched(self.peer.state.session, Fetch(self._space(), file.number, copy, at, size))
 
+    async def differing(self, file: OpenFile, local: StoredFile, size: int) -> list[int]:
+        """The blocks in which a copy of this node and the other one's aren't the same. Raises PeerLost, PeerCannot,
+        OSError."""
+        session, copy, found, theirs = self.peer.state.session, self._other_copy(file), list[int](), list[bytes]()
+        for block in range(-(-size // BLOCK_BYTES)):
+            if block >= len(theirs):
+                theirs += (await self.compared(session, Compare(self._space(), file.number, copy, block))).digests
+            if block >= len(theirs) or await self._on_disk(digest_of, local, block) != theirs[block]:
+                found.append(block)
+                theirs += [b""] * (block + 1 - len(theirs))
+        return found
+
     def _other_copy(self, file: OpenFile) -> str:
-        return file.peer_copy if self.tells(file) else self.generation(file.number, self.pair.peer)
+        """What is being brought to it isn't one before it is whole."""
+        return file.peer_copy if self.is_alike(file) else self.generation(file.number, self.pair.peer)
 
 
 def why(answer: Answer) -> str:

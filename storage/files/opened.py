@@ -31,7 +31,6 @@ class OpenFile:
     handles: int = 0
     local: StoredFile | None = None
     left: list[StoredFile] = field(default_factory=list)
-    held: bool = False  # a thread may still work on a copy, which stays open then
     changes: int = 0
     failed: bool = False
     told: int = 0

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final, TypeVar
 
+import structlog
+
 from storage.files.copies import CopyStore, StoredFile, new_generation
 from storage.files.mirroring import Mirroring, PeerCannot
 from storage.files.names import Names
@@ -16,7 +18,10 @@ from storage.state import file_rows
 from storage.state.file_model import Held, Lacks
 from storage.workers import Threads, within
 
+log = structlog.get_logger()
+
 T = TypeVar("T")
+TOUCHED_EACH: Final = 256  # blocks: what is in the making doesn't look like a leftover
 NOT_HERE: Final = "its bytes are on no volume that is here"
 
 
@@ -61,14 +66,6 @@ class OwnCopies(Names):
             self._local.space = self._namespace.look(file_rows.space)
         generation = self._namespace.look(lambda rows: file_rows.generation(rows, number, self._node))
         return await self._on_disk(partial(self._local.open, number, generation, named=named))
-
-    async def _on_copy(self, file: OpenFile, function: Callable[..., T], *args: object) -> T:
-        """The same for what works on its open copy."""
-        try:
-            return await self._on_disk(function, *args)
-        except OSError as error:
-            file.held |= error.errno == errno.ETIMEDOUT
-            raise
 
     async def _on_disk(self, function: Callable[..., T], *args: object) -> T:
         """Raises OSError, also when the disk doesn't answer."""
@@ -115,10 +112,14 @@ class OwnCopies(Names):
         number, generation = file.number, new_generation()
         made = await self._on_disk(self._local.create, number, generation)
         try:
-            await self._fill(file, made, local)
-            async with file.order:
-                await self._fill(file, made, local)  # what was written meanwhile
-                await self._make_sure(file, made)
+            await self._on_disk(made.truncate, file.size)
+            await self._fill(file, made, local, settled=False)
+            async with file.bringing, file.order:  # what is brought to the other node is read from one copy
+                await self._on_disk(made.truncate, file.size)
+                await self._fill(file, made, local, settled=True)  # what was written meanwhile
+                await self._on_disk(made.sync)
+                await self._compare(file, made)
+                await self._on_disk(made.sync)
                 if file.lost or self._node in self._lacking(number):
                     raise PeerCannot("this node's copy isn't good")  # it will be made again elsewhere
                 self._change(Held(number, self._node, generation))
@@ -133,33 +134,35 @@ class OwnCopies(Names):
                 self._lose(file, error)
             raise
 
-    async def _fill(self, file: OpenFile, made: StoredFile, local: StoredFile) -> None:
-        """Block by block what differs."""
+    async def _fill(self, file: OpenFile, made: StoredFile, local: StoredFile, *, settled: bool) -> None:
+        """Block by block what differs; `settled`: the file isn't changed meanwhile. What was never written stays so, as
+        `made` has its length already."""
         for block in range(-(-file.size // BLOCK_BYTES)):
-            await self._on_disk(_copy_block, local, made, block, file.size)
+            least = min(BLOCK_BYTES, file.size - block * BLOCK_BYTES) if settled else 0
+            await self._on_disk(_copy_block, local, made, block, least)
+            if block % TOUCHED_EACH == TOUCHED_EACH - 1:
+                await self._on_disk(made.touch)
+        await self._on_disk(made.touch)
 
-    async def _make_sure(self, file: OpenFile, made: StoredFile) -> None:
-        """A new copy is durable, and the same as the other node's where both should be: the disk that it was on may be
-        a bad one."""
+    async def _compare(self, file: OpenFile, made: StoredFile) -> None:
+        """With the other node's copy, where both should be the same. Which of two is the better one can't be said here:
+        this node's stays what it was."""
         mirroring = self.mirroring
         is_same = mirroring is not None and not file.dirty and mirroring.pair.peer not in self._lacking(file.number)
         if mirroring is not None and is_same and mirroring.peer.state.session:
-            await mirroring.pull(file, made, file.size)
-            return
-        await self._on_disk(made.truncate, file.size)
-        await self._on_disk(made.sync)
+            differing = await mirroring.differing(file, made, file.size)
+            if differing:
+                log.error("share.copies_differ", inode=file.number, blocks=len(differing), first=differing[0])
 
 
-def _copy_block(source: StoredFile, target: StoredFile, block: int, size: int) -> None:
-    """If it differs; a hole stays one. Blocks. Raises OSError."""
+def _copy_block(source: StoredFile, target: StoredFile, block: int, least: int) -> None:
+    """If it differs. `least`: so many bytes there must be. Blocks. Raises OSError."""
     at = block * BLOCK_BYTES
     try:
         data = source.read(BLOCK_BYTES, at)
     except OSError as error:
         raise SourceFailed(error.errno, error.strerror) from error
-    if len(data) < min(BLOCK_BYTES, size - at):
+    if len(data) < least:
         raise SourceFailed(errno.EIO, "bytes of it are missing")
-    found = target.read(BLOCK_BYTES, at)
-    is_hole = not found and at + BLOCK_BYTES < size and data.count(0) == len(data)
-    if data != found and not is_hole:
-        target.write(data, at, max(0, len(data) - len(found)))
+    if data != target.read(BLOCK_BYTES, at):
+        target.write(data, at, len(data))

@@ -198,15 +198,24 @@ class Share(Content):
         if node == self._node:
             await self._move_own(number)
         else:
+            mirroring = self._mirrored()
             with contextlib.suppress(FileNotFoundError):
                 async with self._held_open(number) as file, file.order:
-                    self._mirrored().differs(file)  # so it is begun anew
+                    if file.lost:
+                        raise PeerCannot("the other node's copy is the only one now")
+                    if not mirroring.peer.state.session:
+                        raise PeerLost
+                    mirroring.differs(file)  # so it is begun anew
             await self.heal_other(number)
 
     async def _move_own(self, number: int) -> None:
         with contextlib.suppress(FileNotFoundError):
             async with self._held_open(number) as file, file.turn:
-                local = None if file.lost or file.failed else await self._look_for(file)
-                if local is not None and local.leaving and number not in self._doubtful:
+                if file.failed or number in self._doubtful:
+                    raise PeerCannot("a sync of it failed; it can be moved when the share is mounted anew")
+                if file.lost:
+                    raise PeerCannot("this node's copy is lost, and is made again elsewhere")
+                local = await self._look_for(file)
+                if local is not None and local.leaving:
                     await self._renew_own(file, local)
         await self.all_committed()

@@ -5,6 +5,7 @@ node it is. What is left behind in either case is removed as everything is that 
 """
 
 import asyncio
+import errno
 from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Final
@@ -15,19 +16,20 @@ from storage.journal import Journal
 from storage.objects.blob_store import READ_BYTES
 from storage.objects.copies import Copies
 from storage.objects.incoming import Incoming
-from storage.objects.volume import Volume
+from storage.objects.volume import Volume, VolumeOffline
 from storage.objects.volumes import Volumes
 from storage.state import file_rows
 from storage.state.catalogue import Catalogue
 from storage.upkeep.healing import Healing
 from storage.upkeep.share_copies import Copy
-from storage.workers import Threads
+from storage.workers import Threads, within
 
 BATCH: Final = 16  # instances
 REST_S: Final = 1.0  # at most between two batches, while images come in
 FILES: Final = 500  # asked for at once
 LOOK_S: Final = 0.5
-STUCK_S: Final = 30.0  # so long without one file that moves
+SCAN_S: Final = 600.0  # a disk that doesn't answer holds up nobody for ever
+STUCK_S: Final = 300.0  # so long without one file that moves: a large one takes its time
 
 Progress = Callable[[int, int], None]
 
@@ -55,13 +57,15 @@ class Draining:
 
     async def files_on(self, volume: Volume) -> list[Copy]:
         """The copies of files that lie on a volume and that the rows name. Raises OSError."""
-        return await self._disk.run(self._files_on, volume)
+        return await within(self._disk.run(self._files_on, volume), SCAN_S)
 
     def _files_on(self, volume: Volume) -> list[Copy]:
+        _check(volume)
         found = copies_in(volume.path, self._catalogue.files_space())
         named: list[Copy] = []
         while page := list(islice(found, FILES)):
             named += self._named(page)
+        _check(volume)
         return named
 
     def _named(self, copies: Iterable[Copy]) -> list[Copy]:
@@ -142,4 +146,12 @@ class Draining:
                 return [], ""
             quiet_s = quiet_s + LOOK_S if len(left) == len(page) else 0.0
             page = left
-        return page, "they can't be moved now; the log of `tandem mount` on the primary says why"
+        return page, "they can't be moved now; the log of `tandem mount` on the primary says why (share.not_moved)"
+
+
+def _check(volume: Volume) -> None:
+    """What isn't mounted isn't empty. Raises OSError."""
+    try:
+        volume.check()
+    except VolumeOffline as error:
+        raise OSError(errno.ENODEV, "the volume isn't mounted, or doesn't answer") from error

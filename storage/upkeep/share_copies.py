@@ -27,6 +27,8 @@ log = structlog.get_logger()
 
 LOOK_S: Final = 10.0  # between two looks whether the volumes are others
 PASS_S: Final = 86_400.0  # between two passes over all files
+LOST_AGAIN_S: Final = 600.0  # where something is lost: who was told may not have heard it
+REPORTED_S: Final = 5.0  # then what was reported is in the rows
 HANG_S: Final = 10.0  # a thread that is at one job for so long is replaced
 AT_ONCE: Final = 500  # rows looked at
 RESTS_S: Final = 600.0  # since its last change: nobody works on it
@@ -54,6 +56,8 @@ class ShareCopies:
         self._passed: tuple[tuple[str, ...], float] = ((), float("-inf"))  # with which volumes, and when
         self._strange: dict[Copy, int] = {}  # where the log ended when it was seen first
         self._wanted = 0
+        self._known_lost: set[int] = set()
+        self._pass_s = PASS_S
 
     async def run(self) -> None:
         while True:
@@ -68,7 +72,7 @@ class ShareCopies:
             return
         volumes = self._usable()
         before, at = self._passed
-        if volumes == before and self._clock() - at < PASS_S and not (self._strange or self._wanted):
+        if volumes == before and self._clock() - at < self._pass_s and not (self._strange or self._wanted):
             return
         self._wanted = max(0, self._wanted - 1)
         try:
@@ -88,8 +92,8 @@ class ShareCopies:
 
     @property
     def up_to_date(self) -> bool:
-        """What lies on the volumes as they are now is known, and was reported."""
-        return self._passed[0] == self._usable() and not self._wanted
+        """What lies on the volumes as they are now is known, and was reported a while ago."""
+        return self._passed[0] == self._usable() and self._clock() - self._passed[1] > REPORTED_S and not self._wanted
 
     def again(self) -> None:
         """The next look makes a pass, and so does the one after it, when all that is on its way is in the rows: another
@@ -103,11 +107,15 @@ class ShareCopies:
 
     async def _find_lost(self, store: CopyStore) -> None:
         after: int | None = 0
+        self._pass_s = PASS_S
         while after is not None:
             lost, after = await self._disk.run(self._lost_behind, store, after)
             if lost:
-                log.warning("share.copies_lost", count=len(lost), first=lost[0])
                 self._on_lost(lost)
+                self._pass_s = LOST_AGAIN_S
+            if news := set(lost) - self._known_lost:
+                log.warning("share.copies_lost", count=len(news), first=min(news))
+                self._known_lost |= news
                 self._wanted = max(1, self._wanted)
 
     def _lost_behind(self, store: CopyStore, after: int) -> tuple[list[int], int | None]:

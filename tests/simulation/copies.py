@@ -45,8 +45,14 @@ class MemoryCopy:
         self._disk.touch()
         del self._file.data[size:]
 
+    def touch(self) -> None:
+        self._disk.touch()
+        self._file.changed_at = self._clock()
+
     def sync(self) -> None:
         self._disk.touch(writes=True)
+        if self._disk.names.get(self._name) is not self._file:
+            raise OSError(errno.EIO, "it was removed meanwhile")
         self._file.synced = bytes(self._file.data)
         if not self._named:
             self._disk.sync_directory(self._name.rpartition("/")[0])

@@ -780,6 +780,7 @@ SMALL: Final = {
     (catching_up, "AGAIN_S"): 1.0,
     (share_copies, "LOOK_S"): 1.0,
     (share_copies, "RESTS_S"): 5.0,
+    (share_copies, "LOST_AGAIN_S"): 2.0,
     (share_copies, "PARTS"): 256,
     (scrub, "REST_S"): 1.0,
 }

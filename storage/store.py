@@ -60,12 +60,13 @@ class Rows(Protocol):
         """(Study Instance UID, row) of all studies, or of one patient's."""
         ...
 
-    def numbers(self, asked: Range) -> Iterator[bytes]:
-        """Of studies that an index finds, see `state.indexes`; the same one more than once, perhaps."""
+    def numbers(self, asked: Range) -> Iterator[bytes | None]:
+        """Of studies that an index finds, see `state.indexes`; the same one more than once, perhaps. None now and
+        then: a moment for others."""
         ...
 
-    def with_part(self, part: bytes) -> Iterator[bytes]:
-        """Numbers of studies with this somewhere in their folded texts."""
+    def with_part(self, part: bytes) -> Iterator[bytes | None]:
+        """Numbers of studies with this somewhere in their folded texts. None now and then: a moment for others."""
         ...
 
     def modalities(self) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
+from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 
@@ -105,8 +106,10 @@ class Search:
         self._texts: dict[str, str] = {}
         for key in applicable:
             if key.keyword in LEVEL_OF and key.keyword not in COUNTS and key.VR != "SQ" and not is_universal(key):
-                self._texts[key.keyword] = text_of(key.value)
-                self._matchers[key.keyword] = matcher(key.VR, text_of(key.value), self._names)
+                text = text_of(key.value)
+                self._matchers[key.keyword] = matcher(key.VR, text, self._names)
+                if text.strip("*\\ ") and dictionary_VR(key.tag) == key.VR:  # else the indexes say nothing of it
+                    self._texts[key.keyword] = text
         self._moments = self._combined(identifier) if extended.date_time else []
         self._uids = {level: values_of(identifier, UNIQUE[level]) for level in self._levels}
         days = [(first[:8], last[:8]) for date, _, first, last in self._moments if date == "StudyDate"]
@@ -132,7 +135,9 @@ class Search:
             if date in self._matchers and hour in self._matchers and "-" in days and "-" in hours:
                 (first, last), (begin, end) = bounds("DA", days), bounds("TM", hours)
                 moments.append((date, hour, first and first + begin, last and last + (end or "235959")))
-                del self._matchers[date], self._matchers[hour], self._texts[date], self._texts[hour]
+                del self._matchers[date], self._matchers[hour]
+                self._texts.pop(date, None)
+                self._texts.pop(hour, None)
         return moments
 
     # -- candidates --------------------------------------------------------------------------------------------
@@ -154,19 +159,22 @@ class Search:
 
     def _patients(self) -> Iterator[Row | None]:
         wanted = self._uids["PATIENT"]
+        groups: Iterator[tuple[str, list[str]] | None]
         if is_single(wanted):
             groups = iter([(wanted[0], [uid for uid, _ in self._rows.studies(wanted[0])])])
         else:
             groups = self._rows.patients() if self._patient_plan.is_scan else self._planned_patients()
-        for patient_id, studies in groups:
+        for group in groups:
             yield None  # a moment for others, also where nothing matches
-            yield from self._patients_of(patient_id, studies)
+            if group is not None:
+                yield from self._patients_of(*group)
 
-    def _planned_patients(self) -> Iterator[tuple[str, list[str]]]:
+    def _planned_patients(self) -> Iterator[tuple[str, list[str]] | None]:
         """As `Rows.patients`, of those that an index finds."""
         seen: set[str] = set()
-        for _, study in self._patient_plan.studies(self._rows):
-            for patient_id in {identity_of(one)[0] for one in study.patients} - seen:
+        for found in self._patient_plan.studies(self._rows):
+            yield None
+            for patient_id in {identity_of(one)[0] for one in found[1].patients} - seen if found else ():
                 seen.add(patient_id)
                 yield patient_id, [uid for uid, _ in self._rows.studies(patient_id)]
 
@@ -185,7 +193,11 @@ class Search:
                 yield Row(dict(newest[1]), sorted({uid for _, _, uid in found}), frozenset((identity,)))
 
     def _studies(self) -> Iterator[Row | None]:
-        for uid, study in self._study_rows():
+        for one in self._study_rows():
+            if one is None:
+                yield None
+                continue
+            uid, study = one
             patients = study.patients
             matching = [patient for patient in patients if self._matches(patient, "PATIENT")]
             found = {**study.keys, **(matching[0] if matching else {}), "StudyInstanceUID": uid}
@@ -195,7 +207,7 @@ class Search:
             else:
                 yield None
 
-    def _study_rows(self) -> Iterator[tuple[str, StudyRow]]:
+    def _study_rows(self) -> Iterator[tuple[str, StudyRow] | None]:
         patients, studies = self._uids["PATIENT"], self._uids.get("STUDY", [])
         if not studies and "SERIES" in self._levels:
             found = self._studies_of(self._uids.get("SERIES", []), self._uids.get("IMAGE", []))

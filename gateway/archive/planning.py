@@ -8,17 +8,22 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import Final
 
 from gateway.dicom.matching import bounds, matcher
 from storage.state.folding import folded, trimmed
-from storage.state.indexes import IN_TEXTS, Kind, Range, beginning, days, exactly, value_of
+from storage.state.indexes import IN_TEXTS, ODD, Kind, Range, beginning, days, exactly, value_of
 from storage.store import Rows, StudyRow
 
 PROBED: Final = 2000  # an index that leaves no more is taken
+PROBED_FAR: Final = 20_000  # if none does, one that leaves no more than these
+ALTERNATIVES: Final = 64  # beginnings; of more, all studies are looked at
+PARTS: Final = 8  # the same of parts of words, for each of which all texts are read
+PART_BYTES: Final = 3  # shorter ones are everywhere
 PAGE: Final = 200  # rows read at a time
-LAST: Final = 9  # rank of looking at all
+# Ranks of ways.
+EQUAL, DAY_AND_MODALITY, DAYS, BEGINNING, MODALITY, LAST = range(6)
 _WILD: Final = re.compile(r"[*?]")
 _PLAIN: Final = {"PatientID": Kind.PATIENT_ID, "AccessionNumber": Kind.ACCESSION, "StudyID": Kind.STUDY_ID}
 _NAMES: Final = {"PatientName": Kind.NAME, "ReferringPhysicianName": Kind.REFERRING}
@@ -36,7 +41,7 @@ class Way:
     rank: int
     once: bool = False
 
-    def numbers(self, rows: Rows) -> Iterator[bytes]:
+    def numbers(self, rows: Rows) -> Iterator[bytes | None]:
         found = chain.from_iterable(rows.numbers(one) for one in self.ranges)
         return found if self.once else _distinct(found)
 
@@ -48,8 +53,8 @@ class Plan:
         self._wanted, self._names = wanted, names
         self._days = [bounds("DA", one) for one in wanted.get("StudyDate", "").split("\\") if one] or list(moments)
 
-    def studies(self, rows: Rows) -> Iterator[Found]:
-        """Each once. Blocks."""
+    def studies(self, rows: Rows) -> Iterator[Found | None]:
+        """Each once. Blocks. None now and then: a moment for others."""
         return _read(rows, self._numbers(rows))
 
     @property
@@ -57,19 +62,31 @@ class Plan:
         """Nothing helps: all studies are looked at."""
         return not (self._ways(()) or self._parts())
 
-    def _numbers(self, rows: Rows) -> Iterator[bytes]:
+    def _numbers(self, rows: Rows) -> Iterator[bytes | None]:
         ways = self._ways(rows.modalities() if any(one in self._wanted for one in _MODALITY) else ())
         few: list[bytes] | None = None
-        for way in ways:
-            most = PROBED if few is None else len(few)
-            found = list(islice(way.numbers(rows), most + 1))
-            few = found if len(found) <= most else few
+        for most in (PROBED, PROBED_FAR):
+            for way in ways if few is None else ():
+                found: list[bytes] = []
+                at_most = most if few is None else len(few)
+                for number in way.numbers(rows):
+                    if number is None:
+                        yield None
+                    else:
+                        found.append(number)
+                    if len(found) > at_most:
+                        break
+                else:
+                    few = found
         if few is not None:
-            return iter(few)
+            yield from few
+            return
         best = min(ways, key=lambda way: way.rank, default=Way(tuple(days("", "")), LAST, once=True))
-        if best.rank and (parts := self._parts()):
-            return _distinct(chain.from_iterable(rows.with_part(part) for part in parts))
-        return best.numbers(rows)
+        parts = self._parts() if best.rank > BEGINNING else ()
+        if parts and (best.rank == LAST or min(map(len, parts)) >= PART_BYTES):
+            yield from _distinct(chain.from_iterable(rows.with_part(part) for part in parts))
+        else:
+            yield from best.numbers(rows)
 
     def _ways(self, modalities: Iterable[str]) -> list[Way]:
         found: list[Way] = []
@@ -80,23 +97,30 @@ class Plan:
                 found += self._by_name(kind, wanted)
         if self._days:
             ranges = chain.from_iterable(days(*one) for one in self._days)
-            found.append(Way(tuple(ranges), 2, once=len(self._days) == 1))
+            found.append(Way(tuple(ranges), self._rank(DAYS), once=len(self._days) == 1))
         for keyword in _MODALITY:
             if wanted := self._wanted.get(keyword, ""):
                 fits = matcher("CS", wanted)
-                fitting = [one for one in modalities if fits(one)]
+                fitting = [one for one in modalities if one == ODD or fits(one)]
                 ranges = chain.from_iterable(days(*day, one) for one in fitting for day in self._days or [("", "")])
-                found.append(Way(tuple(ranges), 1 if self._days else 4, once=len(fitting) == 1 and len(self._days) < 2))
+                found.append(
+                    Way(tuple(ranges), self._rank(DAY_AND_MODALITY), once=len(fitting) == 1 and len(self._days) < 2)
+                )
         return found
+
+    def _rank(self, bounded: int) -> int:
+        """Of ranges of days: those that are open at an end, or not given, may have everything."""
+        return bounded if self._days and all(first and last for first, last in self._days) else MODALITY
 
     def _by_name(self, kind: Kind, wanted: str) -> list[Way]:
         if self._names != "fuzzy":
             return _by_value(kind, wanted, lambda text: trimmed(folded(text)), groups=True)
         if kind is not Kind.NAME:
             return []
-        words = [word for word in re.split(r"[=\^\s*?,.\\-]+", folded(wanted)) if word]
-        single = "\\" not in wanted  # any of several values may be the one that fits
-        return [Way((beginning(Kind.WORD, word),), 3) for word in words if single]
+        text = folded(wanted)
+        words = [word for word in re.split(r"[=\^\s*?,.-]+", text) if word]
+        single = "\\" not in text  # any of several values may be the one that fits
+        return [Way((beginning(Kind.WORD, word),), BEGINNING) for word in words if single]
 
     def _parts(self) -> tuple[bytes, ...]:
         """The longest literal piece, of each alternative of the key that has the longest; () if there is none."""
@@ -105,29 +129,36 @@ class Plan:
             is_name = keyword in _NAMES
             if is_name and self._names == "fuzzy":
                 continue
-            alternatives = [one for one in self._wanted.get(keyword, "").split("\\") if one]
-            parts = tuple(_longest_piece(one, is_name=is_name) for one in alternatives)
-            if parts and all(parts) and (not best or min(map(len, parts)) > min(map(len, best))):
+            alternatives = dict.fromkeys(one for one in self._wanted.get(keyword, "").split("\\") if one)
+            parts = tuple(dict.fromkeys(_longest_piece(one, is_name=is_name) for one in alternatives))
+            if (
+                parts
+                and len(parts) <= PARTS
+                and all(parts)
+                and (not best or min(map(len, parts)) > min(map(len, best)))
+            ):
                 best = parts
         return best
 
 
 def _by_value(kind: Kind, wanted: str, fold: Callable[[str], str], *, groups: bool = False) -> list[Way]:
     """A way, if each alternative says how the value begins. Of a name with several groups one is enough."""
-    ranges: list[Range] = []
-    exact = True
-    for alternative in filter(None, wanted.split("\\")):
+    ranges: dict[Range, None] = {}
+    begun = 0
+    for alternative in filter(None, dict.fromkeys(wanted.split("\\"))):
         asked = [fold(one) for one in alternative.split("=")] if groups else [alternative]
         literal = [one for one in asked if one and not _WILD.search(one)]
         prefixes = sorted((piece for one in asked if (piece := _WILD.split(one)[0])), key=len)
         if literal:
-            ranges.append(exactly(kind, max(literal, key=len)))
+            ranges[exactly(kind, max(literal, key=len))] = None
         elif prefixes and _begins(prefixes[-1]):
-            ranges.append(beginning(kind, _begins(prefixes[-1])))
-            exact = False
+            ranges[beginning(kind, _begins(prefixes[-1]))] = None
+            begun += 1
         else:
             return []
-    return [Way(tuple(ranges), 0 if exact else 3)] if ranges else []
+    if not ranges or begun > ALTERNATIVES:
+        return []
+    return [Way(tuple(ranges), BEGINNING if begun else EQUAL)]
 
 
 def _begins(text: str) -> str:
@@ -141,23 +172,33 @@ def _longest_piece(wanted: str, *, is_name: bool) -> bytes:
     pieces: list[str] = []
     for group in wanted.split("=") if is_name else [wanted]:
         for piece in _WILD.split(trimmed(folded(group)) if is_name else folded(group)):
-            while piece and unicodedata.combining(piece[0]):
+            while piece and (piece[0] in "^ " or unicodedata.combining(piece[0])):
                 piece = piece[1:]
             pieces.append(_begins(piece))
     return max((value_of(piece) for piece in pieces), key=len, default=b"")
 
 
-def _distinct(numbers: Iterable[bytes]) -> Iterator[bytes]:
+def _distinct(numbers: Iterable[bytes | None]) -> Iterator[bytes | None]:
     seen: set[bytes] = set()
     for number in numbers:
-        if number not in seen:
+        if number is None:
+            yield None
+        elif number not in seen:
             seen.add(number)
             yield number
 
 
-def _read(rows: Rows, numbers: Iterator[bytes]) -> Iterator[Found]:
+def _read(rows: Rows, numbers: Iterable[bytes | None]) -> Iterator[Found | None]:
     """The first ones soon, and more at a time after that."""
+    page: list[bytes] = []
     size = 8
-    while page := list(islice(numbers, size)):
-        yield from rows.numbered(page)
-        size = min(2 * size, PAGE)
+    for number in numbers:
+        if number is not None:
+            page.append(number)
+        if len(page) >= size or number is None:
+            yield from rows.numbered(page)
+            size = min(2 * size, PAGE)
+            page = []
+        if number is None:
+            yield None
+    yield from rows.numbered(page)

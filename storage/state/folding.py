@@ -10,6 +10,11 @@ from functools import lru_cache
 
 @lru_cache(maxsize=65536)
 def folded(text: str) -> str:
+    """`fold` for what comes again and again: names."""
+    return fold(text)
+
+
+def fold(text: str) -> str:
     """Without case and width, and without the accents of Latin and Greek letters. In other scripts marks make other
     letters: が isn't か, й isn't и."""
     plain = unicodedata.normalize("NFKD", text.casefold())

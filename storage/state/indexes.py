@@ -16,7 +16,7 @@ from enum import Enum
 from typing import Final, Protocol
 
 from storage.state import instances
-from storage.state.folding import digits_of, folded, trimmed, words_of
+from storage.state.folding import digits_of, fold, folded, trimmed, words_of
 from storage.state.kv import Transaction
 
 TABLES: Final = ("index", "days", "modalities", "texts", "numbered", "study_number")
@@ -24,6 +24,8 @@ NUMBER_BYTES: Final = 5
 VALUE_BYTES_MAX: Final = 200  # of a value in a key; LMDB's keys have 511
 AT_ONCE: Final = 64  # studies in a row of `texts`
 NO_MOMENT: Final = b"0" * 14  # of a study whose date isn't one day
+NO_DATE: Final = b"!" * 14  # of one that has none: no range of days has it
+ODD: Final = "\x7f"  # a modality that is no code
 COUNT_BYTES: Final = 4
 DAY_DIGITS: Final = 8
 _END: Final = b"\0"  # behind a value, and before each study in a row of `texts`
@@ -72,8 +74,10 @@ def groups_of(name: str) -> list[str]:
 
 
 def moment_of(keys: Keys) -> bytes:
-    """Date and time of a study in digits; NO_MOMENT where it has none, or several, or not a whole day."""
+    """Date and time of a study in digits; NO_DATE where it has none, NO_MOMENT for several or less than a day."""
     day = digits_of(keys.get("StudyDate", ""))
+    if not keys.get("StudyDate", "").strip("\\ "):
+        return NO_DATE
     if not re.fullmatch(r"[0-9]{8}", day):
         return NO_MOMENT
     hour = re.match(r"[0-9]{0,6}", digits_of(keys.get("StudyTime", "")))
@@ -104,7 +108,7 @@ def _text_of(said: Said | None) -> bytes:
     for keys in (*said.patients, said.keys):
         for keyword in IN_TEXTS:
             text = keys.get(keyword, "")
-            texts += groups_of(text) if keyword in _NAMES else [folded(text)] if text else []
+            texts += groups_of(text) if keyword in _NAMES else [fold(text)] if text else []
     return _BETWEEN.join(dict.fromkeys(texts)).replace("\0", " ").encode("utf-8", "surrogatepass")
 
 
@@ -159,7 +163,7 @@ def count_series(txn: Transaction, study: str, said: Said, modality: str, more: 
     number = number_of(txn, study)
     if number is None:
         return
-    for value in {value.strip() for value in modality.split("\\")} - {""}:
+    for value in {_code(value) for value in modality.split("\\")} - {""}:
         key = _of_modality(value) + moment_of(said.keys) + number
         raw = txn.get("modalities", key)
         count = (int.from_bytes(raw, "big") if raw else 0) + more
@@ -169,8 +173,13 @@ def count_series(txn: Transaction, study: str, said: Said, modality: str, more: 
             txn.delete("modalities", key)
 
 
-def _of_modality(modality: str) -> bytes:
-    return value_of(modality) + _END
+def _code(modality: str) -> str:
+    modality = modality.strip()
+    return modality if re.fullmatch(r"[ -~]{0,16}", modality) else ODD
+
+
+def _of_modality(code: str) -> bytes:
+    return code.encode() + _END
 
 
 def _change_text(txn: Transaction, number: bytes, text: bytes) -> None:
@@ -217,13 +226,15 @@ def beginning(kind: Kind, text: str) -> Range:
 
 
 def days(first: str, last: str, modality: str = "") -> list[Range]:
-    """Studies of these days, newest first, "" where a range is open, and those whose date is no day; `modality`: that
-    have a series of it."""
+    """Studies of these days, newest first, "" where a range is open, and those whose date is no day, or that have none
+    if it is open at both ends; `modality`: that have a series of it."""
     before = _of_modality(modality) if modality else b""
     table = "modalities" if modality else "days"
     low, high = (end[:DAY_DIGITS].encode("utf-8", "surrogatepass") for end in (first, last))
+    if high and not low:
+        low = NO_MOMENT
     found = Range(table, before + low, before + (high or b"9") + b"\xff", newest=True)
-    if found.low <= before + NO_MOMENT:
+    if found.low <= before + NO_MOMENT < found.high:
         return [found]
     return [found, Range(table, before + NO_MOMENT, before + NO_MOMENT + b"\xff" * (NUMBER_BYTES + 1))]
 
@@ -259,9 +270,9 @@ def _in_row(row: int, raw: bytes, part: bytes) -> Iterator[bytes]:
 
 
 def modalities(txn: Transaction) -> Iterator[str]:
-    """Those that there are."""
+    """Those that there are, ODD for any other."""
     start = b""
     while (key := next((key for key, _ in txn.scan("modalities", start)), None)) is not None:
         modality = key[: key.index(_END)]
-        yield modality.decode("utf-8", "surrogatepass")
+        yield modality.decode("ascii")
         start = modality + b"\1"

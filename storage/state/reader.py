@@ -95,8 +95,9 @@ class Reader:
         with self._readable.read() as txn:
             return [key.decode() for key, _ in islice(txn.scan("conflict"), limit)]
 
-    def numbers(self, asked: Range) -> Iterator[bytes]:
-        """Of studies that an index finds, see `indexes`; the same one more than once, perhaps."""
+    def numbers(self, asked: Range) -> Iterator[bytes | None]:
+        """Of studies that an index finds, see `indexes`; the same one more than once, perhaps. None now and then: a
+        moment for others."""
         after = b""
         while True:
             with self._readable.read() as txn:
@@ -104,10 +105,11 @@ class Reader:
             yield from (key[-indexes.NUMBER_BYTES :] for key in page)
             if len(page) < PAGE_ROWS:
                 return
+            yield None
             after = page[-1]
 
-    def with_part(self, part: bytes) -> Iterator[bytes]:
-        """Numbers of studies with this somewhere in their folded texts."""
+    def with_part(self, part: bytes) -> Iterator[bytes | None]:
+        """Numbers of studies with this somewhere in their folded texts. None now and then: a moment for others."""
         after = b""
         while True:
             with self._readable.read() as txn:
@@ -116,6 +118,7 @@ class Reader:
                 yield from numbers
             if len(page) < PAGE_ROWS:
                 return
+            yield None
             after = page[-1][0]
 
     def modalities(self) -> list[str]:

@@ -161,11 +161,16 @@ def _forget_study(txn: Transaction, study: bytes) -> None:
     raw = txn.get("study", study)
     if raw is not None:
         row = msgspec.msgpack.decode(raw, type=StudyRow)
-        for one in row.patients:
-            txn.delete("patient", patient_key(identity_of(one)[0]) + study)
-        txn.delete("study", study)
+        _forget_row(txn, study, row)
         indexes.changed(txn, study.decode(), row, None)
-        txn.delete("conflict", study)
+
+
+def _forget_row(txn: Transaction, study: bytes, row: StudyRow) -> None:
+    """But for the indexes."""
+    for one in row.patients:
+        txn.delete("patient", patient_key(identity_of(one)[0]) + study)
+    txn.delete("study", study)
+    txn.delete("conflict", study)
 
 
 def made_anew(txn: Transaction, study: str) -> None:
@@ -179,14 +184,15 @@ def made_anew(txn: Transaction, study: str) -> None:
     for series, value in list(_below(txn, "series", key + b"\0")):
         folders[series] = msgspec.msgpack.decode(value, type=SeriesRow).folder
         _forget_series(txn, key, series)
-    _forget_study(txn, key)
+    _forget_row(txn, key, before)
     for one in sorted(matching(txn, Delete(study, "", "", "", "", 0.0)), key=lambda instance: instance.seq):
         join(txn, one.put)
     raw = txn.get("study", key)
-    if raw is not None:
-        row = msgspec.msgpack.decode(raw, type=StudyRow)
+    row = msgspec.msgpack.decode(raw, type=StudyRow) if raw is not None else None
+    if row is not None:
         row = msgspec.structs.replace(row, patient_folder=before.patient_folder, folder=before.folder)
         txn.put("study", key, msgspec.msgpack.encode(row))
+    indexes.changed(txn, study, before, row)  # its number stays: who goes through studies neither misses nor repeats it
     for series, folder in folders.items():
         if (made := txn.get("series", series)) is not None:
             filled = msgspec.msgpack.decode(made, type=SeriesRow)

@@ -167,3 +167,12 @@ def test_its_files_are_on_both_nodes(with_orthanc: Lab, lab: Lab) -> None:
     wait_for(lambda: states(lab, primary) == {"orthanc": "running"} and is_up(), "Orthanc to run again", SYNC_S)
     check(writer)
     same_on_both(lab)
+
+
+def test_a_drill_says_whether_it_runs_again(with_orthanc: Lab, lab: Lab) -> None:
+    primary = primary_of(lab)
+    mounted(lab, primary, writable=True)
+    wait_for(lambda: states(lab, primary) == {"orthanc": "running"} and is_up(), "Orthanc to run", SYNC_S)
+    done = run(lab, primary, "tandem", "drill", "--yes", "--goal", "120", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["follow"] == {"orthanc": "running"}

@@ -50,7 +50,8 @@ def viewer(host: str, port: int, aet: str) -> Probe:
 @yes_option
 @json_option
 def drill(config: Path | None, goal: float, yes: bool, as_json: bool) -> None:
-    """Switch over and back, and report what clients would have noticed. Exit 4 if it can't be done or takes long."""
+    """Switch over and back, and report what clients would have noticed. Exit 4 if it can't be done, takes long, or
+    what follows the address doesn't run again."""
     settings = settings_of(config)
     status = own_status(settings)
     blocks = _not_now(status)
@@ -72,24 +73,47 @@ def drill(config: Path | None, goal: float, yes: bool, as_json: bool) -> None:
 
     with viewer(dicom_host(settings), settings.dicom.port, settings.dicom.aet) as probe:
         done = with_etcd(config, legs)
-    passed = all(leg["outage_s"] <= goal for leg in done)
-    result = {"at": datetime.now().isoformat(timespec="seconds"), "passed": passed, "goal_s": goal, "legs": done}
+    follow = _followers(settings)
+    idle = [name for name, state in follow.items() if state != "running"]
+    passed = all(leg["outage_s"] <= goal for leg in done) and not idle
+    result = {
+        "at": datetime.now().isoformat(timespec="seconds"),
+        "passed": passed,
+        "goal_s": goal,
+        "legs": done,
+        "follow": follow,
+    }
     lines = [
         f"{leg['from']} -> {leg['to']}: {leg['outage_s']:.2f} s without an answer; "
         + ", ".join(f"{name.removesuffix('_s').replace('_', ' ')} {value} s" for name, value in leg["parts"].items())
         for leg in done
     ]
-    lines.append("passed" if passed else f"NOT passed: more than {goal} s")
+    lines += [f"{name}: {state}" for name, state in follow.items()]
+    why = f"doesn't run again: {', '.join(idle)}" if idle else f"more than {goal} s"
+    lines.append("passed" if passed else f"NOT passed: {why}")
     say(result, as_json, "\n".join(lines))
     sys.exit(0 if passed else EXIT_FOUND)
+
+
+def _followers(settings: Settings) -> dict[str, str]:
+    """What follows the address, once it runs again where this node is primary; how it is after a while otherwise."""
+    deadline = time.monotonic() + SYNC_S
+    while True:
+        status = ask(settings.control_socket)
+        found: dict[str, str] = status.get("follow") or {}
+        if status["primary"] != status["node"]:
+            return {}
+        if all(state == "running" for state in found.values()) or time.monotonic() > deadline:
+            return found
+        time.sleep(0.5)
 
 
 def _not_now(status: dict[str, Any]) -> str:
     """Why a drill would do harm, "" if it wouldn't."""
     if sorted(status["in_sync"]) != sorted(status["nodes"]) or len(status["nodes"]) < 2:
         return f"only {', '.join(status['in_sync']) or 'nobody'} in sync"
-    if status["single_copy"] or status["healing"]["missing"]:
-        return "not every object has two copies; `tandem risk` shows them"
+    if status["single_copy"] or status["healing"]["missing"] or status["files"]["single_copy"]:
+        return "not every object or file has two copies; `tandem risk` shows them"
     return "etcd doesn't answer" if not status["etcd"] else str(status["trouble"])
 
 

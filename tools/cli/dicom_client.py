@@ -5,7 +5,7 @@ It sends bytes as they are given, so tests can send what a proper toolkit refuse
 
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -236,8 +236,10 @@ class DicomClient:
             out = b""
         return self.status()
 
-    def find(self, context_id: int, sop_class: str, identifier: bytes) -> tuple[int, int]:
-        """C-FIND; returns how many answers came, and the last status."""
+    def find(
+        self, context_id: int, sop_class: str, identifier: bytes, heard: Callable[[int], object] = lambda count: None
+    ) -> tuple[int, int]:
+        """C-FIND; returns how many answers came, and the last status. `heard(count)` after each answer."""
         self._message_id = self._message_id % 0xFFFF + 1
         command = find_command(self._message_id, sop_class)
         self.send_raw(self.pdvs(context_id, command, command=True) + self.pdvs(context_id, identifier, command=False))
@@ -254,6 +256,7 @@ class DicomClient:
                     if status not in PENDING:
                         return count, status
                     count += 1
+                    heard(count)
                 at += 4 + length
 
     def release(self) -> None:

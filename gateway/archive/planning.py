@@ -22,8 +22,8 @@ ALTERNATIVES: Final = 64  # beginnings; of more, all studies are looked at
 PARTS: Final = 8  # the same of parts of words, for each of which all texts are read
 PART_BYTES: Final = 3  # shorter ones are everywhere
 PAGE: Final = 200  # rows read at a time
-# Ranks of ways.
-EQUAL, DAY_AND_MODALITY, DAYS, BEGINNING, MODALITY, LAST = range(6)
+# Ranks of ways that leave many.
+EQUAL, BEGINNING, PARTS_OF_WORDS, DAY_AND_MODALITY, DAYS, SHORT_BEGINNING, MODALITY, SHORT_PARTS, LAST = range(9)
 _WILD: Final = re.compile(r"[*?]")
 _PLAIN: Final = {"PatientID": Kind.PATIENT_ID, "AccessionNumber": Kind.ACCESSION, "StudyID": Kind.STUDY_ID}
 _NAMES: Final = {"PatientName": Kind.NAME, "ReferringPhysicianName": Kind.REFERRING}
@@ -82,8 +82,8 @@ class Plan:
             yield from few
             return
         best = min(ways, key=lambda way: way.rank, default=Way(tuple(days("", "")), LAST, once=True))
-        parts = self._parts() if best.rank > BEGINNING else ()
-        if parts and (best.rank == LAST or min(map(len, parts)) >= PART_BYTES):
+        parts = self._parts()
+        if parts and best.rank > (PARTS_OF_WORDS if min(map(len, parts)) >= PART_BYTES else SHORT_PARTS):
             yield from _distinct(chain.from_iterable(rows.with_part(part) for part in parts))
         else:
             yield from best.numbers(rows)
@@ -120,7 +120,8 @@ class Plan:
         text = folded(wanted)
         words = [word for word in re.split(r"[=\^\s*?,.-]+", text) if word]
         single = "\\" not in text  # any of several values may be the one that fits
-        return [Way((beginning(Kind.WORD, word),), BEGINNING) for word in words if single]
+        ranks = {word: BEGINNING if len(value_of(word)) >= PART_BYTES else SHORT_BEGINNING for word in words}
+        return [Way((beginning(Kind.WORD, word),), rank) for word, rank in ranks.items() if single]
 
     def _parts(self) -> tuple[bytes, ...]:
         """The longest literal piece, of each alternative of the key that has the longest; () if there is none."""
@@ -144,7 +145,7 @@ class Plan:
 def _by_value(kind: Kind, wanted: str, fold: Callable[[str], str], *, groups: bool = False) -> list[Way]:
     """A way, if each alternative says how the value begins. Of a name with several groups one is enough."""
     ranges: dict[Range, None] = {}
-    begun = 0
+    begun, shortest = 0, PART_BYTES
     for alternative in filter(None, dict.fromkeys(wanted.split("\\"))):
         asked = [fold(one) for one in alternative.split("=")] if groups else [alternative]
         literal = [one for one in asked if one and not _WILD.search(one)]
@@ -153,12 +154,12 @@ def _by_value(kind: Kind, wanted: str, fold: Callable[[str], str], *, groups: bo
             ranges[exactly(kind, max(literal, key=len))] = None
         elif prefixes and _begins(prefixes[-1]):
             ranges[beginning(kind, _begins(prefixes[-1]))] = None
-            begun += 1
+            begun, shortest = begun + 1, min(shortest, len(value_of(_begins(prefixes[-1]))))
         else:
             return []
     if not ranges or begun > ALTERNATIVES:
         return []
-    return [Way(tuple(ranges), BEGINNING if begun else EQUAL)]
+    return [Way(tuple(ranges), EQUAL if not begun else BEGINNING if shortest >= PART_BYTES else SHORT_BEGINNING)]
 
 
 def _begins(text: str) -> str:

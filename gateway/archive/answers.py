@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from pydicom.charset import convert_encodings
@@ -23,8 +25,22 @@ _CHARACTER_SET, _LEVEL, _AET, _AVAILABILITY = 0x00080005, 0x00080052, 0x00080054
 _TAG_OF: Final = {level: keys.ALL[keyword] for level, keyword in UNIQUE.items()}
 
 
+@dataclass(frozen=True)
+class _Form:
+    """Of answers: elements that each has, by tag; (tag, VR, keyword) of the others."""
+
+    always: dict[int, tuple[str, bytes]]
+    keys: list[tuple[int, str, str]]
+    implicit: bool
+
+
 class Query(Search):
     """A search, and the answers to what it finds."""
+
+    @cached_property
+    def _forms(self) -> dict[str, _Form | None]:
+        """By transfer syntax."""
+        return {}
 
     def run(self) -> Iterator[Dataset | None]:
         """An identifier for each match; None as `matches` says it. Blocks."""
@@ -33,33 +49,45 @@ class Query(Search):
     def encoded(self, row: Row, transfer_syntax: str) -> bytes | None:
         """The answer as it goes out, without pydicom; None where only that can say it: what comes from a file, what
         isn't one of its VR, what stands in another character set."""
-        syntax = UID(transfer_syntax)
-        if self._from_file or self._settings.response_character_set != "utf-8" or not syntax.is_little_endian:
+        form = self._form(transfer_syntax)
+        if form is None:
             return None
-        found: dict[int, tuple[str, bytes]] = {}
-        for key in self._keys:
-            if not self._applies(key):
-                continue
-            value = encoded_text(key.VR, self._text_of(key.keyword, row)) if key.keyword in LEVEL_OF else None
-            if value is None or dictionary_VR(key.tag) != key.VR:
+        found: dict[int, tuple[str, bytes]] = dict(form.always)
+        for tag, vr, keyword in form.keys:
+            value = encoded_text(vr, self._text_of(keyword, row))
+            if value is None:
                 return None
-            found[int(key.tag)] = (key.VR, value)
-        for level in self._levels:
-            if level in self._model.levels:
-                vr = "LO" if level == "PATIENT" else "UI"
-                unique = encoded_text(vr, row.values.get(UNIQUE[level], ""))
-                if unique is None:
-                    return None
-                found[_TAG_OF[level]] = (vr, unique)
+            found[tag] = (vr, value)
+        if row.instance is not None:
+            found[_AVAILABILITY] = ("CS", encoded_text("CS", self._availability(row)) or b"")
         if any(vr in TEXT_VRS and not value.isascii() for vr, value in found.values()):
             found[_CHARACTER_SET] = ("CS", UTF_8.encode())
-        for tag, vr, text in ((_LEVEL, "CS", self.level), (_AVAILABILITY, "CS", self._availability(row))):
-            found[tag] = (vr, encoded_text(vr, text) or b"")
-        aet = encoded_text("AE", self._settings.aet)
-        if aet is None:
+        return b"".join(encoded_element(tag, *found[tag], implicit=form.implicit) for tag in sorted(found))
+
+    def _form(self, transfer_syntax: str) -> _Form | None:
+        """What is the same for all answers; None if they can't be written without pydicom."""
+        if transfer_syntax not in self._forms:
+            self._forms[transfer_syntax] = self._new_form(UID(transfer_syntax))
+        return self._forms[transfer_syntax]
+
+    def _new_form(self, syntax: UID) -> _Form | None:
+        if self._from_file or self._settings.response_character_set != "utf-8" or not syntax.is_little_endian:
             return None
-        found[_AET] = ("AE", aet)
-        return b"".join(encoded_element(tag, *found[tag], implicit=syntax.is_implicit_VR) for tag in sorted(found))
+        applying = [key for key in self._keys if self._applies(key)]
+        if any(key.keyword not in LEVEL_OF or dictionary_VR(key.tag) != key.VR for key in applying):
+            return None
+        keys_of = {int(key.tag): (key.VR, key.keyword) for key in applying}
+        for level in self._levels:
+            if level in self._model.levels:
+                keys_of[_TAG_OF[level]] = ("LO" if level == "PATIENT" else "UI", UNIQUE[level])
+        fixed = {_LEVEL: ("CS", self.level), _AVAILABILITY: ("CS", "ONLINE"), _AET: ("AE", self._settings.aet)}
+        always: dict[int, tuple[str, bytes]] = {}
+        for tag, (vr, text) in fixed.items():
+            value = encoded_text(vr, text)
+            if value is None:
+                return None
+            always[tag] = (vr, value)
+        return _Form(always, [(tag, vr, keyword) for tag, (vr, keyword) in keys_of.items()], syntax.is_implicit_VR)
 
     def _text_of(self, keyword: str, row: Row) -> str:
         if keyword in COUNTS:

@@ -38,6 +38,7 @@ T = TypeVar("T")
 # 4: applied instances only in their row, by what differs within a series; 5: copies by volume, folders by number
 # 6: the share's files; 7: studies by what is asked of them
 FORMAT: Final = 7
+MADE_BY: Final = {"format": FORMAT, "index_rules": indexes.RULES}  # facts of a catalogue that is made by this version
 PAGE_ROWS: Final = 500
 COPIES_LOOKED_AT: Final = 8  # of a study, to find a volume that has something of it
 TABLES: Final = (

@@ -7,7 +7,7 @@ from typing import Final
 
 import structlog
 
-from storage.state import entries, instances, places, rows
+from storage.state import entries, indexes, instances, places, rows
 from storage.state.catalogue import FORMAT, Batch, Catalogue
 from storage.state.entries import seq_key
 from storage.state.kv import Transaction, in_steps
@@ -17,7 +17,6 @@ log = structlog.get_logger()
 
 ROWS_AT_ONCE: Final = 2000
 PLACED: Final = 5  # what is older has its rows converted
-INDEXED: Final = 7  # what is older has no indexes
 
 
 class FormatUnknown(OSError):
@@ -34,6 +33,8 @@ def bring_up_to_date(catalogue: Catalogue, cluster_id: str) -> None:
         raise FormatUnknown(found)
     found = int(catalogue.meta("converting", 0)) or found
     if found == FORMAT:
+        if catalogue.meta("index_rules", "") != indexes.RULES:
+            _index(catalogue)
         return
     catalogue.write(Batch(meta={"converting": found, "format": FORMAT}))  # what is half converted no older one may have
     if catalogue.epochs.last[1]:  # a new one is empty
@@ -46,10 +47,17 @@ def bring_up_to_date(catalogue: Catalogue, cluster_id: str) -> None:
         facts["lineage"] = f"1-{cluster_id}" if cluster_id else str(uuid.uuid4())
     if found < PLACED:
         _convert(catalogue, found)
-    if found < INDEXED:
-        in_steps(catalogue.kv, rows.unindexed_some)
-        in_steps(catalogue.kv, rows.index_some)
+    _index(catalogue)
     catalogue.write(Batch(meta=facts))
+
+
+def _index(catalogue: Catalogue) -> None:
+    """Anew, all of it: other rules may find other things."""
+    log.info("catalogue.indexing", rules=indexes.RULES)
+    catalogue.write(Batch(meta={"index_rules": ""}))
+    in_steps(catalogue.kv, rows.unindexed_some)
+    in_steps(catalogue.kv, rows.index_some)
+    catalogue.write(Batch(meta={"index_rules": indexes.RULES}))
 
 
 def _convert(catalogue: Catalogue, found: int) -> None:

@@ -10,6 +10,7 @@ What they find is more than what matches: who asks compares the rows.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -19,6 +20,8 @@ from storage.state import instances
 from storage.state.folding import digits_of, fold, folded, trimmed, words_of
 from storage.state.kv import Transaction
 
+# By which rules they were made: ours, and Unicode's as this Python has them. Those of others are made anew.
+RULES: Final = f"1, Unicode {unicodedata.unidata_version}"
 TABLES: Final = ("index", "days", "modalities", "texts", "numbered", "study_number")
 NUMBER_BYTES: Final = 5
 VALUE_BYTES_MAX: Final = 200  # of a value in a key; LMDB's keys have 511

@@ -64,6 +64,7 @@ class Head(msgspec.Struct, frozen=True, array_like=True):
     forgotten: int = 0  # up to which entry what is over was forgotten by who gives it
     size: int = 0  # bytes that it takes on the disk
     more: dict[str, int] = {}  # how many rows the tables have that not every version knows
+    index_rules: str = ""  # by which the indexes were made
 
     @property
     def applied(self) -> int:
@@ -136,7 +137,8 @@ def head(txn: Transaction, on_disk: int) -> Head:
     lineage, rows = str(changes.meta(txn, "lineage", "")), counts(txn, epochs.last[1])
     forgotten = int(changes.meta(txn, "forgotten", 0))
     more = {table: txn.count(table) for table in LATER}
-    return Head(FORMAT, lineage, tuple(epochs.pairs), stored, rows, forgotten, on_disk, more)
+    rules = str(changes.meta(txn, "index_rules", ""))
+    return Head(FORMAT, lineage, tuple(epochs.pairs), stored, rows, forgotten, on_disk, more, rules)
 
 
 def counts(txn: Transaction, applied: int) -> dict[str, int]:
@@ -205,14 +207,15 @@ def complete(old: Kv, new: Kv, head: Head) -> None:
     applied = head.applied
     with new.read() as txn:
         check_counts(txn, head)
-    if "days" not in head.more:  # an older version gave it
+    if head.index_rules != indexes.RULES:  # another version gave it
+        in_steps(new, rows.unindexed_some)
         in_steps(new, rows.index_some)
     with old.read() as before:
         for batch in _batches(_own_rows(before, _scanned(new, "kept"))):
             new.update(partial(_put_all, batch))
         facts: dict[str, Any] = {key.decode(): msgspec.msgpack.decode(value) for key, value in before.scan("meta")}
     facts |= {"epochs": head.epochs, "applied": applied, "checkpoint": applied, "bytes": head.bytes}
-    facts["forgotten"] = applied
+    facts |= {"forgotten": applied, "index_rules": indexes.RULES}
     if head.lineage:
         facts["lineage"] = head.lineage
 

@@ -23,7 +23,7 @@ from pydicom import Dataset
 from gateway.dicom.identifiers import encode_identifier
 from gateway.dicom.sop_classes import FIND_MODELS, STUDY_ROOT
 from storage.objects.local_volume import create_marker
-from storage.state.catalogue import FORMAT, Batch, Catalogue
+from storage.state.catalogue import MADE_BY, Batch, Catalogue
 from storage.state.model import Entry, Location, Put
 from tools.benchmarks.peers import HERE
 from tools.benchmarks.start import MAP_BYTES, PORT, Standalone
@@ -125,7 +125,7 @@ def made(folder: Path, studies: int) -> None:
                 bar.update(AT_ONCE)
                 rows = []
         facts: dict[str, Any] = {"promised": 1, "volumes": [volume], "checkpoint": 3 * studies, "lineage": "bench"}
-        catalogue.write(Batch(appends=rows, applies=rows, meta={**facts, "format": FORMAT}))
+        catalogue.write(Batch(appends=rows, applies=rows, meta={**facts, **MADE_BY}))
     catalogue.close()
 
 

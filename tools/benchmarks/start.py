@@ -20,7 +20,7 @@ from pydicom.uid import generate_uid
 
 from storage.control_client import ask, order
 from storage.objects.local_volume import create_marker
-from storage.state.catalogue import FORMAT, Batch, Catalogue
+from storage.state.catalogue import MADE_BY, Batch, Catalogue
 from storage.state.model import Entry, Location, Put
 from storage.state.soundness import OPEN_MARK
 from tools.benchmarks.peers import HERE, answers
@@ -55,7 +55,7 @@ def made(folder: Path, instances: int) -> None:
                     "volumes": [volume],
                     "checkpoint": instances,
                     "lineage": "bench",
-                    "format": FORMAT,
+                    **MADE_BY,
                 },
             )
         )

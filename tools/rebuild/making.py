@@ -35,7 +35,7 @@ from storage.objects.describing import description_of
 from storage.objects.local_files import exchange, fsync_directory
 from storage.objects.local_volume import LocalVolume, read_marker
 from storage.objects.volume import FOLDERS, Volume, VolumeOffline
-from storage.state.catalogue import FORMAT, Batch, Catalogue
+from storage.state.catalogue import MADE_BY, Batch, Catalogue
 from storage.state.description import Deletion, Description, deletions_of, names
 from storage.state.file_model import Change
 from storage.state.kv import Transaction
@@ -310,7 +310,7 @@ class Rebuilding:
                     "checkpoint": self._seq,
                     "lineage": lineage,
                     "log_taken": taken,
-                    "format": FORMAT,
+                    **MADE_BY,
                     "undescribed": True,  # files don't say which entries of this log they are
                 }
             )

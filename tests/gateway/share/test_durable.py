@@ -368,8 +368,11 @@ def test_files_are_only_moved_while_somebody_serves_the_share(new_mounted: Calla
     mounted = new_mounted()
     (mounted.point / "a").write_bytes(b"x")
     mounted.end()
-    path = {"path": str(mounted.gateway.volume)}
-    result = order(mounted.gateway.folder / "standalone.sock", "volume-drain", path, timeout_s=120)
+    socket, volume = mounted.gateway.folder / "standalone.sock", mounted.gateway.volume
+    with pytest.raises(OrderFailed, match="the only volume that takes anything; add another one first"):
+        order(socket, "volume-drain", {"path": str(volume)})
+    order(socket, "volume-add", {"path": str(volume.with_name("other"))})
+    result = order(socket, "volume-drain", {"path": str(volume)}, timeout_s=120)
     assert result["files_left"] == 1
     assert "isn't served now" in str(result["why"])
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from storage.state import formats, rows
-from storage.state.catalogue import FORMAT, Batch, Catalogue
+from storage.state import formats, indexes, rows
+from storage.state.catalogue import FORMAT, MADE_BY, Batch, Catalogue
 from storage.state.entries import seq_key
 from storage.state.formats import bring_up_to_date
-from storage.state.kv import CatalogueDamaged
+from storage.state.kv import CatalogueDamaged, Transaction
 from storage.state.model import Delete, Entry, Instance, Location, Put, Void, encode
 
 APPLIED, LOGGED = 120, 130
@@ -52,7 +52,7 @@ def fresh(tmp_path: Path) -> Iterator[Catalogue]:
     """Made by this version."""
     made = Catalogue.open(tmp_path / "fresh", 1 << 26)
     entries, _ = history()
-    made.write(Batch(appends=entries, meta={"format": FORMAT, "lineage": "it"}))
+    made.write(Batch(appends=entries, meta={**MADE_BY, "lineage": "it"}))
     made.write(Batch(applies=entries[:APPLIED]))
     yield made
     made.close()
@@ -178,3 +178,24 @@ def test_it_goes_on_where_it_was_broken_off(
     bring_up_to_date(again, "")
     assert said(again) == said(fresh)
     again.close()
+
+
+def test_indexes_of_other_rules_are_made_anew(fresh: Catalogue) -> None:
+    """Another version, or another Python, folds otherwise: what they find would be too little."""
+
+    def rows_of(table: str) -> list[tuple[bytes, bytes]]:
+        with fresh.kv.read() as txn:
+            return list(txn.scan(table))
+
+    def spoiled(txn: Transaction) -> None:
+        for key, _ in list(txn.scan("index")):
+            txn.delete("index", key)
+
+    before = {table: rows_of(table) for table in indexes.TABLES}
+    fresh.kv.update(spoiled)
+    bring_up_to_date(fresh, "")
+    assert rows_of("index") == []  # it was made by these rules
+    fresh.write(Batch(meta={"index_rules": "0, Unicode 1.0"}))
+    bring_up_to_date(fresh, "")
+    assert {table: len(rows_of(table)) for table in indexes.TABLES} == {table: len(before[table]) for table in before}
+    assert fresh.meta("index_rules", "") == indexes.RULES

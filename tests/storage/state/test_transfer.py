@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.state import transfer
+from storage.state import indexes, transfer
 from storage.state.catalogue import Batch, Catalogue
 from storage.state.file_model import ROOT, Make, SetXattr
 from storage.state.kv import Kv, LmdbKv, SnapshotLost
@@ -80,7 +80,8 @@ def test_it_is_the_others_state_and_this_nodes_copies(
         giver, taker = Catalogue(MemoryKv()), Catalogue(MemoryKv())
         upto = max(0, len(entries) - tail)
         applied(giver, entries[:upto], copies=False)
-        giver.write(Batch(appends=[(entry, None) for entry in entries[upto:]], meta={"lineage": "it"}))
+        facts = {"lineage": "it"} | ({} if by_older else {"index_rules": indexes.RULES})
+        giver.write(Batch(appends=[(entry, None) for entry in entries[upto:]], meta=facts))
         applied(taker, entries[: min(own, upto)], copies=True)
         taker.write(Batch(meta={"store_id": "mine", "promised": 3}))
         before = dict(taker.locations())

@@ -224,14 +224,13 @@ def lacking_not_noted() -> contextlib.AbstractContextManager[None]:
 def moved_before_it_is_whole() -> contextlib.AbstractContextManager[None]:
     """A copy that is moved to another disk counts without what was written while it was moved."""
 
-    async def never(self: Share, made: Any, local: Any) -> None:
-        filled.append(made)
-        if len(filled) % 2:
-            await fill(self, made, local)
-
-    filled: list[Any] = []
     fill = Share._fill
-    return replaced(Share, "_fill", never)
+
+    async def once(self: Share, file: OpenFile, made: Any, local: Any, *, settled: bool) -> None:
+        if not settled:
+            await fill(self, file, made, local, settled=settled)
+
+    return replaced(Share, "_fill", once)
 
 
 def looked_at_too_late() -> contextlib.AbstractContextManager[None]:

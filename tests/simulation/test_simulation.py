@@ -41,7 +41,7 @@ CAUGHT_AT = {
     "stale_block_kept": 19,
     "lacking_not_noted": 15,
     "looked_at_too_late": 398,
-    "moved_before_it_is_whole": 1,
+    "moved_before_it_is_whole": 9,
 }
 # Worlds in which these show sooner than in others.
 CARELESS = ("heal_from_the_worse_copy", "blocks_unchecked")  # both copies of an object may be bad

@@ -46,7 +46,6 @@ class FilesServer:
         self._writers: set[asyncio.StreamWriter] = set()
         self._busy = False
         self._leaving: dict[str, dict[int, None]] = {}  # node -> inode numbers
-        self._known: object = None  # of the volumes, as the writer has been told
         engine.mirror.on_move = self._move
 
     async def start(self) -> None:
@@ -100,14 +99,14 @@ class FilesServer:
         try:
             await engine.settle_files()
             engine.catalogue.kv.forget_readers()
-            self._leaving, self._known = {}, engine.known_of_volumes()
+            self._leaving, known = {}, engine.known_of_volumes()
             await _say(writer, self._begun(writes=True))
             log.info("share.begun")
             async with asyncio.TaskGroup() as group:
                 helpers = [
                     group.create_task(_answer(proposals, writer)),
                     group.create_task(self._tell_of_peer(writer)),
-                    group.create_task(self._tell_of_volumes(writer)),
+                    group.create_task(self._tell_of_volumes(writer, known)),
                     group.create_task(self._while_serving()),
                 ]
                 try:
@@ -153,9 +152,8 @@ class FilesServer:
             await _say(writer, PeerIs(state))
             await mirror.changed(state)
 
-    async def _tell_of_volumes(self, writer: asyncio.StreamWriter) -> None:
-        """Whenever something about them has changed since `Begun`, and what is to leave them."""
-        known = self._known
+    async def _tell_of_volumes(self, writer: asyncio.StreamWriter, known: object) -> None:
+        """Whenever what is `known` of them has changed since `Begun`, and what is to leave them."""
         while True:
             await asyncio.sleep(LOOK_S)
             known = await self._say_volumes(writer, known)
@@ -175,7 +173,7 @@ class FilesServer:
     def _move(self, node: str, numbers: list[int]) -> bool:
         """Have the share's writer move copies off their volumes. Returns whether there is one."""
         if self._busy:
-            self._leaving.setdefault(node, dict.fromkeys(numbers)).update(dict.fromkeys(numbers))
+            self._leaving.setdefault(node, {}).update(dict.fromkeys(numbers))
         return self._busy
 
     async def _while_serving(self) -> None:

@@ -112,7 +112,7 @@ class Search:
                     self._texts[key.keyword] = text
         self._moments = self._combined(identifier) if extended.date_time else []
         self._uids = {level: values_of(identifier, UNIQUE[level]) for level in self._levels}
-        days = [(first[:8], last[:8]) for date, _, first, last in self._moments if date == "StudyDate"]
+        days = [(first, last) for date, _, first, last in self._moments if date == "StudyDate"]
         self._plan = Plan(self._texts, self._names, days)
         self._patient_plan = Plan({name: one for name, one in self._texts.items() if name in keys.PATIENT}, self._names)
 

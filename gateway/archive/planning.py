@@ -13,7 +13,7 @@ from typing import Final
 
 from gateway.dicom.matching import bounds, matcher
 from storage.state.folding import folded, trimmed
-from storage.state.indexes import IN_TEXTS, ODD, Kind, Range, beginning, days, exactly, value_of
+from storage.state.indexes import IN_TEXTS, ODD, PLAIN, Kind, Range, beginning, days, exactly, value_of
 from storage.store import Rows, StudyRow
 
 PROBED: Final = 2000  # an index that leaves no more is taken
@@ -25,7 +25,6 @@ PAGE: Final = 200  # rows read at a time
 # Ranks of ways that leave many.
 EQUAL, BEGINNING, PARTS_OF_WORDS, DAY_AND_MODALITY, DAYS, SHORT_BEGINNING, MODALITY, SHORT_PARTS, LAST = range(9)
 _WILD: Final = re.compile(r"[*?]")
-_PLAIN: Final = {"PatientID": Kind.PATIENT_ID, "AccessionNumber": Kind.ACCESSION, "StudyID": Kind.STUDY_ID}
 _NAMES: Final = {"PatientName": Kind.NAME, "ReferringPhysicianName": Kind.REFERRING}
 _MODALITY: Final = ("ModalitiesInStudy", "Modality")
 
@@ -90,7 +89,7 @@ class Plan:
 
     def _ways(self, modalities: Iterable[str]) -> list[Way]:
         found: list[Way] = []
-        for keyword, kind in _PLAIN.items():
+        for keyword, kind in PLAIN.items():
             found += _by_value(kind, self._wanted.get(keyword, ""), str.strip)
         for keyword, kind in _NAMES.items():
             if wanted := self._wanted.get(keyword, ""):

@@ -169,13 +169,9 @@ class Mirroring:
     async def _bring_blocks(self, file: OpenFile, local: StoredFile, session: int, size: int) -> None:
         count, theirs = -(-size // BLOCK_BYTES), list[bytes]()
         for number in range(count):
-            if number >= len(theirs):
-                compare = Compare(self._space(), file.number, file.peer_copy, number)
-                theirs += (await self.compared(session, compare)).digests
-            own = await self._on_disk(digest_of, local, number)
-            if number < len(theirs) and theirs[number] == own:
+            digest = await self._digest_of_theirs(session, file.number, file.peer_copy, theirs, number)
+            if await self._on_disk(digest_of, local, number) == digest:
                 continue
-            theirs += [b""] * (number + 1 - len(theirs))
             async with file.order:
                 at = number * BLOCK_BYTES
                 data = await self._on_disk(local.read, min(BLOCK_BYTES, max(0, file.size - at)), at)
@@ -201,13 +197,12 @@ class Mirroring:
         size = first.size if size is None else size
         theirs = list(first.digests)
         for block in range(-(-size // BLOCK_BYTES)):
-            if block >= len(theirs):
-                theirs += (await self.compared(session, Compare(self._space(), number, copy, block))).digests
-            if block >= len(theirs):
+            digest = await self._digest_of_theirs(session, number, copy, theirs, block)
+            if not digest:
                 raise PeerCannot("the other copy is too short")
-            if await self._on_disk(digest_of, local, block) != theirs[block]:
+            if await self._on_disk(digest_of, local, block) != digest:
                 data = await self.fetched(session, Fetch(self._space(), number, copy, block * BLOCK_BYTES, BLOCK_BYTES))
-                if xxhash.xxh3_128_digest(data) != theirs[block]:
+                if xxhash.xxh3_128_digest(data) != digest:
                     raise PeerCannot("the other copy is being changed")
                 await self._on_disk(local.write, data, block * BLOCK_BYTES, len(data))
         await self._on_disk(local.truncate, size)
@@ -231,12 +226,18 @@ class Mirroring:
         OSError."""
         session, copy, found, theirs = self.peer.state.session, self._other_copy(file), list[int](), list[bytes]()
         for block in range(-(-size // BLOCK_BYTES)):
-            if block >= len(theirs):
-                theirs += (await self.compared(session, Compare(self._space(), file.number, copy, block))).digests
-            if block >= len(theirs) or await self._on_disk(digest_of, local, block) != theirs[block]:
+            digest = await self._digest_of_theirs(session, file.number, copy, theirs, block)
+            if not digest or await self._on_disk(digest_of, local, block) != digest:
                 found.append(block)
-                theirs += [b""] * (block + 1 - len(theirs))
         return found
+
+    async def _digest_of_theirs(self, session: int, number: int, copy: str, theirs: list[bytes], block: int) -> bytes:
+        """Of a block of the other node's copy, b"" behind its end; `theirs`: those of the blocks before it, and of some
+        more perhaps, to which others are added. Raises PeerLost, PeerCannot."""
+        if block >= len(theirs):
+            theirs += (await self.compared(session, Compare(self._space(), number, copy, block))).digests
+        theirs += [b""] * (block + 1 - len(theirs))
+        return theirs[block]
 
     def _other_copy(self, file: OpenFile) -> str:
         """What is being brought to it isn't one before it is whole."""

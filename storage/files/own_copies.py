@@ -117,7 +117,6 @@ class OwnCopies(Names):
             async with file.bringing, file.order:  # what is brought to the other node is read from one copy
                 await self._on_disk(made.truncate, file.size)
                 await self._fill(file, made, local, settled=True)  # what was written meanwhile
-                await self._on_disk(made.sync)
                 await self._compare(file, made)
                 await self._on_disk(made.sync)
                 if file.lost or self._node in self._lacking(number):
@@ -127,12 +126,16 @@ class OwnCopies(Names):
                 file.left.append(local)
                 self._torn.discard(number)
         except BaseException as error:
-            self._disk.run(made.close)
-            removing = self._disk.run(self._local.remove, number, generation)
-            removing.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self._remove(made, number, generation)
             if isinstance(error, SourceFailed):
                 self._lose(file, error)
             raise
+
+    def _remove(self, made: StoredFile, number: int, generation: str) -> None:
+        """A copy that comes to nothing. What can't be removed is found to be strange some time."""
+        self._disk.run(made.close)
+        removing = self._disk.run(self._local.remove, number, generation)
+        removing.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def _fill(self, file: OpenFile, made: StoredFile, local: StoredFile, *, settled: bool) -> None:
         """Block by block what differs; `settled`: the file isn't changed meanwhile. What was never written stays so, as

@@ -159,10 +159,10 @@ class Share(Content):
                 try:
                     size = await mirroring.pull(file, local, None if file.dirty else file.size)
                 except BaseException:
-                    self._disk.run(local.close)
-                    if is_new:  # else it is found to be strange some time
-                        removing = self._disk.run(self._local.remove, number, generation)
-                        removing.add_done_callback(lambda done: done.cancelled() or done.exception())
+                    if is_new:
+                        self._remove(local, number, generation)
+                    else:
+                        self._disk.run(local.close)
                     raise
                 self._change(Held(number, self._node, generation))
                 file.local, file.lost = local, False

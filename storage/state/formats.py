@@ -55,8 +55,7 @@ def _index(catalogue: Catalogue) -> None:
     """Anew, all of it: other rules may find other things."""
     log.info("catalogue.indexing", rules=indexes.RULES)
     catalogue.write(Batch(meta={"index_rules": ""}))
-    in_steps(catalogue.kv, rows.unindexed_some)
-    in_steps(catalogue.kv, rows.index_some)
+    rows.index_anew(catalogue.kv)
     catalogue.write(Batch(meta={"index_rules": indexes.RULES}))
 
 

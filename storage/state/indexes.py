@@ -57,7 +57,8 @@ class Kind(Enum):
     REFERRING = b"r"
 
 
-_PLAIN: Final = {"AccessionNumber": Kind.ACCESSION, "StudyID": Kind.STUDY_ID, "PatientID": Kind.PATIENT_ID}
+# Keys whose values stand in `index` as they are.
+PLAIN: Final = {"AccessionNumber": Kind.ACCESSION, "StudyID": Kind.STUDY_ID, "PatientID": Kind.PATIENT_ID}
 IN_TEXTS: Final = (
     *("PatientName", "PatientID", "OtherPatientIDs"),
     *("AccessionNumber", "StudyID", "StudyDescription", "ReferringPhysicianName"),
@@ -94,7 +95,7 @@ def _rows_of(said: Said | None) -> set[bytes]:
     found: set[tuple[Kind, str]] = set()
     patients = said.patients
     for keys in (*patients, said.keys):
-        for keyword, kind in _PLAIN.items():
+        for keyword, kind in PLAIN.items():
             found |= {(kind, value.strip()) for value in keys.get(keyword, "").split("\\")}
     for keys in patients:
         for group in groups_of(keys.get("PatientName", "")):

@@ -14,7 +14,7 @@ import xxhash
 
 from storage.objects import paths
 from storage.state import indexes, instances, keys
-from storage.state.kv import Transaction
+from storage.state.kv import Kv, Transaction, in_steps
 from storage.state.model import Delete, Instance, Put
 
 Identity = tuple[str, str]  # (Patient ID, its issuer)
@@ -256,7 +256,13 @@ def _any(txn: Transaction, table: str, prefix: bytes) -> bool:
 # -- catalogues without indexes ----------------------------------------------------------------------------------------
 
 
-def unindexed_some(txn: Transaction, _: bytes) -> bytes | None:
+def index_anew(kv: Kv) -> None:
+    """Nothing of what was there before is left. One that is broken off begins anew."""
+    in_steps(kv, _unindexed_some)
+    in_steps(kv, _index_some)
+
+
+def _unindexed_some(txn: Transaction, _: bytes) -> bytes | None:
     """Nothing is left of indexes that were begun."""
     gone = False
     for table in indexes.TABLES:
@@ -266,7 +272,7 @@ def unindexed_some(txn: Transaction, _: bytes) -> bytes | None:
     return b"" if gone else None
 
 
-def index_some(txn: Transaction, start: bytes) -> bytes | None:
+def _index_some(txn: Transaction, start: bytes) -> bytes | None:
     """Studies from a UID on get their indexes."""
     found = list(islice(txn.scan("study", start), ROWS_AT_ONCE))
     for key, raw in found:

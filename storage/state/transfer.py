@@ -15,7 +15,7 @@ import xxhash
 
 from storage.replication.epochs import Epochs
 from storage.state import changes, entries, file_images, file_rows, indexes, instances, places, rows
-from storage.state.kv import Kv, Transaction, in_steps
+from storage.state.kv import Kv, Transaction
 from storage.state.model import Leaving
 
 # What both nodes have alike, if they have the same log; `log` and most of `meta` are made anew.
@@ -208,8 +208,7 @@ def complete(old: Kv, new: Kv, head: Head) -> None:
     with new.read() as txn:
         check_counts(txn, head)
     if head.index_rules != indexes.RULES:  # another version gave it
-        in_steps(new, rows.unindexed_some)
-        in_steps(new, rows.index_some)
+        rows.index_anew(new)
     with old.read() as before:
         for batch in _batches(_own_rows(before, _scanned(new, "kept"))):
             new.update(partial(_put_all, batch))

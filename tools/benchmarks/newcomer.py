@@ -15,9 +15,9 @@ from typing import Final
 import click
 
 from storage.objects.local_volume import read_marker
-from storage.state.catalogue import Batch, Catalogue
-from storage.state.model import Entry, Location
-from tools.benchmarks.start import BATCH_SERIES, MAP_BYTES, PER_SERIES, synthetic
+from storage.state.catalogue import Catalogue
+from storage.state.model import Entry
+from tools.benchmarks.start import MAP_BYTES, fill, synthetic
 from tools.benchmarks.store import sample
 from tools.benchmarks.upkeep import pair, send, status_of
 from tools.lab.pair import Lab, wait_for
@@ -25,20 +25,15 @@ from tools.lab.pair import Lab, wait_for
 WAIT_S: Final = 3600.0
 
 
-def fill(lab: Lab, node: str, instances: int) -> None:
+def enlarge(lab: Lab, node: str, instances: int) -> None:
     """Make the archive of a node that is off so much larger."""
     catalogue = Catalogue.open(lab.node_dir(node) / "state" / "catalogue", MAP_BYTES)
     volume = str(read_marker(lab.volumes(node)[0])["id"])
     epoch, last = catalogue.epochs.last
-    rows: list[tuple[Entry, Location | None]] = []
-    with click.progressbar(length=instances, label="making the catalogue") as bar:
-        for entry, location in synthetic(volume, instances):
-            rows.append((Entry(epoch, last + entry.seq, entry.operation), location))
-            if len(rows) == PER_SERIES * BATCH_SERIES:
-                catalogue.write(Batch(appends=rows, applies=rows))
-                bar.update(len(rows))
-                rows = []
-        catalogue.write(Batch(appends=rows, applies=rows, meta={"checkpoint": last + instances}))
+    rows = (
+        (Entry(epoch, last + entry.seq, entry.operation), location) for entry, location in synthetic(volume, instances)
+    )
+    fill(catalogue, rows, instances, {})
     catalogue.close()
 
 
@@ -53,7 +48,7 @@ def newcomer(instances: int, folder: Path | None, as_json: bool) -> None:
         wait_for("the other node to work alone", lambda: status_of(lab, stays).get("mode") == "SOLO", WAIT_S)
         lab.power_off(stays)
         lab.disks(stays).mount()
-        fill(lab, stays, instances)
+        enlarge(lab, stays, instances)
         shutil.rmtree(lab.node_dir(joins) / "images")
         for point in (*lab.volumes(joins), lab.node_dir(joins) / "state"):
             point.mkdir(exist_ok=True)

@@ -8,7 +8,6 @@ import json
 import random
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,13 +22,12 @@ from pydicom import Dataset
 from gateway.dicom.identifiers import encode_identifier
 from gateway.dicom.sop_classes import FIND_MODELS, STUDY_ROOT
 from storage.objects.local_volume import create_marker
-from storage.state.catalogue import MADE_BY, Batch, Catalogue
+from storage.state.catalogue import MADE_BY, Catalogue
 from storage.state.model import Entry, Location, Put
 from tools.benchmarks.peers import HERE
-from tools.benchmarks.start import MAP_BYTES, PORT, Standalone
+from tools.benchmarks.start import MAP_BYTES, PORT, Standalone, fill
 from tools.cli.dicom_client import DicomClient
 
-AT_ONCE: Final = 2000  # studies written at a time
 STUDIES_A_PATIENT: Final = 4
 DAYS: Final = 3650
 FIRST_DAY: Final = date(2016, 1, 1)
@@ -116,16 +114,8 @@ def made(folder: Path, studies: int) -> None:
     """A volume, and a catalogue of so many studies."""
     volume = create_marker(folder / "volume")
     catalogue = Catalogue.open(folder / "state" / "catalogue", MAP_BYTES)
-    rows: list[tuple[Entry, Location | None]] = []
-    with click.progressbar(length=studies, label="making the catalogue", file=sys.stderr) as bar:
-        for entry, location in synthetic(volume, studies):
-            rows.append((entry, location))
-            if len(rows) == 3 * AT_ONCE:
-                catalogue.write(Batch(appends=rows, applies=rows))
-                bar.update(AT_ONCE)
-                rows = []
-        facts: dict[str, Any] = {"promised": 1, "volumes": [volume], "checkpoint": 3 * studies, "lineage": "bench"}
-        catalogue.write(Batch(appends=rows, applies=rows, meta={**facts, **MADE_BY}))
+    facts: dict[str, Any] = {"promised": 1, "volumes": [volume], "lineage": "bench", **MADE_BY}
+    fill(catalogue, synthetic(volume, studies), 3 * studies, facts)
     catalogue.close()
 
 

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,29 +39,19 @@ def made(folder: Path, instances: int) -> None:
     """A volume, and a catalogue of so many instances that lie on it."""
     volume = create_marker(folder / "volume")
     catalogue = Catalogue.open(folder / "state" / "catalogue", MAP_BYTES)
-    rows: list[tuple[Entry, Location | None]] = []
-    with click.progressbar(length=instances, label="making the catalogue", file=sys.stderr) as bar:
-        for entry, location in synthetic(volume, instances):
-            rows.append((entry, location))
-            if len(rows) == PER_SERIES * BATCH_SERIES:
-                catalogue.write(Batch(appends=rows, applies=rows))
-                bar.update(len(rows))
-                rows = []
-        catalogue.write(
-            Batch(
-                appends=rows,
-                applies=rows,
-                meta={
-                    "promised": 1,
-                    "volumes": [volume],
-                    "checkpoint": instances,
-                    "lineage": "bench",
-                    **MADE_BY,
-                },
-            )
-        )
-        bar.update(len(rows))
+    facts: dict[str, Any] = {"promised": 1, "volumes": [volume], "lineage": "bench", **MADE_BY}
+    fill(catalogue, synthetic(volume, instances), instances, facts)
     catalogue.close()
+
+
+def fill(catalogue: Catalogue, rows: Iterator[tuple[Entry, Location]], count: int, facts: Mapping[str, Any]) -> None:
+    """Have so many entries logged and applied, and `facts` of the catalogue kept when all of them are there."""
+    last = catalogue.epochs.last[1] + count
+    with click.progressbar(length=count, label="making the catalogue", file=sys.stderr) as bar:
+        while some := list[tuple[Entry, Location | None]](islice(rows, PER_SERIES * BATCH_SERIES)):
+            catalogue.write(Batch(appends=some, applies=some))
+            bar.update(len(some))
+    catalogue.write(Batch(meta={**facts, "checkpoint": last}))
 
 
 def synthetic(volume: str, instances: int) -> Iterator[tuple[Entry, Location]]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from storage.state import indexes, rows
 from storage.state.catalogue import Batch, Catalogue
 from storage.state.indexes import NO_DATE, NO_MOMENT, NUMBER_BYTES, Kind, Range, beginning, days, exactly
-from storage.state.kv import Transaction, in_steps
+from storage.state.kv import Transaction
 from storage.state.model import Delete, Entry, Put
 from tests.simulation.machine import MemoryKv
 
@@ -73,8 +73,7 @@ def test_they_are_those_of_the_rows(done: list[tuple]) -> None:
     catalogue = catalogue_of(done)
     with catalogue.kv.read() as txn:
         kept = said(txn)
-    in_steps(catalogue.kv, rows.unindexed_some)
-    in_steps(catalogue.kv, rows.index_some)
+    rows.index_anew(catalogue.kv)
     with catalogue.kv.read() as txn:
         assert said(txn) == kept
 

@@ -8,6 +8,7 @@ raises `Unknown`: it may or may not have been applied, and the caller reads back
 import asyncio
 import base64
 import math
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any, Protocol
 import aiohttp
 
 from conf.tls import MutualTls
+
+AGAIN_S = 0.2  # between two rounds of all endpoints
 
 
 class EtcdError(Exception):
@@ -96,9 +99,12 @@ def _understood() -> Iterator[None]:
 class HttpEtcd:
     """Tries the endpoints in turn and stays with one that answers."""
 
-    def __init__(self, endpoints: Sequence[str], timeout_s: float, tls: MutualTls | None = None) -> None:
-        """`tls`: for endpoints whose URLs say https."""
-        self._tls = tls
+    def __init__(
+        self, endpoints: Sequence[str], timeout_s: float, tls: MutualTls | None = None, patience_s: float = 0.0
+    ) -> None:
+        """`tls`: for endpoints whose URLs say https. `patience_s`: how long to go on asking when none of them answers,
+        as while they elect a leader; each is asked once in any case."""
+        self._tls, self._patience_s = tls, patience_s
         self._endpoints = [endpoint.rstrip("/") for endpoint in endpoints]
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, connect=min(0.7, timeout_s))
         self._current = 0
@@ -124,6 +130,8 @@ class HttpEtcd:
                 answer: Any = await response.json(content_type=None)
                 if not isinstance(answer, dict):
                     raise ValueError("an answer that isn't etcd's")
+                if response.status >= 500:  # it has no leader, or took too long: it may be applied yet
+                    raise aiohttp.ClientError(str(answer.get("error") or response.status))
                 if response.status != 200:
                     raise EtcdError(f"{url}: {answer.get('error') or response.status}")
                 return answer
@@ -132,14 +140,17 @@ class HttpEtcd:
             raise Unknown(f"{url}: {error or type(error).__name__}") from error
 
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """For requests that may be repeated: asks each endpoint once."""
-        for attempt in range(len(self._endpoints)):
+        """For requests that may be repeated."""
+        until, attempt = time.monotonic() + self._patience_s, 0
+        while True:
             try:
                 return await self._post_once(path, body)
             except Unknown:
-                if attempt == len(self._endpoints) - 1:
+                attempt += 1
+                if attempt >= len(self._endpoints) and time.monotonic() >= until:
                     raise
-        raise EtcdError("no endpoint")
+            if attempt % len(self._endpoints) == 0:
+                await asyncio.sleep(AGAIN_S)
 
     async def call(self, path: str, **given: Any) -> dict[str, Any]:
         """Any other request of the API. Raises EtcdError."""
@@ -178,7 +189,8 @@ class HttpEtcd:
                 changes.append({"request_put": put})
             else:
                 changes.append({"request_delete_range": {"key": _b64(change.key)}})
-        answer = await self._post_once("/v3/kv/txn", {"compare": conditions, "success": changes})
+        post = self._post_once if compare else self._post  # without a condition it may be repeated
+        answer = await post("/v3/kv/txn", {"compare": conditions, "success": changes})
         return bool(answer.get("succeeded"))
 
     async def grant(self, ttl_s: int) -> int:

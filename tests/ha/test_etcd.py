@@ -74,6 +74,35 @@ async def test_watch_wakes(etcd: HttpEtcd) -> None:
     task.cancel()
 
 
+async def test_people_wait_for_a_leader_to_be_elected(tmp_path: Path) -> None:
+    """Two members of three are enough; one alone answers that it has no leader, until another one is there."""
+    peers = {name: f"http://127.0.0.1:{free_port()}" for name in "xyz"}
+    clients = {name: f"http://127.0.0.1:{free_port()}" for name in "xyz"}
+    cluster = ",".join(f"{name}={url}" for name, url in peers.items())
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        (tmp_path / name).mkdir(mode=0o700)
+        words = f"--name {name} --listen-client-urls {clients[name]} --advertise-client-urls {clients[name]}"
+        words += f" --listen-peer-urls {peers[name]} --initial-advertise-peer-urls {peers[name]} --log-level error"
+        words += f" --initial-cluster {cluster} --data-dir {tmp_path / name}"
+        return subprocess.Popen(["etcd", *words.split()])
+
+    running = [start("x")]
+    patient = HttpEtcd(list(clients.values()), 1.0, patience_s=120.0)
+    try:
+        asking = asyncio.create_task(patient.txn((), (PutKey("/t/x", "1"),)))
+        await asyncio.sleep(3.0)
+        assert not asking.done()
+        running.append(start("y"))
+        assert await asking
+        assert [kv.value for kv in await patient.get_prefix("/t/")] == ["1"]
+    finally:
+        await patient.close()
+        for process in running:
+            process.kill()
+            process.wait()
+
+
 async def test_nobody_there() -> None:
     client = HttpEtcd(["http://127.0.0.1:1"], 1.0)
     with pytest.raises(EtcdError):

@@ -29,6 +29,7 @@ T = TypeVar("T")
 SWITCHOVER_S: Final = 30
 POLL_S: Final = 0.05
 ETCD_TIMEOUT_S: Final = 3.0
+ETCD_PATIENCE_S: Final = 10.0  # its members elect a leader anew after one of them has gone
 
 
 class Cluster:
@@ -92,7 +93,8 @@ def with_etcd(config: Path | None, work: Callable[[Settings, ClusterSettings, Ht
 
     async def main() -> T:
         try:
-            etcd = HttpEtcd(cluster.etcd, ETCD_TIMEOUT_S, MutualTls(cluster.tls) if cluster.tls else None)
+            tls = MutualTls(cluster.tls) if cluster.tls else None
+            etcd = HttpEtcd(cluster.etcd, ETCD_TIMEOUT_S, tls, ETCD_PATIENCE_S)
         except CertificatesBad as error:
             raise Failure(f"{error}; may you read them?", EXIT_CONFIG) from None
         try:

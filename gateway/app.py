@@ -88,7 +88,10 @@ async def _main(settings: Settings, read_again: Callable[[], Settings]) -> int:
 
 
 # What holds only from the next start on, besides whole sections.
-FIXED: Final = ("bind", "port", "max_pdu_bytes", "retrieve_memory_bytes", "standby_reads", "isolated_reads")
+FIXED: Final = (
+    *("bind", "port", "max_pdu_bytes", "retrieve_memory_bytes", "query_processes"),
+    *("standby_reads", "isolated_reads"),
+)
 FIXED_SECTIONS: Final = ("node", "storage", "cluster", "share", "http", "alerts")
 
 

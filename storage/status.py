@@ -71,7 +71,7 @@ def node_status(engine: Engine) -> dict[str, Any]:
         },
         "healing": {
             "missing": counts["missing"],
-            "unreadable": engine.healing.unreadable,
+            "unreadable": len(engine.healing.unreadable),
             **_pace(engine, counts["missing"]),
         },
         "scrub": {"at": engine.scrub.at, "checked": engine.scrub.checked, "bad": engine.scrub.bad},

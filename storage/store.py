@@ -201,9 +201,22 @@ class Store:
         checked now. Raises Unavailable."""
         return await self._engine.reading.open(instance, whole=whole)
 
-    def beginning(self, instance: Instance, bytes_max: int) -> bytes | None:
-        """The first bytes of this node's copy, file meta and all, unchecked; None if there is none now. Blocks."""
-        found = self._engine.copies.find(instance.seq)
+    def for_other_processes(self) -> tuple[str, int]:
+        """(folder of the catalogue, for `storage.state.elsewhere`; its generation: with another one it is another
+        catalogue). Raises NotServing while another one takes its place."""
+        generation = self._engine.catalogue.generation
+        if generation % 2:
+            raise NotServing("the state of the other node is being taken")
+        return str(self._engine.settings.storage.state / "catalogue"), generation
+
+    def forget_readers(self) -> None:
+        """A process that read the catalogue may have been killed in the middle of it."""
+        self._engine.catalogue.kv.forget_readers()
+
+    def beginning(self, seq: int, bytes_max: int) -> bytes | None:
+        """The first bytes of this node's copy of an instance, file meta and all, unchecked; None if there is none now.
+        Blocks."""
+        found = self._engine.copies.find(seq)
         if found is None:
             return None
         volume, name, _ = found
@@ -216,9 +229,10 @@ class Store:
         except OSError:
             return None
 
-    def is_unreadable(self, seq: int) -> bool:
-        """Neither node has a good copy of an instance now, as far as is known."""
-        return self._engine.healing.is_unreadable(seq)
+    @property
+    def unreadable(self) -> list[int]:
+        """Instances, by their numbers, of which neither node has a good copy now, as far as is known."""
+        return list(self._engine.healing.unreadable)
 
     def run(self, function: Callable[..., T], *args: Any) -> "asyncio.Future[T]":
         """Do something that blocks in a thread for disks."""

@@ -7,10 +7,23 @@ from typing import Final
 from pydicom import Dataset
 from pydicom.filereader import read_dataset
 
+from gateway.dicom.scan import Scanner
 from gateway.dicom.sop_classes import encoding_of
 
 HEAD_BYTES_MAX: Final = 4 << 20  # read, and inflated
+HEAD_BYTES_USUAL: Final = 32 << 10
+LAST: Final = 0x7FE00007
 PIXELS: Final = frozenset((0x7FE00008, 0x7FE00009, 0x7FE00010))
+
+
+def is_whole(raw: bytes, offset: int, transfer_syntax: str) -> bool:
+    """The beginning of a file goes as far as its pixels; False also where that can't be told at a glance."""
+    implicit, little, deflated = encoding_of(transfer_syntax)
+    if deflated:
+        return False
+    scanner = Scanner((), frozenset(), LAST, implicit=implicit, little=little)
+    scanner.feed(memoryview(raw)[offset:])
+    return scanner.done
 
 
 def read_head(raw: bytes, offset: int, transfer_syntax: str) -> Dataset | None:

@@ -11,6 +11,7 @@ from gateway.archive.converting import Converter
 from gateway.archive.destinations import Destinations
 from gateway.archive.jobs import Jobs
 from gateway.archive.live import Live
+from gateway.archive.queries import Queries
 from gateway.dimse.commitments import Commitments
 from gateway.metrics import Meter
 from gateway.workers.pool import Pool
@@ -21,7 +22,8 @@ from storage.store import Store
 class Context:
     store: Store
     live: Live
-    executor: Executor  # for queries, which block
+    executor: Executor  # for what blocks: identifiers, and rows of what is to be retrieved
+    queries: Queries
     readers: Pool  # processes that read odd data sets
     converter: Converter
     memory: Budget  # bytes of objects on their way out

@@ -15,6 +15,7 @@ from gateway.archive.converting import Converter
 from gateway.archive.destinations import Destinations
 from gateway.archive.jobs import Jobs
 from gateway.archive.live import Live
+from gateway.archive.queries import Queries
 from gateway.archive.users import Overrun, Users
 from gateway.dicom.associate import AssociateRequest
 from gateway.dimse.association import Association
@@ -68,6 +69,7 @@ class DicomServer:
             store,
             live,
             self._executor,
+            Queries(store, live.dicom.query_processes),
             Pool(READERS),
             Converter(),
             Budget(live.dicom.retrieve_memory_bytes),
@@ -107,6 +109,7 @@ class DicomServer:
         for task in list(self._tasks):
             task.cancel()
         self._executor.shutdown(wait=False)
+        await self._context.queries.stop()
         await self._context.readers.stop()
         await self._context.converter.stop()
 
@@ -120,6 +123,7 @@ class DicomServer:
         context = self._context
         return {
             "disks": self._store.waiting,
+            "queries": context.queries.waiting,
             "readers": context.readers.waiting,
             "converter": context.converter.pool.waiting,
         }

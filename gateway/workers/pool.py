@@ -4,10 +4,13 @@ import asyncio
 import contextlib
 import os
 import sys
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import msgspec
 import structlog
+
+from gateway.workers.process import READY
 
 log = structlog.get_logger()
 
@@ -24,14 +27,18 @@ class WorkFailed(Exception):
         self.kind = kind
 
 
-class Worker:
-    """One process."""
+Help = Callable[..., Awaitable[Any]]
 
-    def __init__(self) -> None:
+
+class Worker:
+    """One process, `python -m` a module."""
+
+    def __init__(self, module: str = "gateway.workers.worker") -> None:
+        self._module = module
         self._process: asyncio.subprocess.Process | None = None
 
-    async def ask(self, job: bytes, timeout_s: float) -> Any:
-        """Raises WorkFailed."""
+    async def ask(self, job: bytes, timeout_s: float, help_with: Help | None = None) -> Any:
+        """`help_with(*question)` answers what the worker asks meanwhile. Raises WorkFailed."""
         try:
             process = await self._started()
         except (OSError, TimeoutError, EOFError) as error:
@@ -39,7 +46,7 @@ class Worker:
             raise WorkFailed("failed", "no worker process can be started") from error
         try:
             async with asyncio.timeout(timeout_s):
-                answer = await self._exchange(process, job)
+                answer = await self._exchange(process, job, help_with)
         except TimeoutError:
             await self.stop()
             raise WorkFailed("failed", f"it takes longer than {timeout_s:.0f} s") from None
@@ -57,7 +64,7 @@ class Worker:
         if self._process is None or self._process.returncode is not None:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
-                *("-m", "gateway.workers.worker"),
+                *("-m", self._module),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.DEVNULL,
@@ -65,18 +72,22 @@ class Worker:
             )
             assert self._process.stdout is not None
             async with asyncio.timeout(START_S):
-                await self._process.stdout.readexactly(5)
+                await self._process.stdout.readexactly(len(READY))
         return self._process
 
-    async def _exchange(self, process: asyncio.subprocess.Process, job: bytes) -> Any:
+    async def _exchange(self, process: asyncio.subprocess.Process, job: bytes, help_with: Help | None) -> Any:
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(len(job).to_bytes(4, "big") + job)
-        await process.stdin.drain()
-        size = int.from_bytes(await process.stdout.readexactly(4), "big")
-        if size > ANSWER_BYTES_MAX:
-            raise EOFError
-        return msgspec.msgpack.decode(await process.stdout.readexactly(size))
+        while True:
+            process.stdin.write(len(job).to_bytes(4, "big") + job)
+            await process.stdin.drain()
+            size = int.from_bytes(await process.stdout.readexactly(4), "big")
+            if size > ANSWER_BYTES_MAX:
+                raise EOFError
+            answer = msgspec.msgpack.decode(await process.stdout.readexactly(size))
+            if answer[0] != "asks" or help_with is None:
+                return answer
+            job = msgspec.msgpack.encode(await help_with(*answer[1:]))
 
     async def stop(self) -> None:
         process, self._process = self._process, None

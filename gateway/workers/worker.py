@@ -2,15 +2,10 @@
 
     python -m gateway.workers.worker
 
-A job is a length of four bytes and MessagePack [name, arguments]; the answer likewise ["ok", result] or
-["error", kind, text]. Memory is limited, and the kernel ends this process with its parent.
+A job is [name, arguments]; the answer ["ok", result] or ["error", kind, text].
 """
 
-import ctypes
-import os
 import resource
-import signal
-import warnings
 from collections.abc import Callable
 from io import BytesIO
 from typing import Any, BinaryIO, Final
@@ -20,10 +15,9 @@ import xxhash
 
 from gateway.dicom.identify import Unreadable, identify
 from gateway.dicom.transcode import CannotConvert, convert
+from gateway.workers.process import Pipe, confine, serve
 
 MEMORY_BYTES_MAX: Final = 4 << 30
-PR_SET_PDEATHSIG: Final = 1
-NICE: Final = 5
 
 
 class Bad(Exception):
@@ -74,21 +68,8 @@ def _answer(job: bytes) -> list[Any]:
 
 
 def main() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES_MAX, MEMORY_BYTES_MAX))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.nice(NICE)
-    warnings.filterwarnings("ignore")
-    source, sink = os.fdopen(0, "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a decoder prints isn't an answer
-    sink.write(b"ready")
-    sink.flush()
-    while head := source.read(4):
-        raw = msgspec.msgpack.encode(_answer(source.read(int.from_bytes(head, "big"))))
-        sink.write(len(raw).to_bytes(4, "big"))
-        sink.write(raw)
-        sink.flush()
+    confine(resource.RLIMIT_AS, MEMORY_BYTES_MAX)
+    serve(Pipe(), _answer)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ class Catalogue(Reader):
         super().__init__(kv)
         self.kv = kv
         self.tail: dict[int, tuple[Entry, Location | None]] = {}  # logged, and not written here yet
+        self.generation = 0  # another one with each state that was taken; odd while one takes this one's place
         self.epochs = Epochs(self.meta("epochs", ()))
         self._check_tail()
 
@@ -318,10 +319,12 @@ class Catalogue(Reader):
             raise StateUnusable(str(error)) from error
         new.sync()  # which takes a while; what is left to do then doesn't
         with commit():
+            self.generation += 1
             try:
                 self.kv.become(new)
             except OSError as error:
                 raise CatalogueDamaged(f"the state that was taken: {error.strerror}") from error
+            self.generation += 1
             self.epochs = Epochs(head.epochs)
 
     def _write(self, txn: Transaction, batch: Batch, epochs: Epochs) -> None:

@@ -6,7 +6,7 @@ volume with room. A volume that fails is written off: all that lay on it is miss
 
 import asyncio
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Final
 
 import structlog
@@ -109,13 +109,9 @@ class Healing:
         return bool(await self._workers.run(self._catalogue.missing, 0, 1))
 
     @property
-    def unreadable(self) -> int:
-        """Objects of which neither node has a good copy now."""
-        return len(self._unreadable)
-
-    def is_unreadable(self, seq: int) -> bool:
-        """Neither node has a good copy of this entry's bytes now."""
-        return seq in self._unreadable
+    def unreadable(self) -> Set[int]:
+        """Entries of whose bytes neither node has a good copy now."""
+        return self._unreadable
 
     @property
     def rate(self) -> float:

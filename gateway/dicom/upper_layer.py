@@ -266,8 +266,14 @@ class UpperLayer:
         return struct.pack(">BxLxxBB", PduType.ABORT, 4, source, reason)
 
     def data(self, context_id: int, is_command: bool, payload: bytes | memoryview, *, last: bool = True) -> bytes:
-        """P-DATA-TF PDUs that carry `payload`, each within the other side's maximum length; `last` ends the command set
-        or data set."""
+        """P-DATA-TF PDUs that carry `payload`, see `parts`."""
+        return b"".join(self.parts(context_id, is_command, payload, last=last))
+
+    def parts(
+        self, context_id: int, is_command: bool, payload: bytes | memoryview, *, last: bool = True
+    ) -> list[bytes | memoryview]:
+        """P-DATA-TF PDUs that carry `payload`, each within the other side's maximum length, in parts, no copies;
+        `last` ends the command set or data set."""
         room = max(self.peer_max_pdu_bytes - PDV_HEADER.size, 2)
         parts = [payload[start : start + room] for start in range(0, len(payload), room)] or [b""]
         out: list[bytes | memoryview] = []
@@ -276,7 +282,7 @@ class UpperLayer:
             out.append(PDU_HEADER.pack(PduType.DATA_TF, len(part) + PDV_HEADER.size))
             out.append(PDV_HEADER.pack(len(part) + 2, context_id, control))
             out.append(part)
-        return b"".join(out)
+        return out
 
     def _expect(self, state: State) -> None:
         if self.state is not state:

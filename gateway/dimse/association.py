@@ -93,7 +93,6 @@ class Association(Connection):
         super().connection_made(transport)
         peer = transport.get_extra_info("peername")
         self.address = str(peer[0]) if isinstance(peer, tuple) else ""
-        self.sock = transport.get_extra_info("socket")
         if self.sock is not None:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if not self._listener.admit(self):

@@ -24,6 +24,7 @@ from storage.store import NotServing
 
 log = structlog.get_logger()
 
+PENDING_S: Final = 0.2  # between two pending responses
 MOVE_TASK: Final = "move"
 MOVE_PATIENCE_S: Final = 3600.0  # for a destination that doesn't take what a C-MOVE without requester sends
 FIRST_RETRY_S: Final = 2.0
@@ -47,6 +48,7 @@ class Retriever(Collector):
     """What C-GET and C-MOVE have in common."""
 
     models: ClassVar = {**GET_MODELS, **MOVE_MODELS}
+    _told_at = float("-inf")
 
     async def respond(self) -> None:
         call = self.call
@@ -69,7 +71,10 @@ class Retriever(Collector):
         raise NotImplementedError
 
     def _pending(self, tally: Tally) -> None:
-        if tally.remaining and self.call.peer.may_send:
+        """How far it is; not for each of a thousand small ones, which would cost the other side as much as us."""
+        now = time.monotonic()
+        if tally.remaining and self.call.peer.may_send and now - self._told_at >= PENDING_S:
+            self._told_at = now
             response = encode_response(self.call.request, Status.PENDING, counts=tally.counts)
             self.call.peer.send(self.call.context_id, response)
 

@@ -11,6 +11,7 @@ from tools.benchmarks import upkeep as bench_upkeep
 from tools.benchmarks.floor import floor
 from tools.benchmarks.log import log
 from tools.benchmarks.query import query
+from tools.benchmarks.retrieve import retrieve
 from tools.benchmarks.start import start
 from tools.benchmarks.store import store
 
@@ -25,6 +26,7 @@ main.add_command(log)
 main.add_command(floor)
 main.add_command(start)
 main.add_command(query)
+main.add_command(retrieve)
 where = click.option("--dir", "folder", type=click.Path(path_type=Path), help="Where all data lie; default: a tmpfs.")
 for run, count in ((bench_upkeep.heal, 600), (bench_upkeep.scrub, 600), (bench_upkeep.rebuild, 4000)):
     command = click.command(run.__name__, help=run.__doc__)(run)

@@ -14,7 +14,7 @@ from tools.lab.network import ADDRESSES, VIP, namespace
 from tools.lab.pair import AET, DICOM_PORT, Lab, wait_for
 
 HERE: Final = "127.0.0.1"
-ALONE_PORT, ORTHANC_PORT, STORESCP_PORT = 11112, 4242, 11113
+ALONE_PORT, ORTHANC_PORT, STORESCP_PORT, DCMQRSCP_PORT = 11112, 4242, 11113, 11114
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ def orthanc(folder: Path, member: str = "") -> Iterator[Server]:
         "DicomPort": ORTHANC_PORT,
         "DicomAet": "ORTHANC",
         "DicomCheckCalledAet": False,
+        "DicomAlwaysAllowFind": True,
+        "DicomAlwaysAllowGet": True,
         "DicomThreadsCount": 16,
         "HttpServerEnabled": False,
         "Plugins": [],
@@ -86,6 +88,22 @@ def orthanc(folder: Path, member: str = "") -> Iterator[Server]:
     inside = ["ip", "netns", "exec", namespace(member)] if member else []
     with _running([*inside, "Orthanc", str(folder / "orthanc.json")], folder, host, ORTHANC_PORT) as pid:
         yield Server("orthanc", host, ORTHANC_PORT, "ORTHANC", {"orthanc": pid})
+
+
+@contextmanager
+def dcmqrscp(folder: Path) -> Iterator[Server]:
+    """DCMTK's archive: files in a folder, and an index of them."""
+    made = folder / "db"
+    made.mkdir(parents=True)
+    config = folder / "dcmqrscp.cfg"
+    config.write_text(
+        f"NetworkTCPPort = {DCMQRSCP_PORT}\nMaxPDUSize = 131072\nMaxAssociations = 16\n"
+        "HostTable BEGIN\nHostTable END\nVendorTable BEGIN\nVendorTable END\n"
+        f"AETable BEGIN\nDCMQRSCP {made} RW (200, 16384mb) ANY\nAETable END\n"
+    )
+    words = ["dcmqrscp", "--config", str(config)]
+    with _running(words, folder, HERE, DCMQRSCP_PORT) as pid:
+        yield Server("dcmqrscp", HERE, DCMQRSCP_PORT, "DCMQRSCP", {"dcmqrscp": pid})  # each association is a child
 
 
 @contextmanager

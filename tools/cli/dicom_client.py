@@ -8,13 +8,15 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
+from pydicom.uid import UID
 from pynetdicom.pdu import A_ASSOCIATE_AC, A_ASSOCIATE_RQ
 from pynetdicom.pdu_primitives import (
     A_ASSOCIATE,
     ImplementationClassUIDNotification,
     MaximumLengthNotification,
+    SCP_SCU_RoleSelectionNegotiation,
     UserIdentityNegotiation,
 )
 from pynetdicom.presentation import build_context
@@ -111,10 +113,11 @@ class DicomClient:
         *,
         calling: str = "BENCH",
         user: tuple[str, str] | None = None,
+        roles: Sequence[str] = (),
     ) -> None:
         """`timeout_s` for each answer, `connect_s` for the connection if that is to be shorter; `user`: name and
-        password to log in with."""
-        self._user = user
+        password to log in with; `roles`: SOP classes of which we are the SCP."""
+        self._user, self._roles = user, roles
         self._socket = socket.create_connection((host, port), timeout=connect_s or timeout_s)
         self._socket.settimeout(timeout_s)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -127,7 +130,7 @@ class DicomClient:
             self.close()
             raise
 
-    def __enter__(self) -> "DicomClient":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -155,6 +158,10 @@ class DicomClient:
             identity.user_identity_type = 2
             identity.primary_field, identity.secondary_field = (part.encode() for part in self._user)
             request.user_information.append(identity)
+        for sop_class in self._roles:
+            role = SCP_SCU_RoleSelectionNegotiation()
+            role.sop_class_uid, role.scu_role, role.scp_role = UID(sop_class), False, True
+            request.user_information.append(role)
         pdu = A_ASSOCIATE_RQ()
         pdu.from_primitive(request)
         self.send_raw(pdu.encode())
@@ -275,14 +282,40 @@ def status_of(command: bytes) -> int:
     raise AssociationFailed("a response without status")
 
 
+def command_of(raw: bytes) -> dict[int, int | str]:
+    """Element number -> number of two bytes, or text."""
+    found: dict[int, int | str] = {}
+    at = 0
+    while at + 8 <= len(raw):
+        _group, element, length = _ELEMENT.unpack_from(raw, at)
+        value = raw[at + 8 : at + 8 + length]
+        is_text = element in (0x0002, 0x0902, 0x1000)
+        found[element] = value.rstrip(b"\0 ").decode() if is_text else int.from_bytes(value[:2], "little")
+        at += 8 + length
+    return found
+
+
 def store_command(message_id: int, sop_class: str, sop_instance: str) -> bytes:
     body = _text(0x0002, sop_class) + _number(0x0100, 1) + _number(0x0110, message_id) + _number(0x0700, 0)
     return _command(body + _number(0x0800, 0) + _text(0x1000, sop_instance))
 
 
 def find_command(message_id: int, sop_class: str) -> bytes:
-    body = _text(0x0002, sop_class) + _number(0x0100, 0x20) + _number(0x0110, message_id)
+    return _query_command(0x20, message_id, sop_class)
+
+
+def get_command(message_id: int, sop_class: str) -> bytes:
+    return _query_command(0x10, message_id, sop_class)
+
+
+def _query_command(field: int, message_id: int, sop_class: str) -> bytes:
+    body = _text(0x0002, sop_class) + _number(0x0100, field) + _number(0x0110, message_id)
     return _command(body + _number(0x0700, 0) + _number(0x0800, 0))
+
+
+def store_response(message_id: int, sop_class: str, sop_instance: str, status: int = 0) -> bytes:
+    body = _text(0x0002, sop_class) + _number(0x0100, 0x8001) + _number(0x0120, message_id) + _number(0x0800, 0x0101)
+    return _command(body + _number(0x0900, status) + _text(0x1000, sop_instance))
 
 
 def _command(body: bytes) -> bytes:

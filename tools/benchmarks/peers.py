@@ -68,12 +68,14 @@ def alone(folder: Path) -> Iterator[Server]:
 
 
 @contextmanager
-def orthanc(folder: Path, member: str = "") -> Iterator[Server]:
-    """Debian's Orthanc with its default durability, in a lab member's network or here."""
+def orthanc(folder: Path, member: str = "", root: Path | None = None) -> Iterator[Server]:
+    """Debian's Orthanc with its default durability, in a lab member's network or here; `root`: of another Debian, whose
+    Orthanc sees `folder` as /mnt."""
     folder.mkdir(parents=True)
+    seen = Path("/mnt") if root else folder
     config = {
-        "StorageDirectory": str(folder / "db"),
-        "IndexDirectory": str(folder / "db"),
+        "StorageDirectory": str(seen / "db"),
+        "IndexDirectory": str(seen / "db"),
         "DicomPort": ORTHANC_PORT,
         "DicomAet": "ORTHANC",
         "DicomCheckCalledAet": False,
@@ -86,7 +88,11 @@ def orthanc(folder: Path, member: str = "") -> Iterator[Server]:
     (folder / "orthanc.json").write_text(json.dumps(config))
     host = ADDRESSES[member] if member else HERE
     inside = ["ip", "netns", "exec", namespace(member)] if member else []
-    with _running([*inside, "Orthanc", str(folder / "orthanc.json")], folder, host, ORTHANC_PORT) as pid:
+    words = [*inside, "Orthanc", str(seen / "orthanc.json")]
+    if root:  # in a mount namespace of its own, which ends with it
+        script = 'mount --bind "$1" "$2/mnt" && root=$2 && shift 2 && exec chroot "$root" "$@"'
+        words = ["unshare", "--mount", "sh", "-c", script, "sh", str(folder), str(root), *words]
+    with _running(words, folder, host, ORTHANC_PORT) as pid:
         yield Server("orthanc", host, ORTHANC_PORT, "ORTHANC", {"orthanc": pid})
 
 

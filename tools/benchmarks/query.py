@@ -1,17 +1,23 @@
-"""`tools/bench query`: what a query costs in an archive of many studies, over C-FIND.
+"""`tools/bench query`: what a query costs in an archive of many studies, over C-FIND, and a C-STORE beside it.
 
 The archive is synthetic: rows of a catalogue without files; names in several scripts, several studies a patient, three
-series a study, each of one instance: how many a series has makes no difference to queries of studies.
+series a study, each of one instance: how many a series has makes no difference to queries of studies. `--beside` sends
+real objects, of one series a study, to ours and to Orthanc instead, and asks both in turn.
 """
 
 import json
+import multiprocessing
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from datetime import date, timedelta
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -24,9 +30,12 @@ from gateway.dicom.sop_classes import FIND_MODELS, STUDY_ROOT
 from storage.objects.local_volume import create_marker
 from storage.state.catalogue import MADE_BY, Catalogue
 from storage.state.model import Entry, Location, Put
-from tools.benchmarks.peers import HERE
+from tools.benchmarks import peers
+from tools.benchmarks.peers import HERE, Server
 from tools.benchmarks.start import MAP_BYTES, PORT, Standalone, fill
-from tools.cli.dicom_client import DicomClient
+from tools.benchmarks.store import WARM_UP, latencies, sample
+from tools.cli.dicom_client import DicomClient, Object
+from tools.lab.pair import AET
 
 STUDIES_A_PATIENT: Final = 4
 DAYS: Final = 3650
@@ -34,7 +43,10 @@ FIRST_DAY: Final = date(2016, 1, 1)
 SYNTAX: Final = "1.2.840.10008.1.2"
 FIND: Final = next(uid for uid, model in FIND_MODELS.items() if model is STUDY_ROOT)
 ROOT: Final = "1.2.826.0.1.3680043.8.498.1234567890123456"
+CT: Final = "1.2.840.10008.5.1.4.1.1.2"
 ANSWER_S: Final = 600.0
+ROUNDS: Final = 5  # of C-STOREs by themselves and beside viewers
+STORES: Final = 40  # in each
 FIRST: Final = 100  # answers after which a client is content
 FAMILY: Final = (
     *("Smith", "Müller", "García", "O'Brien", "Nguyễn", "Kowalski", "Johansson", "van der Berg", "Rossi", "Dubois"),
@@ -185,53 +197,168 @@ def _timed(client: DicomClient, context: int, identifier: bytes) -> tuple[int, i
     return count, status, (heard[FIRST - 1] if len(heard) >= FIRST else end) - begin, end - begin
 
 
-def measure(host: str, port: int, called: str, studies: int) -> dict[str, dict[str, Any]]:
-    """Kind of query -> median milliseconds, median number of answers, and the statuses that came."""
-    found: dict[str, dict[str, Any]] = {}
-    with DicomClient(host, port, called, [(FIND, SYNTAX)], ANSWER_S) as client:
-        context = client.contexts[FIND, SYNTAX]
+@dataclass
+class Heard:
+    """Of one kind of query."""
+
+    all_ms: list[float] = field(default_factory=list)
+    first_ms: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    statuses: set[str] = field(default_factory=set)
+
+    @property
+    def row(self) -> dict[str, Any]:
+        return {
+            "ms": median(self.all_ms),
+            f"first {FIRST}, ms": median(self.first_ms),
+            "answers": median(self.counts),
+            "statuses": sorted(self.statuses),
+        }
+
+
+def measure(servers: Sequence[Server], studies: int) -> dict[str, dict[str, dict[str, Any]]]:
+    """Server -> kind of query -> median milliseconds, median number of answers, and the statuses that came; the servers
+    in turn."""
+    found: dict[str, dict[str, Heard]] = {server.name: {} for server in servers}
+    with ExitStack() as stack:
+        clients = {
+            one.name: stack.enter_context(DicomClient(one.host, one.port, one.ae_title, [(FIND, SYNTAX)], ANSWER_S))
+            for one in servers
+        }
         for kind, asked in questions(studies).items():
-            times, first, counts, statuses = [], [], [], set()
             for one in asked:
-                count, status, first_s, all_s = _timed(client, context, encoded(one))
-                times.append(all_s * 1000)
-                first.append(first_s * 1000)
-                counts.append(count)
-                statuses.add(f"0x{status:04X}")
-            answers = median(counts)
-            found[kind] = {
-                "ms": median(times),
-                f"first {FIRST}, ms": median(first),
-                "answers": answers,
-                "statuses": sorted(statuses),
-            }
-    return found
+                for name, client in clients.items():
+                    heard = found[name].setdefault(kind, Heard())
+                    count, status, first_s, all_s = _timed(client, client.contexts[FIND, SYNTAX], encoded(one))
+                    heard.all_ms.append(all_s * 1000)
+                    heard.first_ms.append(first_s * 1000)
+                    heard.counts.append(count)
+                    heard.statuses.add(f"0x{status:04X}")
+    return {name: {kind: heard.row for kind, heard in kinds.items()} for name, kinds in found.items()}
+
+
+# -- beside others -----------------------------------------------------------------------------------------------------
+
+
+def objects(studies: int) -> Iterator[Object]:
+    """A small object of each study, of its first series."""
+    for entry, _ in islice(synthetic("", studies), 0, None, 3):
+        put = entry.operation
+        assert isinstance(put, Put)
+        image = Dataset()
+        for keyword, text in put.keys.items():
+            setattr(image, keyword, int(text) if keyword in ("Rows", "Columns") else text)
+        image.SOPClassUID, image.SOPInstanceUID = put.sop_class, put.sop_instance
+        image.Rows = image.Columns = 8
+        image.SamplesPerPixel, image.PhotometricInterpretation, image.PixelRepresentation = 1, "MONOCHROME2", 0
+        image.BitsAllocated, image.BitsStored, image.HighBit = 16, 12, 11
+        image.PixelData = bytes(128)
+        yield Object(put.sop_class, put.sop_instance, SYNTAX, encode_identifier(image, SYNTAX))
+
+
+def sent(servers: Sequence[Server], studies: int) -> None:
+    """The same studies to all."""
+    with ExitStack() as stack:
+        contexts = [(CT, SYNTAX)]
+        clients = {
+            one.name: stack.enter_context(DicomClient(one.host, one.port, one.ae_title, contexts, ANSWER_S))
+            for one in servers
+        }
+        with click.progressbar(objects(studies), length=studies, label="storing", file=sys.stderr) as bar:
+            for one in bar:
+                for name, client in clients.items():
+                    if status := client.store(one):
+                        raise click.ClickException(f"{name}: status 0x{status:04X}")
+
+
+def _looks(server: Server, number: int, over: Any) -> None:
+    """A viewer that goes through all studies again and again."""
+    with DicomClient(server.host, server.port, server.ae_title, [(FIND, SYNTAX)], ANSWER_S) as client:
+        asked = encoded({"PatientBirthDate": f"19{60 + number}0115"})
+        while not over.is_set():
+            client.find(client.contexts[FIND, SYNTAX], FIND, asked)
+
+
+def beside_viewers(servers: Sequence[Server], viewers: int) -> dict[str, dict[str, float]]:
+    """Server -> median milliseconds of a C-STORE of a CT image by itself and while viewers scan, alternately."""
+    item, number = sample("CT"), 0
+    times: dict[str, dict[str, list[float]]] = {one.name: {"by itself": [], "beside viewers": []} for one in servers}
+    forked = multiprocessing.get_context("fork")
+    with click.progressbar(range(ROUNDS), label="storing beside viewers", file=sys.stderr) as rounds:
+        for _ in rounds:
+            for server in servers:
+                for name, found in times[server.name].items():
+                    over = forked.Event()
+                    looking = [
+                        forked.Process(target=_looks, args=(server, one, over))
+                        for one in range(viewers if name == "beside viewers" else 0)
+                    ]
+                    for one in looking:
+                        one.start()
+                    time.sleep(1.0)  # so that they have begun
+                    found += latencies([server], item, STORES, "", first=number)[server.name]
+                    number += STORES + WARM_UP
+                    over.set()
+                    for one in looking:
+                        one.join(ANSWER_S)
+    return {server: {name: median(found) for name, found in kinds.items()} for server, kinds in times.items()}
+
+
+@contextmanager
+def _made(
+    base: Path, studies: int, beside: bool, orthanc_root: Path | None
+) -> Iterator[tuple[list[Server], dict[str, Any]]]:
+    """Who is asked, and what there is to say of ours when it has been."""
+    facts: dict[str, Any] = {"studies": studies}
+    if beside:
+        with peers.alone(base / "tandem") as ours, peers.orthanc(base / "orthanc", root=orthanc_root) as theirs:
+            sent([ours, theirs], studies)
+            yield [ours, theirs], facts
+        return
+    gateway = Standalone(base)
+    try:
+        made(base, studies)
+        size = (base / "state" / "catalogue" / "data.mdb").stat().st_blocks * 512
+        facts["bytes an instance"] = size / (3 * studies)
+        gateway.start()
+        yield [Server("tandem alone", HERE, PORT, AET, {"gateway": gateway.pid})], facts
+        facts["anonymous memory, MB"] = gateway.memory_mb
+    finally:
+        gateway.end(signal.SIGTERM)
 
 
 @click.command()
 @click.option("--studies", default=20_000, show_default=True, help="How many the archive has.")
+@click.option("--beside", is_flag=True, help="Send them to ours and to Orthanc, and ask both in turn.")
+@click.option("--orthanc-root", type=click.Path(path_type=Path), help="Another Debian's files that have the Orthanc.")
+@click.option("--viewers", default=4, show_default=True, help="That scan while a modality stores; 0: no such part.")
 @click.option("--dir", "folder", type=click.Path(path_type=Path), help="Where to write; default: a tmpfs.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def query(studies: int, folder: Path | None, as_json: bool) -> None:
-    """What each kind of query costs over C-FIND in an archive of many studies."""
+def query(
+    studies: int, beside: bool, orthanc_root: Path | None, viewers: int, folder: Path | None, as_json: bool
+) -> None:
+    """What each kind of query costs over C-FIND in an archive of many studies, and a C-STORE beside them."""
     base = Path(tempfile.mkdtemp(prefix="tandem-bench-", dir=folder or "/dev/shm"))
-    gateway = Standalone(base)
+    base.chmod(0o755)
     try:
-        made(base, studies)
-        size = (base / "state" / "catalogue" / "data.mdb").stat().st_blocks * 512 / (3 * studies)
-        gateway.start()
-        found = measure(HERE, PORT, "TANDEM", studies)
-        memory = gateway.memory_mb
+        with _made(base, studies, beside, orthanc_root) as (servers, facts):
+            found = measure(servers, studies)
+            stores = beside_viewers(servers, viewers) if viewers else {}
     finally:
-        gateway.end(signal.SIGTERM)
         shutil.rmtree(base, ignore_errors=True)
     if as_json:
-        facts = {"studies": studies, "bytes an instance": size, "anonymous memory, MB": memory}
-        click.echo(json.dumps({**facts, "queries": found}))
+        click.echo(json.dumps({**facts, "queries": found, "C-STORE beside viewers, ms": stores}))
         return
-    click.echo(
-        f"{studies} studies; {size:.0f} bytes of state an instance; {memory:.0f} MB of anonymous memory afterwards"
-    )
-    for kind, one in found.items():
-        said = f"{one[f'first {FIRST}, ms']:>10.2f} ms for the first {FIRST}{one['answers']:>8.0f} answers"
-        click.echo(f"  {kind:<24}{one['ms']:>10.2f} ms{said}  {' '.join(one['statuses'])}")
+    click.echo(", ".join(f"{name}: {value:.0f}" for name, value in facts.items()))
+    for server, kinds in found.items():
+        click.echo(server)
+        for kind, one in kinds.items():
+            said = f"{one[f'first {FIRST}, ms']:>10.2f} ms for the first {FIRST}{one['answers']:>8.0f} answers"
+            theirs = [kinds[kind]["ms"] for name, kinds in found.items() if name != server]
+            ratio = f"   {one['ms'] / theirs[0]:.2f} of the other's" if theirs else ""
+            click.echo(f"  {kind:<24}{one['ms']:>10.2f} ms{said}  {' '.join(one['statuses'])}{ratio}")
+    for server, ms in stores.items():
+        alone, beside_ms = ms["by itself"], ms["beside viewers"]
+        click.echo(
+            f"{server}: C-STORE {alone:.2f} ms, {beside_ms:.2f} beside {viewers} viewers: x {beside_ms / alone:.2f}"
+        )

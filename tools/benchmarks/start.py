@@ -125,10 +125,13 @@ class Standalone:
         return time.perf_counter() - begin
 
     @property
+    def pid(self) -> int:
+        return self._process.pid if self._process else 0
+
+    @property
     def memory_mb(self) -> float:
         """Anonymous."""
-        pid = self._process.pid if self._process else 0
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon:"))
 
 

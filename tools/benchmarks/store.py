@@ -78,14 +78,16 @@ def _store(client: DicomClient, server: Server, item: Object) -> None:
         raise click.ClickException(f"{server.name}: status 0x{status:04X}")
 
 
-def latencies(servers: Sequence[Server], item: Object, count: int, label: str) -> dict[str, list[float]]:
-    """Milliseconds of each C-STORE on one association, the servers in turn."""
+def latencies(
+    servers: Sequence[Server], item: Object, count: int, label: str, first: int = 0
+) -> dict[str, list[float]]:
+    """Milliseconds of each C-STORE on one association, the servers in turn; `first`: number of the first object."""
     found: dict[str, list[float]] = {server.name: [] for server in servers}
     with ExitStack() as stack:
         clients = [stack.enter_context(_client(server, item)) for server in servers]
         with click.progressbar(range(count + WARM_UP), label=label, file=sys.stderr) as numbers:
             for number in numbers:
-                fresh = renamed(item, number)
+                fresh = renamed(item, first + number)
                 for server, client in zip(servers, clients, strict=True):
                     start = time.perf_counter()
                     _store(client, server, fresh)

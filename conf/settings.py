@@ -41,6 +41,7 @@ class Destination(Section):
     host: str = Field(description="Name or address")
     port: Port = Field(description="TCP port")
     timeout_s: Seconds = Field(30.0, description="For connecting, and for each answer")
+    associations: int = Field(1, ge=1, le=16, description="At once, for one C-MOVE")
     tls: bool = Field(False, description="Connect with TLS; the certificate is checked")
     ca_file: FolderPath | None = Field(None, description="Whose certificates are trusted; default: the system's")
     certificate: FolderPath | None = Field(None, description="Our certificate, where one is asked for")

@@ -1,6 +1,7 @@
 """Sending instances over an association, one after the other, some read ahead; and how sub-operations are counted."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -20,7 +21,8 @@ from storage.store import Unavailable
 log = structlog.get_logger()
 
 READ_AHEAD: Final = 2
-IN_MEMORY_BYTES: Final = 4 << 20  # of an object on its way out, whatever its length
+# Of an object on its way out, whatever its length: what goes out, what comes after that, and what is read meanwhile.
+IN_MEMORY_BYTES: Final = 12 << 20
 
 
 @dataclass
@@ -94,18 +96,19 @@ class Sending:
         self._tally, self._stop, self._progress = tally, stop, progress
         self._turn = asyncio.Semaphore(delivery.window)
         self._ahead = asyncio.Semaphore(delivery.window + READ_AHEAD)
-        self._ended = False
-        self.unsent: list[Instance] = []
+        self.ended = False
+        self.got_through = False
+        self._todo: deque[Instance] = deque()
 
-    async def run(self, found: list[Instance]) -> None:
-        """What was neither sent nor failed is in `unsent` afterwards."""
+    async def run(self, todo: deque[Instance]) -> None:
+        """Take from `todo`, as others may; what was neither sent nor failed is there again afterwards."""
+        self._todo = todo
         async with asyncio.TaskGroup() as group:
-            for number, instance in enumerate(found):
+            while todo:
                 await self._ahead.acquire()
-                if self._ended or self._stop():
-                    self.unsent += found[number:]
+                if self.ended or self._stop() or not todo:
                     return
-                group.create_task(self._one(instance))
+                group.create_task(self._one(todo.popleft()))
 
     async def _one(self, instance: Instance) -> None:
         put = instance.put
@@ -128,8 +131,8 @@ class Sending:
         source = await self._context.store.open(instance, whole=not as_stored)
         data = source.blocks() if as_stored else whole(await self._context.converter.convert(source, syntax))
         async with self._turn:
-            if self._ended or self._stop():
-                self.unsent.append(instance)
+            if self.ended or self._stop():
+                self._todo.appendleft(instance)
                 return
             await self._send(context_id, put.sop_class, put.sop_instance, data)
 
@@ -139,11 +142,12 @@ class Sending:
         try:
             answer = await delivery.sender.invoke(context_id, command, data, delivery.timeout_s)
         except (AssociationEnded, TimeoutError, OSError, Unavailable) as error:
-            self._ended = True  # a data set that broke off, or an answer that may come late: start anew
+            self.ended = True  # a data set that broke off, or an answer that may come late: start anew
             self._failed(sop_instance, reason_of(error))
             return
         if is_failure(answer.status):
             log.warning("retrieve.refused", status=f"0x{answer.status:04X}")
+        self.got_through |= not is_failure(answer.status)
         self._tally.answered(sop_instance, answer.status)
 
     def _failed(self, sop_instance: str, why: str) -> None:

@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable
 from typing import ClassVar, Final
 
 import msgspec
@@ -11,13 +12,12 @@ from pydicom import Dataset
 
 from gateway.archive.destinations import Destination
 from gateway.archive.select import Wanted, instances, wanted
-from gateway.dicom.associate import CONTEXTS_MAX
 from gateway.dicom.dimse import Status, encode_response
 from gateway.dicom.identifiers import BadQuery, encode_identifier
-from gateway.dicom.sop_classes import GET_MODELS, MOVE_MODELS, UNCOMPRESSED
+from gateway.dicom.sop_classes import GET_MODELS, MOVE_MODELS
 from gateway.dimse.context import Context
 from gateway.dimse.delivery import Delivery, Sending, Tally
-from gateway.dimse.requestor import Requestor, Unreachable
+from gateway.dimse.moving import Move
 from gateway.dimse.service import Collector
 from storage.state.model import Instance, Task
 from storage.store import NotServing
@@ -29,8 +29,6 @@ MOVE_TASK: Final = "move"
 MOVE_PATIENCE_S: Final = 3600.0  # for a destination that doesn't take what a C-MOVE without requester sends
 FIRST_RETRY_S: Final = 2.0
 RETRY_S_MAX: Final = 60.0
-
-Kind = tuple[str, str]  # (SOP class, transfer syntax)
 
 
 class MoveBody(msgspec.Struct, frozen=True):
@@ -115,12 +113,12 @@ class Getter(Retriever):
             if context.may_store
         }
         delivery = Delivery(peer, contexts, 1, context.settings.message_timeout_s, self.call.request.priority, None)
-        sending = Sending(delivery, context, tally, self._stop, lambda: self._pending(tally))
-        await sending.run(found)
+        sending, todo = Sending(delivery, context, tally, self._stop, lambda: self._pending(tally)), deque(found)
+        await sending.run(todo)
         if not context.store.may_read:
             raise NotServing("no longer the primary")
         if not self._cancelled():
-            for instance in sending.unsent:
+            for instance in todo:
                 tally.fail(instance.put.sop_instance)
         self._final(tally)
 
@@ -150,7 +148,7 @@ class Mover(Retriever):
         if found and context.store.may_serve:  # a standby serves it without a promise
             task = await jobs.begin(MOVE_TASK, self.call.peer.calling_ae, msgspec.msgpack.encode(body))
         try:
-            await deliver(context, destination, body, found, tally, self._stop, lambda: self._pending(tally))
+            await _moved(context, destination, body, found, tally, self._stop, lambda: self._pending(tally))
             if not context.store.may_read:
                 raise NotServing("no longer the primary")
             if task:
@@ -177,7 +175,7 @@ async def finish_move(context: Context, task: Task) -> str:
     pause, ends, sent = FIRST_RETRY_S, time.time() + MOVE_PATIENCE_S, 0
     while True:
         tally = Tally(len(left))
-        await deliver(context, destination, body, left, tally, lambda: not context.store.may_serve, lambda: None)
+        await _moved(context, destination, body, left, tally, lambda: not context.store.may_serve, lambda: None)
         if not context.store.may_serve:
             raise NotServing("no longer the primary")
         sent += tally.completed + tally.warning
@@ -198,7 +196,7 @@ async def _found(context: Context, asked: Wanted) -> list[Instance]:
     return await loop.run_in_executor(context.executor, lambda: list(instances(rows, asked)))
 
 
-async def deliver(
+async def _moved(
     context: Context,
     destination: Destination,
     body: MoveBody,
@@ -207,59 +205,5 @@ async def deliver(
     stop: Callable[[], bool],
     progress: Callable[[], None],
 ) -> None:
-    """Send instances to a destination, over as many associations as it takes: the contexts of one are limited, and one
-    that breaks off is followed by another as long as something gets through."""
-    groups = _groups(found)
-    while groups:
-        group = groups.pop(0)
-        before = tally.completed + tally.warning
-        try:
-            association = await Requestor.associate(
-                context.settings.aet, destination, _contexts(_kinds(group)), source=context.settings.move_from
-            )
-        except Unreachable as error:
-            log.warning("retrieve.unreachable", destination=destination.aet, why=str(error))
-            for instance in (one for each in (group, *groups) for one in each):
-                tally.fail(instance.put.sop_instance)
-            return
-        contexts = {agreed: number for number, agreed in association.contexts.items()}
-        originator = (body.originator, body.message_id)
-        delivery = Delivery(association, contexts, association.window, destination.timeout_s, body.priority, originator)
-        sending = Sending(delivery, context, tally, stop, progress)
-        try:
-            await sending.run(group)
-        finally:
-            await association.release()
-        if stop():
-            return
-        if sending.unsent:
-            if tally.completed + tally.warning > before:
-                groups.insert(0, sending.unsent)
-            else:  # nothing gets through: the rest has the same fate
-                for instance in sending.unsent:
-                    tally.fail(instance.put.sop_instance)
-
-
-def _kinds(found: list[Instance]) -> Iterator[Kind]:
-    return ((one.put.sop_class, one.put.transfer_syntax) for one in found)
-
-
-def _groups(found: list[Instance]) -> list[list[Instance]]:
-    """Instances by association, each with no more presentation contexts than there may be."""
-    groups: list[list[Instance]] = []
-    kinds: set[Kind] = set()
-    for instance in found:
-        kind = (instance.put.sop_class, instance.put.transfer_syntax)
-        if not groups or (kind not in kinds and len(_contexts({*kinds, kind})) > CONTEXTS_MAX):
-            groups.append([])
-            kinds = set()
-        kinds.add(kind)
-        groups[-1].append(instance)
-    return groups
-
-
-def _contexts(kinds: Iterable[Kind]) -> list[tuple[str, tuple[str, ...]]]:
-    """One context for each SOP class and transfer syntax that is stored, and those for what may be converted to."""
-    stored = list(dict.fromkeys(kinds))
-    others = [(sop_class, syntax) for sop_class in dict.fromkeys(kind[0] for kind in stored) for syntax in UNCOMPRESSED]
-    return [(sop_class, (syntax,)) for sop_class, syntax in dict.fromkeys(stored + others)]
+    originator = (body.originator, body.message_id)
+    await Move(context, destination, body.priority, originator, tally, stop, progress).run(found)

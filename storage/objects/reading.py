@@ -3,7 +3,9 @@
 A copy that isn't good is never given out: it is set aside, made again from the peer, and read then.
 """
 
+import asyncio
 import errno
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -46,16 +48,19 @@ class Source:
         if self.data is not None:
             yield memoryview(self.data)
             return
-        at, mended = 0, False
+        at, size, mended = 0, self.put.length - self.put.offset, False
         part = Part(self)
+        ahead = part.begin(at)
         try:
-            while at < self.put.length - self.put.offset:
+            while at < size:
                 try:
-                    block = await part.read(at)
+                    block = await ahead
                 except OSError:  # its disk doesn't answer
                     block = None
                 if block is not None:
                     at += len(block)
+                    if at < size:  # read while this one goes out
+                        ahead = part.begin(at)
                     yield memoryview(block)
                 elif mended:
                     raise OSError(errno.EIO, "no good copy of it is to be had")
@@ -63,7 +68,9 @@ class Source:
                     mended = True
                     part.close()
                     part = Part(await self.again())
+                    ahead = part.begin(at)
         finally:
+            ahead.cancel()
             part.close()
 
     @property
@@ -81,20 +88,31 @@ class Part:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._file: Reader | None = None
+        self._in_use = threading.Lock()
         self._closed = False
 
-    async def read(self, at: int) -> bytes | None:
-        """Some blocks from byte `at` of the data set on, which ends there or not; None if they aren't good. Raises
-        OSError if the disk doesn't answer."""
+    def begin(self, at: int) -> "asyncio.Task[bytes | None]":
+        """Some blocks from byte `at` of the data set on, which ends there or not; None if they aren't good. OSError if
+        the disk doesn't answer. One at a time."""
+        task = asyncio.get_running_loop().create_task(self._begun(at))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may want it any more
+        return task
+
+    async def _begun(self, at: int) -> bytes | None:
         source = self._source
         if source.data is not None:
             return source.data[at:]
         return await within(source.disk.run(self._read, at), source.hang_s)
 
     def _read(self, at: int) -> bytes | None:
-        put = self._source.put
+        with self._in_use:
+            found = None if self._closed else self._read_now(at)
         if self._closed:
-            return None  # nobody waits any more
+            self.close()
+        return found
+
+    def _read_now(self, at: int) -> bytes | None:
+        put = self._source.put
         try:
             if self._file is None:
                 self._file = self._source.volume.open(self._source.name, put.offset + at)
@@ -107,11 +125,15 @@ class Part:
         return data if whole and good else None
 
     def close(self) -> None:
-        """It isn't read any more."""
+        """It isn't read any more; a thread that still does closes it."""
         self._closed = True
-        if self._file:
-            self._file.close()
-            self._file = None
+        if self._in_use.acquire(blocking=False):
+            try:
+                file, self._file = self._file, None
+                if file:
+                    file.close()
+            finally:
+                self._in_use.release()
 
 
 class Reading:

@@ -50,7 +50,8 @@ PORT = free_port()
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """A gateway with one study, and a destination that may be played in any way."""
-    known = f'{{ VIEWER = {{ host = "127.0.0.1", port = {PORT}, timeout_s = 2.0 }} }}'
+    here = f'host = "127.0.0.1", port = {PORT}, timeout_s'
+    known = f"{{ VIEWER = {{ {here} = 2.0 }}, MANY = {{ {here} = 30.0, associations = 4 }} }}"
     made = Gateway(tmp_path_factory.mktemp("services") / "data", TANDEM__DICOM__DESTINATIONS=known).start()
     images = [dataset(StudyInstanceUID=STUDY, SeriesInstanceUID=f"{STUDY}.1") for _ in range(COUNT)]
     objects = [
@@ -133,6 +134,41 @@ def test_destination_that_aborts_now_and_then(full: Gateway) -> None:
     assert status.NumberOfCompletedSuboperations == COUNT - 2
     assert failed is not None
     assert set(failed.FailedSOPInstanceUIDList) == {seen[4], seen[10]}
+
+
+def test_several_associations_at_once(full: Gateway) -> None:
+    """Each instance goes over one of them, also where some of them are refused, or break off."""
+    seen: list[tuple[object, str]] = []
+
+    def look(event: evt.Event) -> None:
+        seen.append((event.assoc, event.request.AffectedSOPInstanceUID))
+        time.sleep(0.02)
+
+    with Scp("MANY", PORT).takes() as scp:
+        scp.before = look
+        assert moved(full, keys(StudyInstanceUID=STUDY), "MANY")[-1][0].Status == 0
+        assert len(scp.stored) == len(seen) == COUNT
+        assert len({assoc for assoc, _ in seen}) == 4
+    seen.clear()
+    with Scp("MANY", PORT).takes() as scp:
+        scp.before = look
+        scp._ae.maximum_associations = 1
+        assert moved(full, keys(StudyInstanceUID=STUDY), "MANY")[-1][0].Status == 0
+        assert len(scp.stored) == len(seen) == COUNT
+        assert len({assoc for assoc, _ in seen}) == 1
+    with Scp("MANY", PORT).takes() as scp:
+
+        def abort_all_but_one(event: evt.Event) -> None:
+            look(event)
+            if event.assoc is not seen[0][0]:
+                event.assoc.abort()
+
+        seen.clear()
+        scp.before = abort_all_but_one
+        status = moved(full, keys(StudyInstanceUID=STUDY), "MANY")[-1][0]
+        assert status.NumberOfFailedSuboperations + status.NumberOfCompletedSuboperations == COUNT
+        assert status.NumberOfCompletedSuboperations == sum(assoc is seen[0][0] for assoc, _ in seen)
+        assert status.NumberOfFailedSuboperations <= 3
 
 
 def test_one_that_is_refused_does_not_end_the_rest(full: Gateway) -> None:

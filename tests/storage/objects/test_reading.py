@@ -1,10 +1,13 @@
 """Long objects are checked as they are read, and read on from a good copy where a block isn't good."""
 
 import asyncio
+import contextlib
 import random
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -12,13 +15,14 @@ import xxhash
 
 from storage.objects.blocks import BlockDigests
 from storage.objects.copies import Copies
-from storage.objects.local_volume import create_marker
+from storage.objects.local_volume import LocalVolume, create_marker
 from storage.objects.reading import WHOLE_BYTES, Reading, Unavailable
 from storage.objects.volumes import Volumes
 from storage.replication.pending import Pendings
 from storage.state.catalogue import Batch, Catalogue
 from storage.state.model import Entry, Instance, Location, Put
 from storage.workers import Workers
+from tests.conftest import wait_for
 from tests.simulation.machine import MemoryKv
 
 HEADER = b"header"
@@ -119,3 +123,48 @@ def test_the_catalogue_keeps_them_with_the_entry(archive: Archive) -> None:
     assert isinstance(operation, Put)
     assert msgspec.structs.replace(operation, blocks=b"") == archive.instance.put
     assert len(operation.blocks) == 10 * 16
+
+
+@pytest.mark.parametrize("hung", [False, True])
+def test_whoever_stops_in_the_middle_leaves_no_file_open(
+    archive: Archive, hung: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next part is being read just then, and its disk doesn't answer, perhaps."""
+    answers, reading, read = threading.Event(), threading.Event(), LocalVolume.open
+
+    def opened(volume: LocalVolume, name: str, offset: int = 0) -> Any:
+        file = read(volume, name, offset)
+
+        def read_slowly(size: int, read: Callable[[int], bytes] = file.read) -> bytes:
+            found = read(size)
+            if count.count(None) == 1:  # the second part
+                reading.set()
+                assert answers.wait(60)
+            count.append(None)
+            return found
+
+        count: list[None] = []
+        if hung:
+            monkeypatch.setattr(file, "read", read_slowly, raising=False)
+        return file
+
+    monkeypatch.setattr(LocalVolume, "open", opened)
+
+    async def begin() -> None:
+        parts = (await archive.reading.open(archive.instance)).blocks()
+        assert bytes(await anext(parts)) == DATA[:WHOLE_BYTES]
+        if hung:
+            await asyncio.to_thread(reading.wait, 60)
+        await parts.aclose()
+        answers.set()
+
+    asyncio.run(begin())
+    wait_for(lambda: archive.file not in open_files(), "the file to be closed")
+
+
+def open_files() -> set[Path]:
+    found = set()
+    for one in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.add(one.readlink())
+    return found

@@ -73,6 +73,7 @@ class DicomSettings(Section):
     query_limit: int = Field(20000, ge=1, description="C-FIND answers at most before 0xA700")
     query_search_s: float = Field(5.0, gt=0, description="C-FIND searches so long without an answer before 0xA700")
     query_processes: int = Field(0, ge=0, le=64, description="That answer queries; 0: one for two cores")
+    keep_heads: bool = Field(True, description="Keep what stands before the pixels, for queries; else files are read")
     relational_queries: bool = Field(
         True, description="Let queries leave out unique keys above their level without having negotiated it"
     )

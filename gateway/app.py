@@ -17,6 +17,7 @@ from conf.notify import keep_alive, notify
 from conf.settings import Settings
 from conf.telling import place_of, set_level
 from gateway.archive.indexing import Indexing
+from gateway.archive.keeping import HeadKeeping
 from gateway.dimse.reoffer import Offering
 from gateway.dimse.server import DicomServer
 from gateway.health import Health
@@ -70,6 +71,8 @@ async def _main(settings: Settings, read_again: Callable[[], Settings]) -> int:
     health = Health(store, settings.http, meter, server.queues, addresses)
     await health.start()
     server.spawn(Offering(store, settings).run())
+    if settings.dicom.keep_heads:
+        server.spawn(HeadKeeping(store).run())
     server.spawn(Indexing(store, settings.share, lambda: server.settings).run())
     engine.fatal.add_done_callback(lambda _: stop.set())
     server.spawn(keep_alive())
@@ -89,7 +92,7 @@ async def _main(settings: Settings, read_again: Callable[[], Settings]) -> int:
 
 # What holds only from the next start on, besides whole sections.
 FIXED: Final = (
-    *("bind", "port", "max_pdu_bytes", "retrieve_memory_bytes", "query_processes"),
+    *("bind", "port", "max_pdu_bytes", "retrieve_memory_bytes", "query_processes", "keep_heads"),
     *("standby_reads", "isolated_reads"),
 )
 FIXED_SECTIONS: Final = ("node", "storage", "cluster", "share", "http", "alerts")

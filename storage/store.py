@@ -209,6 +209,17 @@ class Store:
             raise NotServing("the state of the other node is being taken")
         return str(self._engine.settings.storage.state / "catalogue"), generation
 
+    @property
+    def applied(self) -> int:
+        """The number of the last entry of the log that is in the catalogue."""
+        return self._engine.journal.applied
+
+    @property
+    def usable_volumes(self) -> list[tuple[str, str]]:
+        """(UUID, folder) of this node's volumes that are in service."""
+        slots = self._engine.volumes.slots
+        return [(slot.volume.id, str(slot.path)) for slot in slots if slot.usable and slot.volume]
+
     def forget_readers(self) -> None:
         """A process that read the catalogue may have been killed in the middle of it."""
         self._engine.catalogue.kv.forget_readers()

@@ -7,10 +7,12 @@ from functools import cached_property
 from typing import Final
 
 from pydicom.charset import convert_encodings
-from pydicom.datadict import dictionary_VM, dictionary_VR
+from pydicom.datadict import dictionary_has_tag, dictionary_VM, dictionary_VR
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
 from pydicom.uid import UID
+from pydicom.valuerep import IS, DSfloat, PersonName
 
 from gateway.archive.find import COUNTS, GATHERED, LEVEL_OF, Row, Search
 from gateway.dicom.elements import encoded_element, encoded_text
@@ -27,10 +29,12 @@ _TAG_OF: Final = {level: keys.ALL[keyword] for level, keyword in UNIQUE.items()}
 
 @dataclass(frozen=True)
 class _Form:
-    """Of answers: elements that each has, by tag; (tag, VR, keyword) of the others."""
+    """Of answers: elements that each has, by tag; (tag, VR, keyword) of those that the catalogue has; (tag, VR) of
+    those that stand in the file."""
 
     always: dict[int, tuple[str, bytes]]
     keys: list[tuple[int, str, str]]
+    of_file: list[tuple[int, str]]
     implicit: bool
 
 
@@ -47,14 +51,20 @@ class Query(Search):
         return (None if row is None else self.answer(row) for row in self.matches())
 
     def encoded(self, row: Row, transfer_syntax: str) -> bytes | None:
-        """The answer as it goes out, without pydicom; None where only that can say it: what comes from a file, what
-        isn't one of its VR, what stands in another character set."""
+        """The answer as it goes out, without pydicom; None where only that can say it: what isn't one of its VR, what
+        stands in another character set, sequences and private elements."""
         form = self._form(transfer_syntax)
         if form is None:
             return None
         found: dict[int, tuple[str, bytes]] = dict(form.always)
         for tag, vr, keyword in form.keys:
             value = encoded_text(vr, self._text_of(keyword, row))
+            if value is None:
+                return None
+            found[tag] = (vr, value)
+        for tag, vr in form.of_file:
+            text = _plain(element_of(row.head, tag) if row.head is not None else None, vr)
+            value = None if text is None else encoded_text(vr, text)
             if value is None:
                 return None
             found[tag] = (vr, value)
@@ -71,12 +81,13 @@ class Query(Search):
         return self._forms[transfer_syntax]
 
     def _new_form(self, syntax: UID) -> _Form | None:
-        if self._from_file or self._settings.response_character_set != "utf-8" or not syntax.is_little_endian:
+        if self._settings.response_character_set != "utf-8" or not syntax.is_little_endian:
             return None
         applying = [key for key in self._keys if self._applies(key)]
-        if any(key.keyword not in LEVEL_OF or dictionary_VR(key.tag) != key.VR for key in applying):
+        if any(not dictionary_has_tag(key.tag) or dictionary_VR(key.tag) != key.VR for key in applying):
             return None
-        keys_of = {int(key.tag): (key.VR, key.keyword) for key in applying}
+        of_file = [(int(key.tag), key.VR) for key in self.from_file]
+        keys_of = {int(key.tag): (key.VR, key.keyword) for key in applying if key.keyword in LEVEL_OF}
         for level in self._levels:
             if level in self._model.levels:
                 keys_of[_TAG_OF[level]] = ("LO" if level == "PATIENT" else "UI", UNIQUE[level])
@@ -87,7 +98,8 @@ class Query(Search):
             if value is None:
                 return None
             always[tag] = (vr, value)
-        return _Form(always, [(tag, vr, keyword) for tag, (vr, keyword) in keys_of.items()], syntax.is_implicit_VR)
+        of_catalogue = [(tag, vr, keyword) for tag, (vr, keyword) in keys_of.items()]
+        return _Form(always, of_catalogue, of_file, syntax.is_implicit_VR)
 
     def _text_of(self, keyword: str, row: Row) -> str:
         if keyword in COUNTS:
@@ -199,6 +211,18 @@ class Query(Search):
             return UTF_8
         sets = stored.split("\\")
         return (sets if len(sets) > 1 else stored) if _expressible(answer, sets) else UTF_8
+
+
+def _plain(element: DataElement | None, vr: str) -> str | None:
+    """The value of an element of a file as text; None for one that isn't of this VR, or isn't a text."""
+    value = None if element is None else element.value
+    if element is None or value is None:
+        return ""
+    parts = list(value) if isinstance(value, MultiValue) else [value]
+    if vr != element.VR or not all(isinstance(one, str | PersonName | DSfloat | IS) for one in parts):
+        return None
+    text = "\\".join(str(one) for one in parts)
+    return text if text == text_of(value) else None
 
 
 def _expressible(answer: Dataset, sets: list[str]) -> bool:

@@ -101,7 +101,8 @@ class Search:
         self.ignored = [key.keyword for key in self._keys if not self._applies(key)]
         """Keys of levels below the query's, which can't be matched (0xFF01 instead of 0xFF00)."""
         applicable = [key for key in self._keys if self._applies(key)]
-        self._from_file = [key for key in applicable if key.keyword not in LEVEL_OF]
+        self.from_file = [key for key in applicable if key.keyword not in LEVEL_OF]
+        """Keys that the catalogue doesn't have."""
         self._matchers: dict[str, Matcher] = {}
         self._texts: dict[str, str] = {}
         for key in applicable:
@@ -299,12 +300,12 @@ class Search:
         return any(belongs(instance.put.keys, study, patient) for patient in patients)
 
     def _matches_file(self, row: Row) -> bool:
-        if not self._from_file:
+        if not self.from_file:
             return True
         instance = row.instance or self._first(row)
         row.head = self._head(instance) if instance else None
         found = row.head if row.head is not None else Dataset()
-        return all(matches_element(key, found, self._names) for key in self._from_file)
+        return all(matches_element(key, found, self._names) for key in self.from_file)
 
     def _first(self, row: Row) -> Instance | None:
         for study in row.studies:

@@ -9,8 +9,9 @@ be under way; ["end", number] forgets one. An error is ["error", kind, text]: "b
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -21,10 +22,11 @@ from conf.telling import place_of
 from gateway.archive.answers import Query
 from gateway.archive.asked import USED, Asked, Batch
 from gateway.archive.find import Extended, Row
-from gateway.dicom.heads import HEAD_BYTES_MAX, HEAD_BYTES_USUAL, is_whole, read_head
+from gateway.dicom.heads import HEAD_BYTES_MAX, HEAD_BYTES_USUAL, Head, chosen, is_whole, read_head
 from gateway.dicom.identifiers import BadQuery, decode_identifier, encode_identifier
 from gateway.dicom.sop_classes import FIND_MODELS
 from gateway.workers.process import Answer, Pipe, confine, serve
+from storage.heads import FOLDER, Heads, opened_again
 from storage.state.model import Instance
 from storage.state.other_process import OtherProcess
 
@@ -46,6 +48,7 @@ class Searching:
     def __init__(self, pipe: Pipe) -> None:
         self._pipe, self._rows = pipe, OtherProcess()
         self._running: dict[int, Running] = {}
+        self._kept: Heads | None = None
 
     def do(self, job: bytes) -> Answer:
         verb, number, *rest = msgspec.msgpack.decode(job)
@@ -74,15 +77,19 @@ class Searching:
     def _begin(self, number: int, asked: Asked) -> None:
         self._rows.use(*asked.catalogue)
         settings = DicomSettings.model_validate(dict(zip(USED, asked.settings, strict=True)))
+        tags: set[int] = set()
         query = Query(
             decode_identifier(asked.identifier, asked.transfer_syntax),
             FIND_MODELS[asked.sop_class],
             settings,
             Extended(*asked.extended),
             self._rows,
-            self._head,
+            lambda instance: self._head(instance, tags),
             frozenset(asked.unreadable).__contains__,
         )
+        tags.update(int(key.tag) for key in query.from_file)
+        if tags:
+            self._kept = opened_again(self._kept, Path(asked.catalogue[0]).parent / FOLDER)
         self._running[number] = Running(query, query.matches(), asked.transfer_syntax)
 
     def _more(self, running: Running) -> Batch:
@@ -99,9 +106,13 @@ class Searching:
                 break
         return Batch(answers, ended, time.monotonic() - begun, bool(query.ignored), odd)
 
-    def _head(self, instance: Instance) -> Dataset | None:
-        """The attributes of a stored instance but for its pixels; the gateway knows where the copy is."""
+    def _head(self, instance: Instance, tags: Set[int]) -> Dataset | None:
+        """Some attributes of a stored instance, from its kept head, or else from its file: the gateway knows where the
+        copy is."""
         put = instance.put
+        kept = self._kept.get(instance.seq, put) if self._kept else None
+        if kept and (found := chosen(Head(kept.data, kept.left_out), put.transfer_syntax, tags)) is not None:
+            return found
         for size in (HEAD_BYTES_USUAL, HEAD_BYTES_MAX):
             raw = self._pipe.ask("beginning", instance.seq, size)
             if raw is None:

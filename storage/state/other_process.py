@@ -1,11 +1,15 @@
 """The rows for another process than the gateway, which only reads them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
+from storage.state import instances, places
 from storage.state.catalogue import TABLES
+from storage.state.entries import seq_key, seq_of
 from storage.state.kv import LmdbReader, Transaction
+from storage.state.model import Location, Put
 from storage.state.reader import Reader
 
 
@@ -34,7 +38,21 @@ class Reopened:
             yield txn
 
 
+def beginning(volume: Path, location: Location, bytes_max: int) -> bytes | None:
+    """The first bytes of a copy, file meta and all, unchecked; None if it can't be had. Blocks."""
+    for name in (f"archive/{location.path}" if location.path else "", f"spool/{location.spool}"):
+        try:
+            if name:
+                with (volume / name).open("rb", buffering=0) as file:
+                    return file.read(bytes_max)
+        except OSError:
+            continue
+    return None
+
+
 class OtherProcess(Reader):
+    """All that readers ask, and what the node's own copies are."""
+
     def __init__(self) -> None:
         self._reopened = Reopened()
         super().__init__(self._reopened)
@@ -42,3 +60,18 @@ class OtherProcess(Reader):
     def use(self, folder: str, generation: int) -> None:
         """From the next read on, see `Store.for_other_processes`. Raises OSError."""
         self._reopened.use(folder, generation)
+
+    def copies(self, start: int, limit: int) -> list[tuple[int, Put, Location | None]]:
+        """(number, record, where this node's copy lies) of instances from number `start` on."""
+        found: list[tuple[int, Put, Location | None]] = []
+        with self._reopened.read() as txn:
+            for key, instance_key in islice(txn.scan("kept", seq_key(start)), limit):
+                instance = instances.get(txn, instance_key)
+                if instance is not None:
+                    found.append((seq_of(key), instance.put, places.get(txn, seq_of(key))))
+        return found
+
+    def series_there(self, named: Iterable[tuple[str, str]]) -> list[bool]:
+        """Whether there are instances of each (study, series)."""
+        with self._reopened.read() as txn:
+            return [instances.number_of(txn, study, series) is not None for study, series in named]

@@ -27,15 +27,17 @@ from pydicom import Dataset
 
 from gateway.dicom.identifiers import encode_identifier
 from gateway.dicom.sop_classes import FIND_MODELS, STUDY_ROOT
+from storage.heads import FOLDER, opened_again
 from storage.objects.local_volume import create_marker
 from storage.state.catalogue import MADE_BY, Catalogue
+from storage.state.kv import DATA_FILE
 from storage.state.model import Entry, Location, Put
 from tools.benchmarks import peers
 from tools.benchmarks.peers import HERE, Server
 from tools.benchmarks.start import MAP_BYTES, PORT, Standalone, fill
 from tools.benchmarks.store import WARM_UP, latencies, sample
 from tools.cli.dicom_client import DicomClient, Object
-from tools.lab.pair import AET
+from tools.lab.pair import AET, wait_for
 
 STUDIES_A_PATIENT: Final = 4
 DAYS: Final = 3650
@@ -131,8 +133,9 @@ def made(folder: Path, studies: int) -> None:
     catalogue.close()
 
 
-def questions(studies: int) -> dict[str, list[dict[str, str]]]:
-    """Kind of query -> some of that kind, by keyword, all of them for studies but where they say otherwise."""
+def questions(studies: int, *, files: bool) -> dict[str, list[dict[str, str]]]:
+    """Kind of query -> some of that kind, by keyword, all of them for studies but where they say otherwise; `files`:
+    also for what only the files say."""
     rng = random.Random(2)
     some = [rng.randrange(studies) for _ in range(10)]
     days = [(FIRST_DAY + timedelta(days=one * DAYS // studies)).strftime("%Y%m%d") for one in some]
@@ -140,7 +143,11 @@ def questions(studies: int) -> dict[str, list[dict[str, str]]]:
     names = [named(random.Random(one), one).split("^")[0] for one in patients]
     relational = {"QueryRetrieveLevel": "SERIES"}
     image = {"QueryRetrieveLevel": "IMAGE"}
-    return {
+    of_files: dict[str, list[dict[str, str]]] = {
+        "a day with one from the file": [{"StudyDate": day, "ContrastBolusAgent": ""} for day in days],
+        "one from the file alone": [{"ContrastBolusAgent": f"agent {one % 100}"} for one in some[:3]],
+    }
+    return (of_files if files else {}) | {
         "study UID": [{"StudyInstanceUID": f"{ROOT}.1.{one}"} for one in some],
         "patient ID": [{"PatientID": f"P{one // STUDIES_A_PATIENT:07}"} for one in some],
         "accession number": [{"AccessionNumber": f"A{one:08}"} for one in some],
@@ -216,7 +223,7 @@ class Heard:
         }
 
 
-def measure(servers: Sequence[Server], studies: int) -> dict[str, dict[str, dict[str, Any]]]:
+def measure(servers: Sequence[Server], studies: int, *, files: bool) -> dict[str, dict[str, dict[str, Any]]]:
     """Server -> kind of query -> median milliseconds, median number of answers, and the statuses that came; the servers
     in turn."""
     found: dict[str, dict[str, Heard]] = {server.name: {} for server in servers}
@@ -225,7 +232,7 @@ def measure(servers: Sequence[Server], studies: int) -> dict[str, dict[str, dict
             one.name: stack.enter_context(DicomClient(one.host, one.port, one.ae_title, [(FIND, SYNTAX)], ANSWER_S))
             for one in servers
         }
-        for kind, asked in questions(studies).items():
+        for kind, asked in questions(studies, files=files).items():
             for one in asked:
                 for name, client in clients.items():
                     heard = found[name].setdefault(kind, Heard())
@@ -250,6 +257,7 @@ def objects(studies: int) -> Iterator[Object]:
             setattr(image, keyword, int(text) if keyword in ("Rows", "Columns") else text)
         image.SOPClassUID, image.SOPInstanceUID = put.sop_class, put.sop_instance
         image.Rows = image.Columns = 8
+        image.ContrastBolusAgent = f"agent {entry.seq // 3 % 100}"  # which the catalogue hasn't
         image.SamplesPerPixel, image.PhotometricInterpretation, image.PixelRepresentation = 1, "MONOCHROME2", 0
         image.BitsAllocated, image.BitsStored, image.HighBit = 16, 12, 11
         image.PixelData = bytes(128)
@@ -269,6 +277,20 @@ def sent(servers: Sequence[Server], studies: int) -> None:
                 for name, client in clients.items():
                     if status := client.store(one):
                         raise click.ClickException(f"{name}: status 0x{status:04X}")
+
+
+def kept_heads(folder: Path, count: int) -> float:
+    """Bytes an instance, when all are kept."""
+
+    def all_there() -> bool:
+        heads = opened_again(None, folder)
+        found = heads.count if heads else 0
+        if heads:
+            heads.close()
+        return found >= count
+
+    wait_for("the heads to be kept", all_there, ANSWER_S)
+    return (folder / DATA_FILE).stat().st_blocks * 512 / count
 
 
 def _looks(server: Server, number: int, over: Any) -> None:
@@ -313,6 +335,7 @@ def _made(
     if beside:
         with peers.alone(base / "tandem") as ours, peers.orthanc(base / "orthanc", root=orthanc_root) as theirs:
             sent([ours, theirs], studies)
+            facts["bytes of kept heads, an instance"] = kept_heads(base / "tandem" / "data" / "state" / FOLDER, studies)
             yield [ours, theirs], facts
         return
     gateway = Standalone(base)
@@ -342,7 +365,7 @@ def query(
     base.chmod(0o755)
     try:
         with _made(base, studies, beside, orthanc_root) as (servers, facts):
-            found = measure(servers, studies)
+            found = measure(servers, studies, files=beside)
             stores = beside_viewers(servers, viewers) if viewers else {}
     finally:
         shutil.rmtree(base, ignore_errors=True)

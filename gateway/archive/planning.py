@@ -13,7 +13,7 @@ from typing import Final
 
 from gateway.dicom.matching import bounds, matcher
 from storage.state.folding import folded, trimmed
-from storage.state.indexes import IN_TEXTS, ODD, PLAIN, Kind, Range, beginning, days, exactly, value_of
+from storage.state.indexes import IN_TEXTS, ODD, PLAIN, Kind, Range, beginning, born, days, exactly, value_of
 from storage.store import Rows, StudyRow
 
 PROBED: Final = 2000  # an index that leaves no more is taken
@@ -25,6 +25,7 @@ PAGE: Final = 200  # rows read at a time
 # Ranks of ways that leave many.
 EQUAL, BEGINNING, PARTS_OF_WORDS, DAY_AND_MODALITY, DAYS, SHORT_BEGINNING, MODALITY, SHORT_PARTS, LAST = range(9)
 _WILD: Final = re.compile(r"[*?]")
+_DAY: Final = re.compile(r"[0-9]{8}")
 _NAMES: Final = {"PatientName": Kind.NAME, "ReferringPhysicianName": Kind.REFERRING}
 _MODALITY: Final = ("ModalitiesInStudy", "Modality")
 
@@ -94,6 +95,8 @@ class Plan:
         for keyword, kind in _NAMES.items():
             if wanted := self._wanted.get(keyword, ""):
                 found += self._by_name(kind, wanted)
+        if wanted := self._wanted.get("PatientBirthDate", ""):
+            found += _by_birth(wanted)
         if self._days:
             ranges = chain.from_iterable(days(*one) for one in self._days)
             found.append(Way(tuple(ranges), self._rank(DAYS), once=len(self._days) == 1))
@@ -159,6 +162,15 @@ def _by_value(kind: Kind, wanted: str, fold: Callable[[str], str], *, groups: bo
     if not ranges or begun > ALTERNATIVES:
         return []
     return [Way(tuple(ranges), EQUAL if not begun else BEGINNING if shortest >= PART_BYTES else SHORT_BEGINNING)]
+
+
+def _by_birth(wanted: str) -> list[Way]:
+    """A way, if each alternative is a day, or has a first and a last one."""
+    between = [bounds("DA", one) for one in dict.fromkeys(wanted.split("\\")) if one]
+    if len(between) > ALTERNATIVES or not all(_DAY.fullmatch(end) for one in between for end in one):
+        return []
+    ranges = dict.fromkeys(chain.from_iterable(born(*one) for one in between))
+    return [Way(tuple(ranges), EQUAL if all(first == last for first, last in between) else BEGINNING)]
 
 
 def _begins(text: str) -> str:

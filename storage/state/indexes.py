@@ -21,14 +21,14 @@ from storage.state.folding import digits_of, fold, folded, trimmed, words_of
 from storage.state.kv import Transaction
 
 # By which rules they were made: ours, and Unicode's as this Python has them. Those of others are made anew.
-RULES: Final = f"1, Unicode {unicodedata.unidata_version}"
+RULES: Final = f"2, Unicode {unicodedata.unidata_version}"
 TABLES: Final = ("index", "days", "modalities", "texts", "numbered", "study_number")
 NUMBER_BYTES: Final = 5
 VALUE_BYTES_MAX: Final = 200  # of a value in a key; LMDB's keys have 511
 AT_ONCE: Final = 64  # studies in a row of `texts`
 NO_MOMENT: Final = b"0" * 14  # of a study whose date isn't one day
 NO_DATE: Final = b"!" * 14  # of one that has none: no range of days has it
-ODD: Final = "\x7f"  # a modality that is no code
+ODD: Final = "\x7f"  # a modality that is no code, a date of birth that isn't one day
 COUNT_BYTES: Final = 4
 DAY_DIGITS: Final = 8
 _END: Final = b"\0"  # behind a value, and before each study in a row of `texts`
@@ -55,6 +55,7 @@ class Kind(Enum):
     NAME = b"n"
     WORD = b"w"
     REFERRING = b"r"
+    BIRTH = b"b"
 
 
 # Keys whose values stand in `index` as they are.
@@ -100,8 +101,14 @@ def _rows_of(said: Said | None) -> set[bytes]:
     for keys in patients:
         for group in groups_of(keys.get("PatientName", "")):
             found |= {(Kind.NAME, group), *((Kind.WORD, word) for word in words_of(group))}
+        found |= {(Kind.BIRTH, _day(value)) for value in keys.get("PatientBirthDate", "").split("\\") if value.strip()}
     found |= {(Kind.REFERRING, group) for group in groups_of(said.keys.get("ReferringPhysicianName", ""))}
     return {kind.value + value_of(text) + _END for kind, text in found if text}
+
+
+def _day(text: str) -> str:
+    day = digits_of(text)
+    return day if re.fullmatch(r"[0-9]{8}", day) else ODD
 
 
 def _text_of(said: Said | None) -> bytes:
@@ -227,6 +234,12 @@ def exactly(kind: Kind, text: str) -> Range:
 def beginning(kind: Kind, text: str) -> Range:
     low = kind.value + value_of(text)
     return Range("index", low, low + b"\xff")
+
+
+def born(first: str, last: str) -> list[Range]:
+    """Studies of patients who were born on these days, and those whose date of birth is no day."""
+    between = Range("index", Kind.BIRTH.value + value_of(first), Kind.BIRTH.value + value_of(last) + b"\xff")
+    return [between, exactly(Kind.BIRTH, ODD)]
 
 
 def days(first: str, last: str, modality: str = "") -> list[Range]:

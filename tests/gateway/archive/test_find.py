@@ -270,9 +270,15 @@ PATIENTS = {
     "P3": "Wang^XiaoDong=王^小东=",
     "P4": "",
 }
+BORN = {"P1": "19600115", "P2": "19600116", "P3": "1960", "P4": ""}
 TEXT = {  # keyword -> (level, values that occur, patterns that are asked for)
     "PatientID": ("PATIENT", [*PATIENTS], ["P1", "P*", "P?", "p1", "Q"]),
     "PatientName": ("PATIENT", [*PATIENTS.values()], ["doe^john", "DOE*", "aneas*", "王^小东", "*^john", "?oe*", "x"]),
+    "PatientBirthDate": (
+        "PATIENT",
+        [*BORN.values()],
+        ["19600115", "19600101-19600115", "19600116-", "-19591231", "1960", "19600115-1960"],
+    ),
     "StudyDate": (
         "STUDY",
         ["20260101", "20260115", "20251231", ""],
@@ -298,7 +304,7 @@ def archives(draw: st.DrawFn) -> list[dict[str, str]]:
     for study in range(draw(st.integers(1, 5))):
         patient = draw(st.sampled_from([*PATIENTS]))
         of_study = {"PatientID": patient, "PatientName": PATIENTS[patient], "StudyInstanceUID": f"1.{study + 1}"}
-        of_study |= _drawn(draw, "STUDY")
+        of_study |= {"PatientBirthDate": BORN[patient], **_drawn(draw, "STUDY")}
         for series in range(draw(st.integers(1, 3))):
             of_series = {**of_study, "SeriesInstanceUID": f"1.{study + 1}.{series + 1}", **_drawn(draw, "SERIES")}
             for number in range(draw(st.integers(1, 3))):
@@ -358,7 +364,7 @@ def _fits(key: str, wanted: str, has: str) -> bool:
     if key.endswith(("Date", "Time")):
         low, dash, high = wanted.partition("-")
         high = high if dash else low
-        return bool(has) and (not low or has >= low) and (not high or has[: len(high)] <= high)
+        return bool(has) and (not low or has >= low[: len(has)]) and (not high or has[: len(high)] <= high)
     if key.endswith("Number") and key != "AccessionNumber":
         return has != "" and int(has) == int(wanted)
     if key == "PatientName":

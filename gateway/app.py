@@ -71,8 +71,7 @@ async def _main(settings: Settings, read_again: Callable[[], Settings]) -> int:
     health = Health(store, settings.http, meter, server.queues, addresses)
     await health.start()
     server.spawn(Offering(store, settings).run())
-    if settings.dicom.keep_heads:
-        server.spawn(HeadKeeping(store).run())
+    server.spawn(HeadKeeping(store, server.kept_heads).run())
     server.spawn(Indexing(store, settings.share, lambda: server.settings).run())
     engine.fatal.add_done_callback(lambda _: stop.set())
     server.spawn(keep_alive())

@@ -29,6 +29,10 @@ class Unknown(EtcdError):
     """The request may have been applied."""
 
 
+class Refused(Unknown):
+    """Nothing listens there."""
+
+
 @dataclass(frozen=True)
 class KeyValue:
     key: str
@@ -102,8 +106,8 @@ class HttpEtcd:
     def __init__(
         self, endpoints: Sequence[str], timeout_s: float, tls: MutualTls | None = None, patience_s: float = 0.0
     ) -> None:
-        """`tls`: for endpoints whose URLs say https. `patience_s`: how long to go on asking when none of them answers,
-        as while they elect a leader; each is asked once in any case."""
+        """`tls`: for endpoints whose URLs say https. `patience_s`: how long to go on asking when none of them answers
+        as it should, as while they elect a leader, but one is there; each is asked once in any case."""
         self._tls, self._patience_s = tls, patience_s
         self._endpoints = [endpoint.rstrip("/") for endpoint in endpoints]
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, connect=min(0.7, timeout_s))
@@ -137,20 +141,22 @@ class HttpEtcd:
                 return answer
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError, RecursionError) as error:
             self._current = (self._current + 1) % len(self._endpoints)
-            raise Unknown(f"{url}: {error or type(error).__name__}") from error
+            kind = Refused if isinstance(error, aiohttp.ClientConnectorError) else Unknown
+            raise kind(f"{url}: {error or type(error).__name__}") from error
 
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """For requests that may be repeated."""
-        until, attempt = time.monotonic() + self._patience_s, 0
+        until = time.monotonic() + self._patience_s
         while True:
-            try:
-                return await self._post_once(path, body)
-            except Unknown:
-                attempt += 1
-                if attempt >= len(self._endpoints) and time.monotonic() >= until:
-                    raise
-            if attempt % len(self._endpoints) == 0:
-                await asyncio.sleep(AGAIN_S)
+            failed: list[Unknown] = []
+            for _ in self._endpoints:
+                try:
+                    return await self._post_once(path, body)
+                except Unknown as error:
+                    failed.append(error)
+            if time.monotonic() >= until or all(isinstance(one, Refused) for one in failed):
+                raise failed[-1]
+            await asyncio.sleep(AGAIN_S)
 
     async def call(self, path: str, **given: Any) -> dict[str, Any]:
         """Any other request of the API. Raises EtcdError."""

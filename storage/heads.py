@@ -14,26 +14,39 @@ from typing import Final
 import msgspec
 import xxhash
 
+from storage.objects.blocks import are_good
 from storage.state.kv import DATA_FILE, CatalogueDamaged, LmdbKv, LmdbReader, Transaction
-from storage.state.model import Put
+from storage.state.model import Location, Put
 
 FOLDER: Final = "heads"  # beside the catalogue's
 FORMAT: Final = b"1"
-TABLES: Final = ("meta", "heads", "firsts")  # facts; number of an instance -> row; series -> what it begins with
+TABLES: Final = (
+    "meta",
+    "heads",  # number of an instance -> its row
+    "firsts",  # series -> the head that was kept first of it
+    "first_of",  # number of the instance that this is of -> series
+)
 MAP_BYTES: Final = 64 << 20
 LEVEL: Final = 6  # of compression
 DIGEST_BYTES: Final = 8
 WINDOW: Final = 32 << 10  # of the dictionary no more is looked at
 KEY_BYTES: Final = 8
+READ_BYTES: Final = 4 << 20  # of a copy; whole blocks
 
 
 class _Row(msgspec.Struct, frozen=True, array_like=True):
+    """`digest`: how that of the instance begins; `first`: which one it was compressed with."""
+
     digest: bytes
+    first: int
     left_out: tuple[int, ...]
     data: bytes
 
 
 class _First(msgspec.Struct, frozen=True, array_like=True):
+    """`seq`: of the instance that it is the head of, with which it goes."""
+
+    seq: int
     study: str
     series: str
     data: bytes
@@ -54,8 +67,8 @@ def key_of(seq: int) -> bytes:
     return seq.to_bytes(KEY_BYTES, "big")
 
 
-def _series_key(put: Put) -> bytes:
-    return xxhash.xxh3_128_digest("\0".join((put.study, put.series, put.transfer_syntax)).encode())
+def _series_key(study: str, series: str, transfer_syntax: str) -> bytes:
+    return xxhash.xxh3_128_digest("\0".join((study, series, transfer_syntax)).encode())
 
 
 class Heads:
@@ -71,14 +84,14 @@ class Heads:
             row = _row(raw) if raw is not None else None
             if row is None or row.digest != put.digest[:DIGEST_BYTES]:
                 return None
-            first = txn.get("firsts", _series_key(put))
+            first = txn.get("firsts", _series_key(put.study, put.series, put.transfer_syntax))
         if not row.data:
             return Kept(b"", row.left_out)
-        if first is None:
+        if first is None or (made := _first(first)).seq != row.first:
             return None
         try:
-            return Kept(_unpacked(row.data, zlib.decompress(_first(first).data)), row.left_out)
-        except zlib.error:  # the first of its series was another one
+            return Kept(_unpacked(row.data, zlib.decompress(made.data)), row.left_out)
+        except zlib.error:
             return None
 
     @property
@@ -94,22 +107,22 @@ class Keeper(Heads):
     """Writes them; one process."""
 
     def __init__(self, folder: Path) -> None:
-        """What isn't of this version, or is damaged, is begun anew. Raises OSError."""
-        self._folder = folder
+        """What isn't of this version, or can't be opened, is begun anew. Raises OSError."""
         try:
             kv = LmdbKv(folder, MAP_BYTES, TABLES)
-        except CatalogueDamaged:
+            with kv.read() as txn:
+                is_ours = txn.get("meta", b"format") == FORMAT
+            if not is_ours:
+                kv.close()
+        except (CatalogueDamaged, OSError):
+            is_ours = False
+        if not is_ours:
             shutil.rmtree(folder, ignore_errors=True)
             kv = LmdbKv(folder, MAP_BYTES, TABLES)
+            kv.update(lambda txn: txn.put("meta", b"format", FORMAT))
         super().__init__(kv)
         self._kv: LmdbKv = kv
-        with kv.read() as txn:
-            is_ours = txn.get("meta", b"format") == FORMAT
-        if not is_ours:
-            kv.close()
-            shutil.rmtree(folder, ignore_errors=True)
-            self._kv = LmdbKv(folder, MAP_BYTES, TABLES)
-            self._kv.update(lambda txn: txn.put("meta", b"format", FORMAT))
+        kv.forget_readers()
 
     @property
     def last(self) -> int:
@@ -118,11 +131,18 @@ class Keeper(Heads):
             key = txn.last_key("heads")
         return int.from_bytes(key, "big") if key else 0
 
-    def digests(self, start: int, limit: int) -> list[tuple[int, bytes]]:
-        """(number, beginning of the digest) of some instances that have one."""
+    def said(self, start: int, limit: int) -> list[tuple[int, bytes, int]]:
+        """(number, how the digest begins, with which first one it was compressed; 0 for none) of some instances that
+        have one. Raises msgspec.DecodeError for a damaged one."""
         with self._kv.read() as txn:
-            rows = islice(txn.scan("heads", key_of(start)), limit)
-            return [(int.from_bytes(key, "big"), _row(value).digest) for key, value in rows]
+            rows = [(key, _row(value)) for key, value in islice(txn.scan("heads", key_of(start)), limit)]
+        return [(int.from_bytes(key, "big"), row.digest, row.first) for key, row in rows]
+
+    def first_of_series(self, study: str, series: str, transfer_syntax: str) -> int:
+        """Which instance's head was kept first of a series; 0: none."""
+        with self._kv.read() as txn:
+            raw = txn.get("firsts", _series_key(study, series, transfer_syntax))
+        return _first(raw).seq if raw is not None else 0
 
     def series(self, start: bytes, limit: int) -> list[tuple[bytes, str, str]]:
         """(key, study, series) of some of which the first is kept."""
@@ -139,26 +159,38 @@ class Keeper(Heads):
     ) -> None:
         for seq in gone:
             txn.delete("heads", key_of(seq))
+            _forget_first(txn, txn.get("first_of", key_of(seq)))
         for key in series:
-            txn.delete("firsts", key)
-        firsts: dict[bytes, bytes] = {}
+            _forget_first(txn, key)
+        firsts: dict[bytes, tuple[int, bytes]] = {}
         for seq, put, head in kept:
-            key = _series_key(put)
+            key = _series_key(put.study, put.series, put.transfer_syntax)
             if head.data and key not in firsts:
                 raw = txn.get("firsts", key)
                 if raw is None:
-                    txn.put("firsts", key, _encode(_First(put.study, put.series, zlib.compress(head.data, LEVEL))))
-                    firsts[key] = head.data
+                    made = _First(seq, put.study, put.series, zlib.compress(head.data, LEVEL))
+                    txn.put("firsts", key, _encode(made))
+                    txn.put("first_of", key_of(seq), key)
+                    firsts[key] = seq, head.data
                 else:
-                    firsts[key] = zlib.decompress(_first(raw).data)
-            data = _packed(head.data, firsts[key]) if head.data else b""
-            row = _Row(put.digest[:DIGEST_BYTES], head.left_out, data)
+                    known = _first(raw)
+                    firsts[key] = known.seq, zlib.decompress(known.data)
+            first, dictionary = firsts[key] if head.data else (0, b"")
+            data = _packed(head.data, dictionary) if head.data else b""
+            row = _Row(put.digest[:DIGEST_BYTES], first, head.left_out, data)
             txn.append("heads", key_of(seq), _encode(row))
 
     @property
     def size_bytes(self) -> int:
         """What they take on the disk."""
         return self._kv.size_bytes
+
+
+def _forget_first(txn: Transaction, series: bytes | None) -> None:
+    """Those that were compressed with it are made anew, by who goes through all."""
+    if series is not None and (raw := txn.get("firsts", series)) is not None:
+        txn.delete("first_of", key_of(_first(raw).seq))
+        txn.delete("firsts", series)
 
 
 def _packed(data: bytes, first: bytes) -> bytes:
@@ -169,6 +201,24 @@ def _packed(data: bytes, first: bytes) -> bytes:
 def _unpacked(data: bytes, first: bytes) -> bytes:
     """Raises zlib.error also for another dictionary than it was packed with."""
     return zlib.decompressobj(zdict=first[-WINDOW:]).decompress(data)
+
+
+def beginning(volume: Path, location: Location, put: Put) -> bytes | None:
+    """The first bytes of a copy's data set, or all of it, as they were stored; None if they can't be had. Blocks."""
+    for name in (f"archive/{location.path}" if location.path else "", f"spool/{location.spool}"):
+        try:
+            if name:
+                with (volume / name).open("rb", buffering=0) as file:
+                    file.seek(put.offset)
+                    data = file.read(READ_BYTES)
+                break
+        except OSError:
+            continue
+    else:
+        return None
+    if put.length - put.offset <= READ_BYTES:
+        return data if xxhash.xxh3_128_digest(data) == put.digest else None
+    return data if len(data) == READ_BYTES and put.blocks and are_good(put.blocks, 0, data) else None
 
 
 def opened_again(before: Heads | None, folder: Path) -> Heads | None:

@@ -5,7 +5,7 @@ committed and visible; anything else is an exception. Reading: `settled()` and t
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -22,6 +22,7 @@ from storage.state.model import IndexFile, Instance, Put, Task, TaskDone
 from storage.state.rows import Identity, SeriesRow, StudyRow, belongs, identity_of, same_patient
 from storage.status import mode, node_status
 from storage.upkeep.quarantine import DIVERGED, amend, kept, purge
+from storage.workers import within
 
 __all__ = [
     "Conflict",
@@ -202,7 +203,7 @@ class Store:
         return await self._engine.reading.open(instance, whole=whole)
 
     def for_other_processes(self) -> tuple[str, int]:
-        """(folder of the catalogue, for `storage.state.elsewhere`; its generation: with another one it is another
+        """(folder of the catalogue, for `storage.state.other_process`; its generation: with another one it is another
         catalogue). Raises NotServing while another one takes its place."""
         generation = self._engine.catalogue.generation
         if generation % 2:
@@ -215,6 +216,11 @@ class Store:
         return self._engine.journal.applied
 
     @property
+    def state_reserve_bytes(self) -> int:
+        """Room on the disk of the catalogue that is kept for what was taken."""
+        return self._engine.state_reserve_bytes
+
+    @property
     def usable_volumes(self) -> list[tuple[str, str]]:
         """(UUID, folder) of this node's volumes that are in service."""
         slots = self._engine.volumes.slots
@@ -224,9 +230,16 @@ class Store:
         """A process that read the catalogue may have been killed in the middle of it."""
         self._engine.catalogue.kv.forget_readers()
 
-    def beginning(self, seq: int, bytes_max: int) -> bytes | None:
-        """The first bytes of this node's copy of an instance, file meta and all, unchecked; None if there is none now.
-        Blocks."""
+    async def beginning(self, seq: int, bytes_max: int) -> bytes | None:
+        """The first bytes of this node's copy of an instance, file meta and all, unchecked; None if there is none now,
+        or its disk doesn't answer."""
+        engine = self._engine
+        try:
+            return await within(engine.disk.run(self._beginning, seq, bytes_max), engine.settings.storage.hang_s)
+        except OSError:
+            return None
+
+    def _beginning(self, seq: int, bytes_max: int) -> bytes | None:
         found = self._engine.copies.find(seq)
         if found is None:
             return None
@@ -241,9 +254,9 @@ class Store:
             return None
 
     @property
-    def unreadable(self) -> list[int]:
+    def unreadable(self) -> Set[int]:
         """Instances, by their numbers, of which neither node has a good copy now, as far as is known."""
-        return list(self._engine.healing.unreadable)
+        return self._engine.healing.unreadable
 
     def run(self, function: Callable[..., T], *args: Any) -> "asyncio.Future[T]":
         """Do something that blocks in a thread for disks."""

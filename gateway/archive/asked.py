@@ -8,7 +8,8 @@ USED: tuple[str, ...] = ("aet", "name_matching", "relational_queries", "response
 
 class Asked(msgspec.Struct, frozen=True, array_like=True):
     """A query, as it came: nothing of it has been looked at. `extended`: what was agreed on, see `find.Extended`;
-    `settings`: those of `USED`; `catalogue`: see `Store.for_other_processes`; `unreadable`: see `Store.unreadable`."""
+    `settings`: those of `USED`; `catalogue`: see `Store.for_other_processes`; `unreadable`: see `Store.unreadable`,
+    None where they are too many: the gateway is asked; `heads`: kept ones may be used."""
 
     identifier: bytes
     transfer_syntax: str
@@ -16,7 +17,8 @@ class Asked(msgspec.Struct, frozen=True, array_like=True):
     extended: tuple[bool, bool, bool]
     settings: tuple[str | bool, ...]
     catalogue: tuple[str, int]
-    unreadable: tuple[int, ...]
+    unreadable: tuple[int, ...] | None
+    heads: bool
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True):

@@ -2,22 +2,23 @@
 
     python -m gateway.archive.head_process
 
-["keep", Task] and ["prune", Task] are a moment's work each, and answered with a Done.
+["keep", Task], ["prune", Task] and ["check", Task] are a moment's work each, and answered with a Done.
 """
 
 import resource
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from conf.telling import place_of
-from gateway.dicom.heads import ALL, HEAD_BYTES_MAX, HEAD_BYTES_USUAL, Odd, head_of
+from gateway.dicom.heads import ALL, Odd, head_of
 from gateway.workers.process import Answer, Pipe, confine, serve
-from storage.heads import DIGEST_BYTES, FOLDER, Keeper, Kept
+from storage.heads import DIGEST_BYTES, FOLDER, Keeper, Kept, beginning
 from storage.state.model import Location, Put
-from storage.state.other_process import OtherProcess, beginning
+from storage.state.other_process import OtherProcess
 
 MEMORY_BYTES_MAX: Final = 1 << 30  # without what LMDB maps
 SLICE_S: Final = 0.5
@@ -60,7 +61,7 @@ class Keeping:
             if self._keeper is None:
                 self._keeper = Keeper(Path(task.catalogue[0]).parent / FOLDER)
             begun = time.monotonic()
-            done = self._keep(self._keeper, task) if verb == "keep" else self._prune(self._keeper, task)
+            done = {"keep": self._keep, "prune": self._prune, "check": self._check}[verb](self._keeper, task)
             return ["ok", msgspec.structs.replace(done, took_s=time.monotonic() - begun)]
         except OSError as error:
             return ["error", "cannot", error.strerror or "the disk failed"]
@@ -72,7 +73,8 @@ class Keeping:
         start = task.start or keeper.last + 1
         there = self._rows.copies(start, task.rows)
         end = there[-1][0] if len(there) == task.rows else None  # of what was looked at
-        have = dict(keeper.digests(start, 2 * task.rows))
+        have = {seq: (digest, first) for seq, digest, first in keeper.said(start, 2 * task.rows)}
+        first_of = lru_cache(maxsize=16)(keeper.first_of_series)
         known_to = max(have) if len(have) == 2 * task.rows else None
         volumes = {name: Path(folder) for name, folder in task.volumes}
         kept: list[tuple[int, Put, Kept]] = []
@@ -81,7 +83,9 @@ class Keeping:
             if known_to is not None and seq > known_to:
                 end = known_to
                 break
-            if have.pop(seq, None) == put.digest[:DIGEST_BYTES]:
+            digest, first = have.pop(seq, (b"", 0))
+            known = (0, first_of(put.study, put.series, put.transfer_syntax))
+            if digest == put.digest[:DIGEST_BYTES] and first in known:
                 continue
             head = _made(put, location, volumes)
             if head is not None:
@@ -96,6 +100,13 @@ class Keeping:
             keeper.change(kept, gone)
         return Done(0 if end is None else end + 1, b"", len(kept), len(gone), 0.0)
 
+    def _check(self, keeper: Keeper, task: Task) -> Done:
+        """Read rows, of both tables; whatever is wrong with them is an error."""
+        rows = keeper.said(task.start, task.rows) if task.start else []
+        series = keeper.series(task.after, task.rows) if not task.start or task.after else []
+        after = series[-1][0] + b"\0" if len(series) == task.rows else b""
+        return Done(rows[-1][0] + 1 if len(rows) == task.rows else 0, after, 0, 0, 0.0)
+
     def _prune(self, keeper: Keeper, task: Task) -> Done:
         """Forget the first of series that aren't there."""
         found = keeper.series(task.after, task.rows)
@@ -107,22 +118,16 @@ class Keeping:
 
 
 def _made(put: Put, location: Location | None, volumes: dict[str, Path]) -> Kept | None:
-    """None if the copy can't be read now."""
+    """None if the copy can't be read now, or isn't good."""
     volume = volumes.get(location.volume) if location else None
-    if volume is None or location is None:
+    raw = beginning(volume, location, put) if volume and location else None
+    if raw is None:
         return None
-    for size in (HEAD_BYTES_USUAL, HEAD_BYTES_MAX):
-        raw = beginning(volume, location, size)
-        if raw is None:
-            return None
-        all_there = len(raw) == put.length
-        try:
-            head = head_of(raw[put.offset :], put.transfer_syntax, all_there=all_there)
-            return Kept(head.data, head.left_out)
-        except Odd:
-            if all_there:
-                break
-    return NOTHING
+    try:
+        head = head_of(raw, put.transfer_syntax, all_there=len(raw) == put.length - put.offset)
+    except Odd:
+        return NOTHING
+    return Kept(head.data, head.left_out)
 
 
 def main() -> None:

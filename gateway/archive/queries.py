@@ -9,7 +9,9 @@ from typing import Any, Final
 import msgspec
 import structlog
 
+from conf.telling import place_of
 from gateway.archive.asked import Asked, Batch
+from gateway.archive.keeping import KeptHeads
 from gateway.dicom.identifiers import BadQuery
 from gateway.workers.pool import Worker, WorkFailed
 from storage.store import NotServing, Store
@@ -26,8 +28,9 @@ class QueryFailed(Exception):
 class QueryProcess:
     """One, that has any number of queries under way."""
 
-    def __init__(self, store: Store) -> None:
-        self._store, self._worker = store, Worker("gateway.archive.query_process")
+    def __init__(self, store: Store, kept: KeptHeads) -> None:
+        self._store, self._kept, self._worker = store, kept, Worker("gateway.archive.query_process")
+        self._stopped = False
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self.running = 0
@@ -38,7 +41,9 @@ class QueryProcess:
         return await asyncio.shield(self._spawn(self._ask(job)))
 
     def tell(self, *job: Any) -> None:
-        self._spawn(self._ask(job))
+        """If it is there."""
+        if self._worker.running and not self._stopped:
+            self._spawn(self._ask(job))
 
     def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -58,20 +63,29 @@ class QueryProcess:
         finally:
             self.waiting -= 1
         try:
+            if self._stopped:
+                raise WorkFailed("failed", "the gateway stops")
             return await self._worker.ask(msgspec.msgpack.encode(job), HUNG_S, self._help)
         except WorkFailed as error:
             if error.kind == "failed":
+                self._kept.doubt()
                 self._store.forget_readers()
             raise
         finally:
             self._turn.release()
 
-    async def _help(self, what: str, seq: int, bytes_max: int) -> bytes | None:
-        if what != "beginning":
-            raise EOFError  # it isn't one of ours
-        return await self._store.run(self._store.beginning, seq, bytes_max)
+    async def _help(self, what: str, seq: int, bytes_max: int) -> bytes | bool | None:
+        """What only the gateway knows. Never fails: whoever asks is in the middle of a query."""
+        try:
+            if what == "unreadable":
+                return seq in self._store.unreadable
+            return await self._store.beginning(seq, bytes_max)
+        except Exception as error:
+            log.error("query.help", error=place_of(error))
+            return None
 
     async def stop(self) -> None:
+        self._stopped = True
         for task in list(self._tasks):
             task.cancel()
         await self._worker.stop()
@@ -98,6 +112,7 @@ class Running:
             if self._answered or self._tried_again:
                 raise QueryFailed(str(error)) from error
             self._tried_again, self._number = True, 0
+            self._asked = msgspec.structs.replace(self._asked, heads=False)
             return await self.more()
         if self._store.for_other_processes() != self._asked.catalogue:
             raise NotServing("the state of the other node was taken meanwhile")
@@ -126,10 +141,10 @@ def default_processes() -> int:
 
 
 class Queries:
-    def __init__(self, store: Store, processes: int) -> None:
+    def __init__(self, store: Store, processes: int, kept: KeptHeads) -> None:
         """`processes`: 0 for one for two cores. They are started when they are first needed."""
-        self._store = store
-        self._processes = [QueryProcess(store) for _ in range(processes or default_processes())]
+        self._store, self.kept = store, kept
+        self._processes = [QueryProcess(store, kept) for _ in range(processes or default_processes())]
 
     def begin(self, asked: Asked) -> Running:
         """To be closed."""

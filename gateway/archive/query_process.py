@@ -58,12 +58,12 @@ class Searching:
                 return ["ok", None]
             if verb == "begin":
                 self._begin(number, msgspec.convert(rest[0], Asked))
-            running = self._running.get(number)
+            running = self._running.pop(number, None)
             if running is None:
                 return ["error", "gone", "the query process was started anew"]
             batch = self._more(running)
-            if batch.ended:
-                del self._running[number]
+            if not batch.ended:
+                self._running[number] = running
             return ["ok", batch]
         except BadQuery as error:
             return ["error", "bad", str(error)]
@@ -78,6 +78,7 @@ class Searching:
         self._rows.use(*asked.catalogue)
         settings = DicomSettings.model_validate(dict(zip(USED, asked.settings, strict=True)))
         tags: set[int] = set()
+        known = None if asked.unreadable is None else frozenset(asked.unreadable)
         query = Query(
             decode_identifier(asked.identifier, asked.transfer_syntax),
             FIND_MODELS[asked.sop_class],
@@ -85,10 +86,12 @@ class Searching:
             Extended(*asked.extended),
             self._rows,
             lambda instance: self._head(instance, tags),
-            frozenset(asked.unreadable).__contains__,
+            known.__contains__ if known is not None else lambda seq: bool(self._pipe.ask("unreadable", seq, 0)),
         )
         tags.update(int(key.tag) for key in query.from_file)
-        if tags:
+        if not asked.heads:
+            self._no_heads()
+        elif tags:
             self._kept = opened_again(self._kept, Path(asked.catalogue[0]).parent / FOLDER)
         self._running[number] = Running(query, query.matches(), asked.transfer_syntax)
 
@@ -110,9 +113,14 @@ class Searching:
         """Some attributes of a stored instance, from its kept head, or else from its file: the gateway knows where the
         copy is."""
         put = instance.put
-        kept = self._kept.get(instance.seq, put) if self._kept else None
-        if kept and (found := chosen(Head(kept.data, kept.left_out), put.transfer_syntax, tags)) is not None:
-            return found
+        if self._kept is not None:
+            try:
+                kept = self._kept.get(instance.seq, put)
+            except Exception:  # damaged: whoever keeps them will see that, too
+                self._no_heads()
+                kept = None
+            if kept and (found := chosen(Head(kept.data, kept.left_out), put.transfer_syntax, tags)) is not None:
+                return found
         for size in (HEAD_BYTES_USUAL, HEAD_BYTES_MAX):
             raw = self._pipe.ask("beginning", instance.seq, size)
             if raw is None:
@@ -120,6 +128,11 @@ class Searching:
             if len(raw) < size or is_whole(raw, put.offset, put.transfer_syntax):
                 break
         return read_head(raw, put.offset, put.transfer_syntax)
+
+    def _no_heads(self) -> None:
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
 
 
 def encoded(query: Query, row: Row, transfer_syntax: str, odd: list[str]) -> bytes | None:

@@ -20,7 +20,9 @@ TEXT_BYTES_MAX: Final = 64 << 10  # of an element of a head: texts and sequences
 BULK_BYTES_MAX: Final = 4 << 10  # of any other
 UNDEFINED: Final = 0xFFFFFFFF
 ITEM, ITEM_END, SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
-CHARACTER_SET: Final = 0x00080005
+# What it takes to read others: the character set, and by what pydicom decides whether a number has a sign, and how long
+# the entries of a table are.
+NEEDED: Final = frozenset((0x00080005, 0x00280100, 0x00280103, 0x00281101, 0x00281102, 0x00281103, 0x00283002))
 BULK_VRS: Final = frozenset(("OB", "OD", "OF", "OL", "OV", "OW", "UN"))
 ALL: Final = 0  # in place of the tags that were left out: nothing is known of it
 
@@ -49,7 +51,7 @@ def elements(data: bytes, *, implicit: bool, little: bool, all_there: bool) -> I
         while at < size:
             group, number, length = header(data, at)
             tag, vr, value = group << 16 | number, "", at + 8
-            if tag >= PIXELS:
+            if tag >> 16 == PIXELS >> 16 and tag >= PIXELS:
                 return
             if tag <= before:
                 raise Odd("elements out of order")
@@ -142,6 +144,8 @@ def _bytes_max(element: Element) -> int:
 
 def chosen(head: Head, transfer_syntax: str, tags: Set[int]) -> Dataset | None:
     """Some elements of a head, and what it takes to read them; None if they aren't all known from it."""
+    if any(tag >= PIXELS for tag in tags):  # it may stand behind the pixels
+        return None
     if head.left_out and (ALL in head.left_out or not tags.isdisjoint(head.left_out)):
         return None
     implicit, little, _ = encoding_of(transfer_syntax)
@@ -150,7 +154,7 @@ def chosen(head: Head, transfer_syntax: str, tags: Set[int]) -> Dataset | None:
         parts = [
             head.data[one.start : one.end]
             for one in elements(head.data, implicit=implicit, little=little, all_there=True)
-            if one.tag in tags or one.tag == CHARACTER_SET or (one.tag >> 16 in groups and one.tag & 0xFFFF <= 0xFF)
+            if one.tag in tags or one.tag in NEEDED or (one.tag >> 16 in groups and one.tag & 0xFFFF <= 0xFF)
         ]
         return read_dataset(BytesIO(b"".join(parts)), implicit, little)
     except Exception:  # pydicom raises whatever a strange data set leads it to

@@ -175,25 +175,27 @@ class Connection(asyncio.BufferedProtocol):
     async def _send_request(
         self, context_id: int, elements: dict[int, int | str], data: AsyncIterator[memoryview], timeout_s: float
     ) -> None:
-        whole = False
+        begun = whole = False
         try:
-            # The command goes with the first of its data, and nothing of it if there are none.
+            # The command goes with the first of its data, and nothing of it if those can't be had.
             ahead = self._upper.parts(context_id, True, encode_command(elements))
             before: memoryview | None = None
             async for piece in data:
                 if before is not None:
                     ahead += self._upper.parts(context_id, False, before, last=False)
+                    begun = True
                     await self._send_parts(ahead, timeout_s)
                     ahead = []
                 before = piece
             ahead += self._upper.parts(context_id, False, before or memoryview(b""))
+            begun = True
             await self._send_parts(ahead, timeout_s)
             whole = True
         finally:
             held, self._held = self._held, []
-            if whole and self.may_send:
+            if (whole or not begun) and self.may_send:
                 self._write(b"".join(held))
-            elif not whole and self.may_send:
+            elif self.may_send:
                 self._abort(0, 0, "a data set broke off")
 
     def _expect_answer(self) -> "tuple[int, asyncio.Future[Request]]":

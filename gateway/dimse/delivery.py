@@ -56,6 +56,8 @@ class Tally:
 
 
 class Sender(Protocol):
+    @property
+    def may_send(self) -> bool: ...
     async def invoke(
         self, context_id: int, elements: dict[int, int | str], data: AsyncIterator[memoryview], timeout_s: float
     ) -> Request: ...
@@ -141,8 +143,10 @@ class Sending:
         command = store_request(sop_class, sop_instance, delivery.priority, delivery.originator)
         try:
             answer = await delivery.sender.invoke(context_id, command, data, delivery.timeout_s)
-        except (AssociationEnded, TimeoutError, OSError, Unavailable) as error:
-            self.ended = True  # a data set that broke off, or an answer that may come late: start anew
+        except (AssociationEnded, OSError, Unavailable) as error:
+            # A data set that broke off, if not before any of it was sent; or an answer that may come late: start anew.
+            is_late = isinstance(error, TimeoutError) and error.errno is None  # else it is the disk's
+            self.ended |= is_late or not delivery.sender.may_send
             self._failed(sop_instance, reason_of(error))
             return
         if is_failure(answer.status):

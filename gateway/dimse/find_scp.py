@@ -15,6 +15,7 @@ from storage.store import NotServing
 log = structlog.get_logger()
 
 TOO_MUCH: Final = "too much to search: add a Patient ID, accession or study date"  # 64 characters at most
+UNREADABLE_MAX: Final = 1000  # told with a query
 FAILED: Final = "the query could not be answered now; ask again"
 
 
@@ -46,7 +47,8 @@ class Finder(Collector):
             (extended.relational, extended.date_time, extended.fuzzy_names),
             tuple(getattr(settings, name) for name in USED),
             store.for_other_processes(),
-            tuple(store.unreadable),
+            tuple(store.unreadable) if len(store.unreadable) <= UNREADABLE_MAX else None,
+            self._context.queries.kept.usable,
         )
 
     async def _answer(self, running: Running) -> None:

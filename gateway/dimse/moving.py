@@ -32,49 +32,61 @@ class Move:
     stop: Callable[[], bool]
     progress: Callable[[], None]
     asking: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
-    given_up: bool = field(default=False, init=False)  # nothing gets there
+    connected: int = field(default=0, init=False)  # associations that are there now
+    sent: int = field(default=0, init=False)  # associations that got something through
+    unreachable: bool = field(default=False, init=False)  # when it was asked last, and no association was there
 
     async def run(self, found: list[Instance]) -> None:
         """The contexts of one association are limited, so there may be several after one another; and several at once,
         if the settings say so. What one leaves is for the others."""
         for group in _groups(found):
             todo, contexts = deque(group), _contexts(_kinds(group))
-            at_once = 0 if self.given_up else min(self.destination.settings.associations, len(group))
-            async with asyncio.TaskGroup() as lanes:
-                for _ in range(at_once):
-                    lanes.create_task(self._lane(todo, contexts))
+            at_once = min(self.destination.settings.associations, len(group))
+            while todo and not self.stop() and not self.unreachable:
+                before = self.sent
+                async with asyncio.TaskGroup() as lanes:
+                    for _ in range(at_once):
+                        lanes.create_task(self._lane(todo, contexts))
+                if self.sent == before:
+                    break
+                at_once = 1  # for what one has left after the others had ended
             if self.stop():
                 return
-            self.given_up |= bool(todo)
             for instance in todo:
                 self.tally.fail(instance.put.sop_instance)
 
     async def _lane(self, todo: deque[Instance], contexts: list[tuple[str, tuple[str, ...]]]) -> None:
         """One association after the other, until nothing is left, or nothing gets through: others may get it there."""
-        while todo and not self.stop() and await self._over_one(todo, contexts):
-            pass
+        while association := await self._associated(todo, contexts):
+            self.connected += 1
+            agreed = {kind: number for number, kind in association.contexts.items()}
+            timeout_s = self.destination.timeout_s
+            delivery = Delivery(association, agreed, association.window, timeout_s, self.priority, self.originator)
+            sending = Sending(delivery, self.context, self.tally, self.stop, self.progress)
+            try:
+                await sending.run(todo)
+            finally:
+                self.connected -= 1
+                await association.release()
+            self.sent += sending.got_through
+            if sending.ended and not sending.got_through:
+                return
 
-    async def _over_one(self, todo: deque[Instance], contexts: list[tuple[str, tuple[str, ...]]]) -> bool:
-        """Over one association, until it ends. Returns whether another one is worth it."""
+    async def _associated(self, todo: deque[Instance], contexts: list[tuple[str, tuple[str, ...]]]) -> Requestor | None:
+        """None if there is nothing to be sent, or nobody lets us in. One that takes few associations isn't asked for
+        all of them at once."""
         context, destination = self.context, self.destination
-        try:
-            async with self.asking:  # one that takes few is not asked for all of them at once
-                association = await Requestor.associate(
+        async with self.asking:
+            if not todo or self.stop() or self.unreachable:
+                return None
+            try:
+                return await Requestor.associate(
                     context.settings.aet, destination, contexts, source=context.settings.move_from
                 )
-        except Unreachable as error:
-            log.warning("retrieve.unreachable", destination=destination.aet, why=str(error))
-            return False
-        agreed = {kind: number for number, kind in association.contexts.items()}
-        delivery = Delivery(
-            association, agreed, association.window, destination.timeout_s, self.priority, self.originator
-        )
-        sending = Sending(delivery, context, self.tally, self.stop, self.progress)
-        try:
-            await sending.run(todo)
-        finally:
-            await association.release()
-        return sending.got_through or not sending.ended
+            except Unreachable as error:
+                log.warning("retrieve.unreachable", destination=destination.aet, why=str(error))
+                self.unreachable = not self.connected
+                return None
 
 
 def _kinds(found: list[Instance]) -> Iterator[Kind]:

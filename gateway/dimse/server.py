@@ -14,6 +14,7 @@ from gateway.archive.budget import Budget
 from gateway.archive.converting import Converter
 from gateway.archive.destinations import Destinations
 from gateway.archive.jobs import Jobs
+from gateway.archive.keeping import KeptHeads
 from gateway.archive.live import Live
 from gateway.archive.queries import Queries
 from gateway.archive.users import Overrun, Users
@@ -56,6 +57,7 @@ class DicomServer:
         self._live = Live(settings)
         self._users = Users(settings.users)
         self._executor = ThreadPoolExecutor(QUERY_THREADS, "query")
+        self.kept_heads = KeptHeads(settings.keep_heads)
         self._context = self._new_context()
         self._connections: set[Association] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -69,7 +71,7 @@ class DicomServer:
             store,
             live,
             self._executor,
-            Queries(store, live.dicom.query_processes),
+            Queries(store, live.dicom.query_processes, self.kept_heads),
             Pool(READERS),
             Converter(),
             Budget(live.dicom.retrieve_memory_bytes),

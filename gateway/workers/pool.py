@@ -44,6 +44,9 @@ class Worker:
         except (OSError, TimeoutError, EOFError) as error:
             await self.stop()
             raise WorkFailed("failed", "no worker process can be started") from error
+        except BaseException:
+            await self.stop()  # what it says when it is ready would be taken for an answer
+            raise
         try:
             async with asyncio.timeout(timeout_s):
                 answer = await self._exchange(process, job, help_with)
@@ -52,8 +55,8 @@ class Worker:
             raise WorkFailed("failed", f"it takes longer than {timeout_s:.0f} s") from None
         except (OSError, EOFError, msgspec.DecodeError) as error:
             await self.stop()
-            raise WorkFailed("failed", "the worker process ended over it") from error
-        except asyncio.CancelledError:
+            raise WorkFailed("failed", f"the worker process ended over it ({process.returncode})") from error
+        except BaseException:
             await self.stop()  # nobody wants the answer, and it would be taken for that of the next job
             raise
         if answer[0] == "ok":
@@ -88,6 +91,10 @@ class Worker:
             if answer[0] != "asks" or help_with is None:
                 return answer
             job = msgspec.msgpack.encode(await help_with(*answer[1:]))
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.returncode is None
 
     async def stop(self) -> None:
         process, self._process = self._process, None

@@ -389,7 +389,9 @@ class LmdbKv:
         shutil.rmtree(self._path, ignore_errors=True)
 
     def forget_readers(self) -> None:
-        self._env.reader_check()
+        with self._gate:
+            if not self._growing:  # else it is being closed, perhaps
+                self._env.reader_check()
 
     def keep_reserve(self) -> None:
         """Have the reserve file, where there is room for it. Blocks."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from storage.state import instances, places
 from storage.state.catalogue import TABLES
-from storage.state.entries import seq_key, seq_of
+from storage.state.entries import operation_of, seq_key, seq_of
 from storage.state.kv import LmdbReader, Transaction
 from storage.state.model import Location, Put
 from storage.state.reader import Reader
@@ -38,18 +38,6 @@ class Reopened:
             yield txn
 
 
-def beginning(volume: Path, location: Location, bytes_max: int) -> bytes | None:
-    """The first bytes of a copy, file meta and all, unchecked; None if it can't be had. Blocks."""
-    for name in (f"archive/{location.path}" if location.path else "", f"spool/{location.spool}"):
-        try:
-            if name:
-                with (volume / name).open("rb", buffering=0) as file:
-                    return file.read(bytes_max)
-        except OSError:
-            continue
-    return None
-
-
 class OtherProcess(Reader):
     """All that readers ask, and what the node's own copies are."""
 
@@ -65,10 +53,10 @@ class OtherProcess(Reader):
         """(number, record, where this node's copy lies) of instances from number `start` on."""
         found: list[tuple[int, Put, Location | None]] = []
         with self._reopened.read() as txn:
-            for key, instance_key in islice(txn.scan("kept", seq_key(start)), limit):
-                instance = instances.get(txn, instance_key)
-                if instance is not None:
-                    found.append((seq_of(key), instance.put, places.get(txn, seq_of(key))))
+            for seq in [seq_of(key) for key, _ in islice(txn.scan("kept", seq_key(start)), limit)]:
+                put = operation_of(txn, seq)
+                if isinstance(put, Put):
+                    found.append((seq, put, places.get(txn, seq)))
         return found
 
     def series_there(self, named: Iterable[tuple[str, str]]) -> list[bool]:

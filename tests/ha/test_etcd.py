@@ -1,6 +1,7 @@
 """The etcd client against a real etcd."""
 
 import asyncio
+import socket
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ha.etcd import Compare, DeleteKey, EtcdError, HttpEtcd, PutKey
-from tests.conftest import free_port
+from tests.conftest import free_port, wait_for
 
 
 @pytest.fixture
@@ -74,6 +75,14 @@ async def test_watch_wakes(etcd: HttpEtcd) -> None:
     task.cancel()
 
 
+def listens(url: str) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
 async def test_people_wait_for_a_leader_to_be_elected(tmp_path: Path) -> None:
     """Two members of three are enough; one alone answers that it has no leader, until another one is there."""
     peers = {name: f"http://127.0.0.1:{free_port()}" for name in "xyz"}
@@ -90,6 +99,7 @@ async def test_people_wait_for_a_leader_to_be_elected(tmp_path: Path) -> None:
     running = [start("x")]
     patient = HttpEtcd(list(clients.values()), 1.0, patience_s=120.0)
     try:
+        await asyncio.to_thread(wait_for, lambda: listens(clients["x"]), "the first member to listen")
         asking = asyncio.create_task(patient.txn((), (PutKey("/t/x", "1"),)))
         await asyncio.sleep(3.0)
         assert not asking.done()

@@ -3,11 +3,11 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 from pydicom import Dataset
@@ -17,11 +17,13 @@ from gateway.archive import queries
 from gateway.archive.answers import Query
 from gateway.archive.asked import USED, Asked
 from gateway.archive.find import Extended
+from gateway.archive.keeping import KeptHeads
 from gateway.archive.queries import Queries, QueryFailed, QueryProcess, Running
 from gateway.archive.query_process import BATCH
 from gateway.dicom.identifiers import BadQuery, encode_identifier
 from gateway.dicom.sop_classes import STUDY_ROOT
 from storage.state.catalogue import MADE_BY, Batch, Catalogue
+from storage.state.kv import CatalogueDamaged
 from storage.store import NotServing, Store
 from tests.builders import dataset, encoded
 from tests.storage.state.test_transfer import taken
@@ -39,9 +41,10 @@ class Archive:
         self.catalogue = Catalogue.open(self.folder, MAP_BYTES)
         self.catalogue.write(Batch(meta={"lineage": "x", "promised": 1, **MADE_BY}))
         self.rows, self.stored = synthetic("volume", 10_000), 0
-        self.unreadable: list[int] = []
+        self.unreadable: set[int] = set()
         self.beginnings: list[tuple[int, int]] = []
         self.head = b""
+        self.fails: Exception | None = None
 
     def store(self, studies: int) -> None:
         some = list(islice(self.rows, 3 * studies))
@@ -54,12 +57,11 @@ class Archive:
     def forget_readers(self) -> None:
         self.catalogue.kv.forget_readers()
 
-    def beginning(self, seq: int, bytes_max: int) -> bytes:
+    async def beginning(self, seq: int, bytes_max: int) -> bytes:
         self.beginnings.append((seq, bytes_max))
+        if self.fails:
+            raise self.fails
         return self.head[:bytes_max]
-
-    async def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.to_thread(function, *arguments)
 
 
 class Asking:
@@ -73,8 +75,9 @@ class Asking:
         settings = tuple(getattr(DicomSettings(), name) for name in USED)
         catalogue = self.archive.for_other_processes()
         raw = encode_identifier(identifier, SYNTAX)
-        unreadable = tuple(self.archive.unreadable)
-        return self.processes.begin(Asked(raw, SYNTAX, FIND, (True, False, False), settings, catalogue, unreadable))
+        unreadable = tuple(self.archive.unreadable) if len(self.archive.unreadable) < 5 else None
+        asked = Asked(raw, SYNTAX, FIND, (True, False, False), settings, catalogue, unreadable, True)
+        return self.processes.begin(asked)
 
     async def all(self, running: Running) -> list[bytes]:
         found: list[bytes] = []
@@ -101,7 +104,7 @@ class Asking:
 async def asking(tmp_path: Path) -> AsyncIterator[Asking]:
     archive = Archive(tmp_path)
     archive.store(STUDIES)
-    processes = Queries(cast(Store, archive), 1)
+    processes = Queries(cast(Store, archive), 1, KeptHeads(True))
     yield Asking(archive, processes)
     await processes.stop()
     archive.catalogue.close()
@@ -118,8 +121,9 @@ QUESTIONS: list[dict[str, str]] = [
 
 
 @pytest.mark.parametrize("keys", QUESTIONS)
-async def test_the_answers_are_those_of_a_search_in_process(asking: Asking, keys: dict[str, str]) -> None:
-    asking.archive.unreadable = [20]
+@pytest.mark.parametrize("many", [False, True])
+async def test_the_answers_are_those_of_a_search_in_process(asking: Asking, keys: dict[str, str], many: bool) -> None:
+    asking.archive.unreadable = {20} | (set(range(2000, 2010)) if many else set())
     identifier = Dataset()
     for keyword, text in {"QueryRetrieveLevel": "STUDY", "StudyInstanceUID": "", **keys}.items():
         setattr(identifier, keyword, text)
@@ -208,11 +212,36 @@ async def test_another_catalogue_is_opened_when_it_has_taken_the_place(asking: A
     other.catalogue.close()
 
 
+@pytest.mark.parametrize("error", [CatalogueDamaged("x"), OSError(5, "x"), MemoryError()])
+async def test_what_the_gateway_cant_say_mixes_up_nothing(asking: Asking, error: Exception) -> None:
+    """No answer is ever taken for that of another query."""
+    asking.archive.fails = error
+    assert await asking.all(asking.begin(StudyInstanceUID=f"{ROOT}.1.3", DetectorID="D1")) == []
+    asking.archive.fails = None
+    found = await asking.all(asking.begin(StudyInstanceUID=f"{ROOT}.1.7"))
+    assert len(found) == 1
+    assert f"{ROOT}.1.7".encode() in found[0]
+
+
+async def test_nothing_is_started_for_who_is_gone(asking: Asking) -> None:
+    pid = await asking.pid()
+    begun = asking.begin()
+    await begun.more()
+    await asking.processes.stop()
+    begun.close()
+    with pytest.raises(QueryFailed):
+        await asking.begin().more()
+    await asyncio.sleep(0.1)
+    assert not asking._process._worker.running
+    assert not Path(f"/proc/{pid}").exists()
+
+
 async def test_bad_identifiers_are_refused_and_harm_nobody(asking: Asking) -> None:
     pid = await asking.pid()
     for raw in (b"\0", b"\xff" * 100, b"", encode_identifier(Dataset(), SYNTAX)):
         settings = tuple(getattr(DicomSettings(), name) for name in USED)
-        asked = Asked(raw, SYNTAX, FIND, (False, False, False), settings, asking.archive.for_other_processes(), ())
+        catalogue = asking.archive.for_other_processes()
+        asked = Asked(raw, SYNTAX, FIND, (False, False, False), settings, catalogue, (), True)
         begun = asking.processes.begin(asked)
         with pytest.raises(BadQuery):
             await begun.more()

@@ -104,6 +104,30 @@ def test_private_elements_come_with_their_creator() -> None:
     assert found.private_block(0x0019, "ACME 1.0")[0x10].value == "secret"
 
 
+@pytest.mark.parametrize("syntax", SYNTAXES)
+def test_whether_a_number_has_a_sign_is_known(syntax: str) -> None:
+    image = dataset(PixelRepresentation=1, SmallestImagePixelValue=-1000, PixelPaddingValue=-2000)
+    for keyword in ("SmallestImagePixelValue", "PixelPaddingValue"):
+        image[keyword].VR = "SS"
+    found = chosen(head_of(encoded(image, syntax), syntax, all_there=True), syntax, {0x00280106, 0x00280120})
+    assert found is not None
+    assert (found.SmallestImagePixelValue, found.PixelPaddingValue) == (-1000, -2000)
+
+
+def test_of_what_may_stand_behind_the_pixels_nothing_is_said() -> None:
+    image = dataset()
+    del image.PixelData
+    image.add_new(0x7FE10010, "LO", "ACME")
+    image.add_new(0x7FE11001, "LO", "hello")
+    data = encoded(image)
+    assert not is_whole(data, 0, ExplicitVRLittleEndian)
+    head = head_of(data, ExplicitVRLittleEndian, all_there=True)
+    assert chosen(head, ExplicitVRLittleEndian, {0x7FE11001}) is None
+    whole = read_head(data, 0, ExplicitVRLittleEndian)
+    assert whole is not None
+    assert whole[0x7FE11001].value == "hello"
+
+
 @given(st.binary(max_size=300), st.sampled_from([*SYNTAXES, DeflatedExplicitVRLittleEndian]), st.booleans())
 def test_rubbish_is_odd(data: bytes, syntax: str, all_there: bool) -> None:
     try:

@@ -165,7 +165,10 @@ def test_several_associations_at_once(full: Gateway) -> None:
 
         seen.clear()
         scp.before = abort_all_but_one
-        status = moved(full, keys(StudyInstanceUID=STUDY), "MANY")[-1][0]
+        status, failed = moved(full, keys(StudyInstanceUID=STUDY), "MANY")[-1]
+        assert failed is not None
+        aborted = {uid for assoc, uid in seen if assoc is not seen[0][0]}
+        assert set(failed.FailedSOPInstanceUIDList) == aborted
         assert status.NumberOfFailedSuboperations + status.NumberOfCompletedSuboperations == COUNT
         assert status.NumberOfCompletedSuboperations == sum(assoc is seen[0][0] for assoc, _ in seen)
         assert status.NumberOfFailedSuboperations <= 3

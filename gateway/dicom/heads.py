@@ -4,6 +4,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Set
 from io import BytesIO
+from itertools import takewhile
 from typing import Final, NamedTuple
 
 from pydicom import Dataset
@@ -150,10 +151,13 @@ def chosen(head: Head, transfer_syntax: str, tags: Set[int]) -> Dataset | None:
         return None
     implicit, little, _ = encoding_of(transfer_syntax)
     groups = {tag >> 16 for tag in tags if tag >> 16 & 1}
+    last = max(tags, default=0)  # behind it stands nothing that it takes to read those before
     try:
         parts = [
             head.data[one.start : one.end]
-            for one in elements(head.data, implicit=implicit, little=little, all_there=True)
+            for one in takewhile(
+                lambda one: one.tag <= last, elements(head.data, implicit=implicit, little=little, all_there=True)
+            )
             if one.tag in tags or one.tag in NEEDED or (one.tag >> 16 in groups and one.tag & 0xFFFF <= 0xFF)
         ]
         return read_dataset(BytesIO(b"".join(parts)), implicit, little)

@@ -66,7 +66,7 @@ class Engine(Parts):
         self.on_drain: Callable[[], None] = lambda: None
         self._state_full = False
         self._lapsed_at: float | None = None
-        self._free_state_bytes = around.free_state_bytes
+        self.free_state_bytes = around.free_state_bytes
         self._barriers: list[tuple[int, asyncio.Future[None]]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._pendings = Pendings()
@@ -172,7 +172,7 @@ class Engine(Parts):
     async def _look_at_state(self) -> None:
         """Nothing new is taken while the disk of catalogue and log is nearly full: what was taken must find room."""
         try:
-            free = await within(self.disk.run(self._free_state_bytes), self.settings.storage.hang_s)
+            free = await within(self.disk.run(self.free_state_bytes), self.settings.storage.hang_s)
         except OSError as error:
             log.error("state.not_looked_at", error=error.strerror)
             return

@@ -150,6 +150,17 @@ class Keeper(Heads):
             rows = islice(txn.scan("firsts", start), limit)
             return [(key, (one := _first(value)).study, one.series) for key, value in rows]
 
+    def check(self, start: bytes, limit: int) -> bytes:
+        """Some of the firsts; returns where to go on, b"" at the end. Raises zlib.error, msgspec.DecodeError."""
+        last = b""
+        with self._kv.read() as txn:
+            for key, value in islice(txn.scan("firsts", start), limit):
+                made, last = _first(value), key
+                zlib.decompress(made.data)
+                if txn.get("first_of", key_of(made.seq)) != key:
+                    raise zlib.error("the first of a series isn't noted")
+        return last and last + b"\0"
+
     def change(self, kept: Sequence[tuple[int, Put, Kept]], gone: Sequence[int], series: Sequence[bytes] = ()) -> None:
         """Keep some, and forget some instances, and series by their keys; durable as a whole."""
         self._kv.update(lambda txn: self._change(txn, kept, gone, series))
@@ -166,15 +177,15 @@ class Keeper(Heads):
         for seq, put, head in kept:
             key = _series_key(put.study, put.series, put.transfer_syntax)
             if head.data and key not in firsts:
-                raw = txn.get("firsts", key)
-                if raw is None:
+                found = _known(txn.get("firsts", key))
+                if found is None:
+                    _forget_first(txn, key)
                     made = _First(seq, put.study, put.series, zlib.compress(head.data, LEVEL))
                     txn.put("firsts", key, _encode(made))
                     txn.put("first_of", key_of(seq), key)
                     firsts[key] = seq, head.data
                 else:
-                    known = _first(raw)
-                    firsts[key] = known.seq, zlib.decompress(known.data)
+                    firsts[key] = found
             first, dictionary = firsts[key] if head.data else (0, b"")
             data = _packed(head.data, dictionary) if head.data else b""
             row = _Row(put.digest[:DIGEST_BYTES], first, head.left_out, data)
@@ -186,10 +197,20 @@ class Keeper(Heads):
         return self._kv.size_bytes
 
 
+def _known(raw: bytes | None) -> tuple[int, bytes] | None:
+    """Number and head of a first one; None also for a damaged one."""
+    try:
+        return ((made := _first(raw)).seq, zlib.decompress(made.data)) if raw is not None else None
+    except (zlib.error, msgspec.DecodeError):
+        return None
+
+
 def _forget_first(txn: Transaction, series: bytes | None) -> None:
     """Those that were compressed with it are made anew, by who goes through all."""
     if series is not None and (raw := txn.get("firsts", series)) is not None:
-        txn.delete("first_of", key_of(_first(raw).seq))
+        known = _known(raw)
+        if known is not None:
+            txn.delete("first_of", key_of(known[0]))
         txn.delete("firsts", series)
 
 
@@ -200,7 +221,11 @@ def _packed(data: bytes, first: bytes) -> bytes:
 
 def _unpacked(data: bytes, first: bytes) -> bytes:
     """Raises zlib.error also for another dictionary than it was packed with."""
-    return zlib.decompressobj(zdict=first[-WINDOW:]).decompress(data)
+    unpacker = zlib.decompressobj(zdict=first[-WINDOW:])
+    unpacked = unpacker.decompress(data)
+    if not unpacker.eof:  # then its checksum wasn't looked at
+        raise zlib.error("cut short")
+    return unpacked
 
 
 def beginning(volume: Path, location: Location, put: Put) -> bytes | None:

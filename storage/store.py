@@ -215,10 +215,12 @@ class Store:
         """The number of the last entry of the log that is in the catalogue."""
         return self._engine.journal.applied
 
-    @property
-    def state_reserve_bytes(self) -> int:
-        """Room on the disk of the catalogue that is kept for what was taken."""
-        return self._engine.state_reserve_bytes
+    async def state_room(self) -> tuple[int, int]:
+        """(bytes that are free where catalogue and log are, how many of these are kept for what was taken). Raises
+        OSError."""
+        engine = self._engine
+        looking = engine.disk.run(engine.free_state_bytes)
+        return await within(looking, engine.settings.storage.hang_s), engine.state_reserve_bytes
 
     @property
     def usable_volumes(self) -> list[tuple[str, str]]:

@@ -75,6 +75,7 @@ class Keeping:
         end = there[-1][0] if len(there) == task.rows else None  # of what was looked at
         have = {seq: (digest, first) for seq, digest, first in keeper.said(start, 2 * task.rows)}
         first_of = lru_cache(maxsize=16)(keeper.first_of_series)
+        lost = have.keys() - {seq for seq, _, _ in there}  # a first that goes is none for the others of its series
         known_to = max(have) if len(have) == 2 * task.rows else None
         volumes = {name: Path(folder) for name, folder in task.volumes}
         kept: list[tuple[int, Put, Kept]] = []
@@ -85,7 +86,7 @@ class Keeping:
                 break
             digest, first = have.pop(seq, (b"", 0))
             known = (0, first_of(put.study, put.series, put.transfer_syntax))
-            if digest == put.digest[:DIGEST_BYTES] and first in known:
+            if digest == put.digest[:DIGEST_BYTES] and first in known and first not in lost:
                 continue
             head = _made(put, location, volumes)
             if head is not None:
@@ -103,8 +104,7 @@ class Keeping:
     def _check(self, keeper: Keeper, task: Task) -> Done:
         """Read rows, of both tables; whatever is wrong with them is an error."""
         rows = keeper.said(task.start, task.rows) if task.start else []
-        series = keeper.series(task.after, task.rows) if not task.start or task.after else []
-        after = series[-1][0] + b"\0" if len(series) == task.rows else b""
+        after = keeper.check(task.after, task.rows) if not task.start else b""
         return Done(rows[-1][0] + 1 if len(rows) == task.rows else 0, after, 0, 0, 0.0)
 
     def _prune(self, keeper: Keeper, task: Task) -> Done:

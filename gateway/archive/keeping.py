@@ -1,7 +1,6 @@
 """When heads are kept: soon after an object came, a quarter of a core at most; all are gone through now and then."""
 
 import asyncio
-import os
 import shutil
 from pathlib import Path
 from typing import Any, Final
@@ -9,8 +8,9 @@ from typing import Any, Final
 import msgspec
 import structlog
 
+from conf.telling import reason_of
 from gateway.archive.head_process import Done, Task
-from gateway.workers.pool import Worker, WorkFailed
+from gateway.workers.pool import NotDone, Worker, WorkFailed
 from storage.heads import FOLDER
 from storage.store import NotServing, Store
 
@@ -47,6 +47,8 @@ class HeadKeeping:
         self._store, self._kept, self._worker = store, kept, Worker("gateway.archive.head_process")
         self._seen = 0  # the last entry when nothing newer was left to be looked at
         self._no_room = False
+        self._found_sound = False  # by the last check, since which not all were gone through
+        self._condemned = False
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -69,10 +71,11 @@ class HeadKeeping:
                 begun = loop.time()
                 await self._sweep()
                 await self._look_after_new_ones(SWEEPS * (loop.time() - begun))
-        except WorkFailed as error:
-            log.error("heads.not_kept", why=str(error))
-            if error.kind == "failed":
+        except (WorkFailed, OSError) as error:
+            log.error("heads.not_kept", why=reason_of(error) if isinstance(error, OSError) else str(error))
+            if isinstance(error, WorkFailed) and error.kind == "failed" and not isinstance(error, NotDone):
                 self._kept.doubt()
+                self._condemned = self._found_sound  # they make trouble, though nothing was found that is wrong
             self._store.forget_readers()
             await asyncio.sleep(FAILED_S)
         except NotServing:
@@ -92,51 +95,57 @@ class HeadKeeping:
         """Whether there were any."""
         if not self._kept.sound:
             await self._check()
-        applied = self._store.applied
-        if applied == self._seen or not await self._has_room():
+        applied, start = self._store.applied, 0
+        if not await self._has_room() or applied == self._seen:
             return False
-        done = await self._ask("keep", 0)
-        while done.next:
-            done = await self._ask("keep", done.next)
-        self._seen = applied
+        while await self._has_room():
+            start = (await self._ask("keep", start)).next
+            if not start:
+                self._seen = applied
+                break
         return True
 
     async def _sweep(self) -> None:
         """Forget what is gone, and see to what couldn't be read when it came. New ones don't wait for its end."""
-        if not await self._has_room():
-            return
-        done = await self._ask("keep", 1)
-        kept, gone = done.kept, done.gone
-        while done.next:
+        kept = gone = 0
+        start = 1
+        while start:
             await self._new_ones()
-            if self._no_room:
+            if not await self._has_room():
                 return
-            done = await self._ask("keep", done.next)
-            kept, gone = kept + done.kept, gone + done.gone
+            done = await self._ask("keep", start)
+            start, kept, gone = done.next, kept + done.kept, gone + done.gone
         done = await self._ask("prune", 0)
         while done.after:
             done = await self._ask("prune", 0, done.after)
+        self._found_sound = False
         if kept or gone:
             log.info("heads.swept", kept=kept, gone=gone)
 
     async def _check(self) -> None:
-        """Those in which something is wrong are begun anew."""
+        """Those in which something is wrong are begun anew, and those that make trouble though nothing is found."""
         try:
+            if self._condemned:
+                raise WorkFailed("failed", "they make trouble, though nothing is found that is wrong with them")
             done = await self._ask("check", 1)
             while done.next:
                 done = await self._ask("check", done.next)
             done = await self._ask("check", 0)
             while done.after:
                 done = await self._ask("check", 0, done.after)
+            self._found_sound = True
+        except NotDone:
+            raise
         except WorkFailed as error:
+            if error.kind != "failed":
+                raise
             await self._discard(str(error))
+            self._found_sound = self._condemned = False
         self._kept.sound = True
 
     async def _has_room(self) -> bool:
         """What was taken comes first. Where it is really narrow, they make room."""
-        folder = Path(self._store.for_other_processes()[0]).parent
-        status = os.statvfs(folder)
-        free, least = status.f_bavail * status.f_frsize, self._store.state_reserve_bytes
+        free, least = await self._store.state_room()
         if (free < ROOM * least) != self._no_room:
             self._no_room = not self._no_room
             log.warning("heads.room", kept=not self._no_room, free_bytes=free)

@@ -66,8 +66,8 @@ class QueryProcess:
             if self._stopped:
                 raise WorkFailed("failed", "the gateway stops")
             return await self._worker.ask(msgspec.msgpack.encode(job), HUNG_S, self._help)
-        except WorkFailed as error:
-            if error.kind == "failed":
+        except WorkFailed:
+            if not self._worker.running:
                 self._kept.doubt()
                 self._store.forget_readers()
             raise

@@ -138,8 +138,11 @@ class Searching:
 def encoded(query: Query, row: Row, transfer_syntax: str, odd: list[str]) -> bytes | None:
     """One stored value that can't be said never ends a query: that answer has its unique keys only, or is left out, and
     `odd` says why."""
-    if (quick := query.encoded(row, transfer_syntax)) is not None:
-        return quick
+    try:
+        if (quick := query.encoded(row, transfer_syntax)) is not None:
+            return quick
+    except Exception as error:
+        odd.append(place_of(error))
     answer = query.answer(row)
     for made in (lambda one: one, query.in_utf_8, query.bare):
         try:

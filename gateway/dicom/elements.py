@@ -6,6 +6,7 @@ from typing import Final
 
 _SHORT: Final = struct.Struct("<HHL")
 _LONG_VRS: Final = frozenset(("UC", "UR", "UT"))  # of those below
+_BYTES_MAX: Final = 0xFFFE  # of all others
 _NUMBERS: Final = {"US": struct.Struct("<H")}
 # What pydicom would write in the same way.
 _PLAIN: Final = {
@@ -24,7 +25,8 @@ _CHARS_MAX: Final = {"SH": 16, "LO": 64, "PN": 64, "ST": 1024, "LT": 10240, "UT"
 
 
 def encoded_text(vr: str, text: str) -> bytes | None:
-    """The value of an element, even in length, texts in UTF-8; None for one that isn't plainly one of its VR."""
+    """The value of an element, even in length, texts in UTF-8; None for one that isn't plainly one of its VR, or is too
+    long for it."""
     plain = _PLAIN.get(vr)
     if plain is not None:
         if not plain.fullmatch(text):
@@ -37,7 +39,8 @@ def encoded_text(vr: str, text: str) -> bytes | None:
         value = text.encode()
     except UnicodeEncodeError:
         return None
-    return value + (b"\0" if vr == "UI" else b" ") if len(value) % 2 else value
+    value += b"" if len(value) % 2 == 0 else b"\0" if vr == "UI" else b" "
+    return value if len(value) <= _BYTES_MAX or vr in _LONG_VRS else None
 
 
 def encoded_element(tag: int, vr: str, value: bytes, *, implicit: bool) -> bytes:

@@ -151,7 +151,7 @@ def chosen(head: Head, transfer_syntax: str, tags: Set[int]) -> Dataset | None:
         return None
     implicit, little, _ = encoding_of(transfer_syntax)
     groups = {tag >> 16 for tag in tags if tag >> 16 & 1}
-    last = max(tags, default=0)  # behind it stands nothing that it takes to read those before
+    last = max(*tags, *NEEDED)
     try:
         parts = [
             head.data[one.start : one.end]

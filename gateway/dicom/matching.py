@@ -204,7 +204,8 @@ def matches_element(key: DataElement, found: Dataset, names: str) -> bool:
     if element is None:
         return False
     if key.VR == "SQ":
-        return any(all(matches_element(inner, item, names) for inner in key.value[0]) for item in element.value or ())
+        items = (element.value or ()) if element.VR == "SQ" else ()
+        return any(all(matches_element(inner, item, names) for inner in key.value[0]) for item in items)
     vr = key.VR if key.VR != "UN" else element.VR  # a private key in implicit VR doesn't say what it is
     return matcher(vr, text_of(key.value), names)(text_of(element.value))
 

@@ -32,6 +32,7 @@ class Move:
     stop: Callable[[], bool]
     progress: Callable[[], None]
     asking: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
+    over: asyncio.Event = field(default_factory=asyncio.Event, init=False)  # nothing is left, nobody is sending
     connected: int = field(default=0, init=False)  # associations that are there now
     sent: int = field(default=0, init=False)  # associations that got something through
     unreachable: bool = field(default=False, init=False)  # when it was asked last, and no association was there
@@ -44,6 +45,7 @@ class Move:
             at_once = min(self.destination.settings.associations, len(group))
             while todo and not self.stop() and not self.unreachable:
                 before = self.sent
+                self.over.clear()
                 async with asyncio.TaskGroup() as lanes:
                     for _ in range(at_once):
                         lanes.create_task(self._lane(todo, contexts))
@@ -66,8 +68,10 @@ class Move:
             try:
                 await sending.run(todo)
             finally:
-                self.connected -= 1
                 await association.release()
+                self.connected -= 1
+                if not self.connected and not todo:
+                    self.over.set()
             self.sent += sending.got_through
             if sending.ended and not sending.got_through:
                 return
@@ -79,14 +83,22 @@ class Move:
         async with self.asking:
             if not todo or self.stop() or self.unreachable:
                 return None
+            others = self.connected
+            asking = asyncio.ensure_future(
+                Requestor.associate(context.settings.aet, destination, contexts, source=context.settings.move_from)
+            )
+            over = asyncio.ensure_future(self.over.wait())  # it isn't waited for longer than there is something to send
             try:
-                return await Requestor.associate(
-                    context.settings.aet, destination, contexts, source=context.settings.move_from
-                )
+                await asyncio.wait((asking, over), return_when=asyncio.FIRST_COMPLETED)
+                return await asking if asking.done() else None
             except Unreachable as error:
                 log.warning("retrieve.unreachable", destination=destination.aet, why=str(error))
-                self.unreachable = not self.connected
+                self.unreachable = not (others or self.connected)
                 return None
+            finally:
+                for one in (asking, over):
+                    one.cancel()
+                await asyncio.wait((asking, over))
 
 
 def _kinds(found: list[Instance]) -> Iterator[Kind]:

@@ -15,6 +15,7 @@ from gateway.workers.process import READY
 log = structlog.get_logger()
 
 START_S: Final = 60.0
+END_S: Final = 5.0
 ANSWER_BYTES_MAX: Final = 1 << 30
 WAITING_MAX: Final = 256
 
@@ -25,6 +26,13 @@ class WorkFailed(Exception):
     def __init__(self, kind: str, why: str) -> None:
         super().__init__(why)
         self.kind = kind
+
+
+class NotDone(WorkFailed):
+    """The worker couldn't be started, or hasn't answered in time."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__("failed", why)
 
 
 Help = Callable[..., Awaitable[Any]]
@@ -43,7 +51,7 @@ class Worker:
             process = await self._started()
         except (OSError, TimeoutError, EOFError) as error:
             await self.stop()
-            raise WorkFailed("failed", "no worker process can be started") from error
+            raise NotDone("no worker process can be started") from error
         except BaseException:
             await self.stop()  # what it says when it is ready would be taken for an answer
             raise
@@ -52,7 +60,7 @@ class Worker:
                 answer = await self._exchange(process, job, help_with)
         except TimeoutError:
             await self.stop()
-            raise WorkFailed("failed", f"it takes longer than {timeout_s:.0f} s") from None
+            raise NotDone(f"it takes longer than {timeout_s:.0f} s") from None
         except (OSError, EOFError, msgspec.DecodeError) as error:
             await self.stop()
             raise WorkFailed("failed", f"the worker process ended over it ({process.returncode})") from error
@@ -101,7 +109,9 @@ class Worker:
         if process is not None and process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-            await process.wait()
+            with contextlib.suppress(TimeoutError):  # one that a disk holds ends when that answers
+                async with asyncio.timeout(END_S):
+                    await process.wait()
 
 
 class Pool:

@@ -14,8 +14,9 @@ from conf.settings import DicomSettings
 from gateway.archive.answers import Query
 from gateway.archive.find import LEVEL_OF, Extended
 from gateway.archive.select import instances, wanted
+from gateway.dicom.elements import encoded_text
 from gateway.dicom.identifiers import BadQuery, encode_identifier
-from gateway.dicom.matching import matcher
+from gateway.dicom.matching import matcher, matches_element
 from gateway.dicom.sop_classes import PATIENT_ROOT, PATIENT_STUDY_ONLY, STUDY_ROOT, Model
 from storage.state.catalogue import Batch, Catalogue
 from storage.state.model import Delete, Entry, Location, Put
@@ -97,6 +98,15 @@ def test_matching(vr: str, wanted: str, text: str, matches: bool) -> None:
 )
 def test_names_compare_as_the_settings_say(names: str, wanted: str, matches: bool) -> None:
     assert matcher("PN", wanted, names)("Doe^John") is matches
+
+
+def test_a_sequence_is_no_number_and_a_long_list_no_short_value() -> None:
+    key, found = Dataset(), Dataset()
+    key.add_new(0x00280101, "SQ", [identifier(PatientID="1")])
+    found.BitsStored = 12
+    assert not matches_element(key[0x00280101], found, "folded")
+    assert encoded_text("UI", "\\".join(["1.2.3"] * 11_000)) is None
+    assert encoded_text("UI", "\\".join(["1.2.3"] * 10_000)) is not None
 
 
 # -- models ------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Heads that are kept: of what is there, of nothing else, and what queries say by them is what the files say."""
 
 import asyncio
+import contextlib
 import random
+import shutil
 import zlib
 from collections.abc import AsyncIterator
 from io import BytesIO
@@ -46,7 +48,7 @@ class Archive:
         self.catalogue.write(Batch(meta={"lineage": "x", "promised": 1, **MADE_BY}))
         self.applied = 0
         self.unreadable: set[int] = set()
-        self.state_reserve_bytes = 1 << 20
+        self.reserve_bytes = 1 << 20
         self.asked_for: list[int] = []
         self.puts: dict[int, Put] = {}
         self.usable_volumes = [("volume", str(self.volume))]
@@ -86,6 +88,9 @@ class Archive:
             return (self.volume / "spool" / f"{seq}").read_bytes()[:bytes_max]
         except OSError:
             return None
+
+    async def state_room(self) -> tuple[int, int]:
+        return shutil.disk_usage(self.state).free, self.reserve_bytes
 
     @property
     def with_heads(self) -> set[int]:
@@ -287,7 +292,42 @@ async def test_they_are_kept_soon_and_forgotten_in_time(archive: Archive, monkey
             await task
 
 
-@pytest.mark.parametrize("damage", ["row", "pages", "cut"])
+async def test_one_that_is_replaced_costs_no_other_its_head(archive: Archive, passes: Passes) -> None:
+    images = some(6, "1.2.1")
+    for one in images:
+        archive.store(one)
+    await passes.run()
+    images[0].ImageComments = "other"
+    archive.store(images[0], replaces=True)
+    await passes.run(start=1)
+    assert archive.with_heads == archive.there
+
+
+async def test_a_flipped_bit_is_never_believed(archive: Archive, passes: Passes) -> None:
+    for one in some(2, "1.2.1"):
+        archive.store(one)
+    await passes.run()
+    await passes.worker.stop()
+    keeper = Keeper(archive.state / FOLDER)
+    good = {seq: keeper.get(seq, put) for seq, put in archive.puts.items()}
+    with keeper._kv.read() as txn:
+        rows = {table: dict(txn.scan(table)) for table in ("heads", "firsts")}
+    for table, found in rows.items():
+        key, raw = max(found.items())
+        digest, *rest, data = msgspec.msgpack.decode(raw)
+        for bit in range(8 * len(data)):
+            flipped = bytearray(data)
+            flipped[bit // 8] ^= 1 << bit % 8
+            changed = msgspec.msgpack.encode([digest, *rest, bytes(flipped)])
+            keeper._kv.update(lambda txn, table=table, key=key, changed=changed: txn.put(table, key, changed))
+            for seq, put in archive.puts.items():
+                with contextlib.suppress(zlib.error):
+                    assert keeper.get(seq, put) in (None, good[seq])
+        keeper._kv.update(lambda txn, table=table, key=key, raw=raw: txn.put(table, key, raw))
+    keeper.close()
+
+
+@pytest.mark.parametrize("damage", ["row", "first", "pages", "cut"])
 async def test_damaged_ones_cost_no_answer_and_are_made_anew(
     archive: Archive, passes: Passes, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
@@ -303,6 +343,11 @@ async def test_damaged_ones_cost_no_answer_and_are_made_anew(
     if damage == "row":
         keeper = Keeper(archive.state / FOLDER)
         keeper._kv.update(lambda txn: txn.put("heads", key_of(7), b"\xc1"))
+        keeper.close()
+    elif damage == "first":
+        keeper = Keeper(archive.state / FOLDER)
+        [(key, raw), *_] = keeper._kv.update(lambda txn: list(txn.scan("firsts")))
+        keeper._kv.update(lambda txn: txn.put("firsts", key, raw[:-1] + bytes([raw[-1] ^ 1])))
         keeper.close()
     else:
         size = file.stat().st_size
@@ -359,10 +404,10 @@ async def test_they_make_room_for_what_was_taken(archive: Archive, monkeypatch: 
     task = asyncio.create_task(HeadKeeping(cast(Store, archive), KeptHeads(True)).run())
     try:
         await asyncio.to_thread(wait_for, lambda: archive.with_heads, "a head")
-        archive.state_reserve_bytes = 1 << 60
+        archive.reserve_bytes = 1 << 60
         archive.store(some(1, "1.2.2")[0])
         await asyncio.to_thread(wait_for, lambda: not (archive.state / FOLDER).exists(), "room")
-        archive.state_reserve_bytes = 1 << 20
+        archive.reserve_bytes = 1 << 20
         await asyncio.to_thread(wait_for, lambda: archive.with_heads == archive.there, "heads again")
     finally:
         task.cancel()

@@ -114,6 +114,19 @@ def test_whether_a_number_has_a_sign_is_known(syntax: str) -> None:
     assert (found.SmallestImagePixelValue, found.PixelPaddingValue) == (-1000, -2000)
 
 
+@pytest.mark.parametrize("syntax", SYNTAXES)
+def test_also_where_that_stands_behind_it(syntax: str) -> None:
+    image = dataset(PixelRepresentation=1, ReferencedImageSequence=[Dataset()])
+    image.add_new(0x00189810, "SS", -5)
+    image.ReferencedImageSequence[0].add_new(0x00280106, "SS", -7)
+    head = head_of(encoded(image, syntax), syntax, all_there=True)
+    before, within = chosen(head, syntax, {0x00189810}), chosen(head, syntax, {0x00081140})
+    assert before is not None
+    assert within is not None
+    assert before[0x00189810].value == -5
+    assert within.ReferencedImageSequence[0].SmallestImagePixelValue == -7
+
+
 def test_of_what_may_stand_behind_the_pixels_nothing_is_said() -> None:
     image = dataset()
     del image.PixelData

@@ -38,7 +38,7 @@ class Connection(asyncio.BufferedProtocol):
         self._outstanding: dict[int, asyncio.Future[Request]] = {}
         self._message_id = 0
         self._given_up: set[int] = set()  # whose answers came too late, or will
-        self._held: list[bytes] = []  # messages that wait for the data set that is on its way
+        self._held: list[bytes] = []  # messages that wait for the data set that is on its way, or for the next one
 
     # -- transport ---------------------------------------------------------------------------------------------
 
@@ -128,13 +128,20 @@ class Connection(asyncio.BufferedProtocol):
         """A whole message, at once."""
         if not self.may_send:
             return
-        out = self._upper.data(context_id, True, command)
+        self._held.append(self._upper.data(context_id, True, command))
         if data is not None:
-            out += self._upper.data(context_id, False, data)
-        if self._sending.locked():
-            self._held.append(out)
-        else:
-            self._write(out)
+            self._held.append(self._upper.data(context_id, False, data))
+        if not self._sending.locked():
+            self._write_held()
+
+    def send_soon(self, context_id: int, command: bytes) -> None:
+        """With the next message, of whatever kind: one write less."""
+        if self.may_send:
+            self._held.append(self._upper.data(context_id, True, command))
+
+    def _write_held(self) -> None:
+        held, self._held = self._held, []
+        self._write_parts(held)
 
     def _cut_off(self) -> None:
         """It doesn't read what it is sent."""
@@ -178,7 +185,8 @@ class Connection(asyncio.BufferedProtocol):
         begun = whole = False
         try:
             # The command goes with the first of its data, and nothing of it if those can't be had.
-            ahead = self._upper.parts(context_id, True, encode_command(elements))
+            held, self._held = self._held, []
+            ahead = [*held, *self._upper.parts(context_id, True, encode_command(elements))]
             before: memoryview | None = None
             async for piece in data:
                 if before is not None:
@@ -192,9 +200,9 @@ class Connection(asyncio.BufferedProtocol):
             await self._send_parts(ahead, timeout_s)
             whole = True
         finally:
-            held, self._held = self._held, []
             if (whole or not begun) and self.may_send:
-                self._write(b"".join(held))
+                self._held = [*(() if begun else held), *self._held]
+                self._write_held()
             elif self.may_send:
                 self._abort(0, 0, "a data set broke off")
 

@@ -24,7 +24,6 @@ from storage.store import NotServing
 
 log = structlog.get_logger()
 
-PENDING_S: Final = 0.2  # between two pending responses
 MOVE_TASK: Final = "move"
 MOVE_PATIENCE_S: Final = 3600.0  # for a destination that doesn't take what a C-MOVE without requester sends
 FIRST_RETRY_S: Final = 2.0
@@ -46,7 +45,6 @@ class Retriever(Collector):
     """What C-GET and C-MOVE have in common."""
 
     models: ClassVar = {**GET_MODELS, **MOVE_MODELS}
-    _told_at = float("-inf")
 
     async def respond(self) -> None:
         call = self.call
@@ -69,12 +67,13 @@ class Retriever(Collector):
         raise NotImplementedError
 
     def _pending(self, tally: Tally) -> None:
-        """How far it is; not for each of a thousand small ones, which would cost the other side as much as us."""
-        now = time.monotonic()
-        if tally.remaining and self.call.peer.may_send and now - self._told_at >= PENDING_S:
-            self._told_at = now
+        """How far it is, after each that isn't the last."""
+        if tally.remaining and self.call.peer.may_send:
             response = encode_response(self.call.request, Status.PENDING, counts=tally.counts)
-            self.call.peer.send(self.call.context_id, response)
+            self._tell(self.call.context_id, response)
+
+    def _tell(self, context_id: int, response: bytes) -> None:
+        self.call.peer.send(context_id, response)
 
     def _stop(self) -> bool:
         return self._cancelled() or not self._context.store.may_read
@@ -104,6 +103,9 @@ class Retriever(Collector):
 
 class Getter(Retriever):
     """C-GET: over the association that asked, on the contexts for which it took the SCP's part."""
+
+    def _tell(self, context_id: int, response: bytes) -> None:
+        self.call.peer.send_soon(context_id, response)
 
     async def _retrieve(self, asked: Wanted, found: list[Instance]) -> None:
         peer, context, tally = self.call.peer, self._context, Tally(len(found))

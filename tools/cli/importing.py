@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -99,7 +99,7 @@ class Target:
     aet: str
     user: tuple[str, str] | None = None  # name and password to log in with
     calling: str = CALLING
-    patience_s: float = PATIENCE_S  # for a primary to answer
+    patience_s: float = field(default_factory=lambda: PATIENCE_S)  # for a primary to answer
 
 
 def files_below(paths: Iterable[Path]) -> Iterator[Path]:

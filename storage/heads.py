@@ -16,7 +16,7 @@ import xxhash
 
 from storage.objects.blocks import are_good
 from storage.state.kv import DATA_FILE, CatalogueDamaged, LmdbKv, LmdbReader, Transaction
-from storage.state.model import Location, Put
+from storage.state.model import Kept, Location, Put
 
 FOLDER: Final = "heads"  # beside the catalogue's
 FORMAT: Final = b"1"
@@ -50,13 +50,6 @@ class _First(msgspec.Struct, frozen=True, array_like=True):
     study: str
     series: str
     data: bytes
-
-
-class Kept(msgspec.Struct, frozen=True):
-    """`left_out`: tags that aren't in `data`."""
-
-    data: bytes
-    left_out: tuple[int, ...]
 
 
 _row, _first = msgspec.msgpack.Decoder(_Row).decode, msgspec.msgpack.Decoder(_First).decode

@@ -16,8 +16,8 @@ import msgspec
 from conf.telling import place_of
 from gateway.dicom.heads import ALL, Odd, head_of
 from gateway.workers.process import Answer, Pipe, confine, serve
-from storage.heads import DIGEST_BYTES, FOLDER, Keeper, Kept, beginning
-from storage.state.model import Location, Put
+from storage.heads import DIGEST_BYTES, FOLDER, Keeper, beginning
+from storage.state.model import Kept, Location, Put
 from storage.state.other_process import OtherProcess
 
 MEMORY_BYTES_MAX: Final = 1 << 30  # without what LMDB maps
@@ -124,10 +124,9 @@ def _made(put: Put, location: Location | None, volumes: dict[str, Path]) -> Kept
     if raw is None:
         return None
     try:
-        head = head_of(raw, put.transfer_syntax, all_there=len(raw) == put.length - put.offset)
+        return head_of(raw, put.transfer_syntax, all_there=len(raw) == put.length - put.offset)
     except Odd:
         return NOTHING
-    return Kept(head.data, head.left_out)
 
 
 def main() -> None:

@@ -95,15 +95,12 @@ class HeadKeeping:
         """Whether there were any."""
         if not self._kept.sound:
             await self._check()
-        applied, start = self._store.applied, 0
-        if not await self._has_room() or applied == self._seen:
-            return False
-        while await self._has_room():
-            start = (await self._ask("keep", start)).next
+        applied, start, worked = self._store.applied, 0, False
+        while await self._has_room() and applied != self._seen:
+            start, worked = (await self._ask("keep", start)).next, True
             if not start:
                 self._seen = applied
-                break
-        return True
+        return worked
 
     async def _sweep(self) -> None:
         """Forget what is gone, and see to what couldn't be read when it came. New ones don't wait for its end."""
@@ -111,7 +108,7 @@ class HeadKeeping:
         start = 1
         while start:
             await self._new_ones()
-            if not await self._has_room():
+            if self._no_room:  # it has looked last of all
                 return
             done = await self._ask("keep", start)
             start, kept, gone = done.next, kept + done.kept, gone + done.gone

@@ -22,7 +22,7 @@ from conf.telling import place_of
 from gateway.archive.answers import Query
 from gateway.archive.asked import USED, Asked, Batch
 from gateway.archive.find import Extended, Row
-from gateway.dicom.heads import HEAD_BYTES_MAX, HEAD_BYTES_USUAL, Head, chosen, is_whole, read_head
+from gateway.dicom.heads import HEAD_BYTES_MAX, HEAD_BYTES_USUAL, chosen, is_whole, read_head
 from gateway.dicom.identifiers import BadQuery, decode_identifier, encode_identifier
 from gateway.dicom.sop_classes import FIND_MODELS
 from gateway.workers.process import Answer, Pipe, confine, serve
@@ -119,7 +119,7 @@ class Searching:
             except Exception:  # damaged: whoever keeps them will see that, too
                 self._no_heads()
                 kept = None
-            if kept and (found := chosen(Head(kept.data, kept.left_out), put.transfer_syntax, tags)) is not None:
+            if kept and (found := chosen(kept, put.transfer_syntax, tags)) is not None:
                 return found
         for size in (HEAD_BYTES_USUAL, HEAD_BYTES_MAX):
             raw = self._pipe.ask("beginning", instance.seq, size)

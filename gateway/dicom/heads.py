@@ -13,6 +13,7 @@ from pydicom.filereader import read_dataset
 
 from gateway.dicom.scan import LONG_VRS, SHORT_VRS
 from gateway.dicom.sop_classes import encoding_of
+from storage.state.model import Kept
 
 HEAD_BYTES_MAX: Final = 4 << 20  # read, and inflated
 HEAD_BYTES_USUAL: Final = 32 << 10
@@ -116,14 +117,7 @@ def inflated(raw: bytes) -> bytes:
         raise Odd("not deflated") from None
 
 
-class Head(NamedTuple):
-    """`data`: elements, encoded as the data set was, but not deflated. `left_out`: tags of those that were too long."""
-
-    data: bytes
-    left_out: tuple[int, ...]
-
-
-def head_of(raw: bytes, transfer_syntax: str, *, all_there: bool) -> Head:
+def head_of(raw: bytes, transfer_syntax: str, *, all_there: bool) -> Kept:
     """From the beginning of a data set, or all of it. Raises Odd."""
     implicit, little, deflated = encoding_of(transfer_syntax)
     data = inflated(raw) if deflated else raw
@@ -135,7 +129,7 @@ def head_of(raw: bytes, transfer_syntax: str, *, all_there: bool) -> Head:
             kept.append(data[one.start : one.end])
         else:
             left_out.append(one.tag)
-    return Head(b"".join(kept), tuple(left_out))
+    return Kept(b"".join(kept), tuple(left_out))
 
 
 def _bytes_max(element: Element) -> int:
@@ -143,7 +137,7 @@ def _bytes_max(element: Element) -> int:
     return BULK_BYTES_MAX if any(one in BULK_VRS for one in vr.split(" or ")) else TEXT_BYTES_MAX
 
 
-def chosen(head: Head, transfer_syntax: str, tags: Set[int]) -> Dataset | None:
+def chosen(head: Kept, transfer_syntax: str, tags: Set[int]) -> Dataset | None:
     """Some elements of a head, and what it takes to read them; None if they aren't all known from it."""
     if any(tag >= PIXELS for tag in tags):  # it may stand behind the pixels
         return None

@@ -34,6 +34,14 @@ class Delete(msgspec.Struct, frozen=True, tag="delete"):
     at: float  # wall clock, for people
 
 
+class Kept(msgspec.Struct, frozen=True):
+    """The head of an instance's data set. `data`: elements, encoded as the data set was, but not deflated; `left_out`:
+    tags of those that were too long."""
+
+    data: bytes
+    left_out: tuple[int, ...]
+
+
 class Void(msgspec.Struct, frozen=True, tag="void"):
     """What is left in the log of an instance that was deleted or replaced, or of what was forgotten: its number."""
 

@@ -20,13 +20,14 @@ import click
 from pydicom import Dataset
 from pydicom.filereader import read_dataset
 
+from gateway.dicom.dimse import Command, Status, decode_command, encode_response
 from gateway.dicom.identifiers import encode_identifier
 from gateway.dicom.sop_classes import GET_MODELS, STUDY_ROOT
 from tools.benchmarks import peers
 from tools.benchmarks.meters import counted, usage
 from tools.benchmarks.peers import Server
 from tools.benchmarks.store import SAMPLES, renamed, sample
-from tools.cli.dicom_client import AssociationFailed, DicomClient, Object, command_of, get_command, store_response
+from tools.cli.dicom_client import AssociationFailed, DicomClient, Object, get_command
 
 SYNTAX: Final = "1.2.840.10008.1.2"
 GET: Final = next(uid for uid, model in GET_MODELS.items() if model is STUDY_ROOT)
@@ -34,8 +35,6 @@ RECEIVE_BYTES: Final = 1 << 20
 PDU_HEAD: Final = 6
 PDV_HEAD: Final = 6
 TIMEOUT_S: Final = 120.0
-STORE_RQ: Final = 0x0001
-PENDING: Final = 0xFF00
 
 
 class Sink(DicomClient):
@@ -47,18 +46,18 @@ class Sink(DicomClient):
         self.send_raw(
             self.pdvs(number, get_command(1, GET), command=True) + self.pdvs(number, identifier, command=False)
         )
-        taken, waiting = 0, (0, "", "")  # message ID, SOP class and SOP instance of what is coming
+        taken, storing = 0, None  # the request whose data set is coming
         for context, control, payload in self._fragments():
             if not control & 1:
                 taken += len(payload)
-                if control & 2:
-                    self.send_raw(self.pdvs(context, store_response(*waiting), command=True))
+                if control & 2 and storing:
+                    self.send_raw(self.pdvs(context, encode_response(storing, Status.SUCCESS), command=True))
                 continue
-            command = command_of(bytes(payload))
-            if command[0x0100] == STORE_RQ:
-                waiting = (int(command[0x0110]), str(command[0x0002]), str(command[0x1000]))
-            elif command[0x0900] != PENDING:
-                return taken, int(command[0x0900])
+            command = decode_command(bytes(payload))
+            if command.field == Command.C_STORE_RQ:
+                storing = command
+            elif command.status != Status.PENDING:
+                return taken, command.status
         raise AssociationFailed("the connection was closed")
 
     def _fragments(self) -> Iterator[tuple[int, int, memoryview]]:

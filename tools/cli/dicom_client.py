@@ -282,19 +282,6 @@ def status_of(command: bytes) -> int:
     raise AssociationFailed("a response without status")
 
 
-def command_of(raw: bytes) -> dict[int, int | str]:
-    """Element number -> number of two bytes, or text."""
-    found: dict[int, int | str] = {}
-    at = 0
-    while at + 8 <= len(raw):
-        _group, element, length = _ELEMENT.unpack_from(raw, at)
-        value = raw[at + 8 : at + 8 + length]
-        is_text = element in (0x0002, 0x0902, 0x1000)
-        found[element] = value.rstrip(b"\0 ").decode() if is_text else int.from_bytes(value[:2], "little")
-        at += 8 + length
-    return found
-
-
 def store_command(message_id: int, sop_class: str, sop_instance: str) -> bytes:
     body = _text(0x0002, sop_class) + _number(0x0100, 1) + _number(0x0110, message_id) + _number(0x0700, 0)
     return _command(body + _number(0x0800, 0) + _text(0x1000, sop_instance))
@@ -311,11 +298,6 @@ def get_command(message_id: int, sop_class: str) -> bytes:
 def _query_command(field: int, message_id: int, sop_class: str) -> bytes:
     body = _text(0x0002, sop_class) + _number(0x0100, field) + _number(0x0110, message_id)
     return _command(body + _number(0x0700, 0) + _number(0x0800, 0))
-
-
-def store_response(message_id: int, sop_class: str, sop_instance: str, status: int = 0) -> bytes:
-    body = _text(0x0002, sop_class) + _number(0x0100, 0x8001) + _number(0x0120, message_id) + _number(0x0800, 0x0101)
-    return _command(body + _number(0x0900, status) + _text(0x1000, sop_instance))
 
 
 def _command(body: bytes) -> bytes:

@@ -14,7 +14,8 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
-from gateway.dicom.heads import BULK_BYTES_MAX, TEXT_BYTES_MAX, Head, Odd, chosen, head_of, is_whole, read_head
+from gateway.dicom.heads import BULK_BYTES_MAX, TEXT_BYTES_MAX, Odd, chosen, head_of, is_whole, read_head
+from storage.state.model import Kept
 from tests.builders import dataset, encoded
 from tests.gateway.dicom.test_identify import real_files
 from tools.cli.dicom_files import NotAnInstance, read_object
@@ -166,4 +167,4 @@ def test_depth_costs_no_recursion() -> None:
     data = nested * 50_000
     with pytest.raises(Odd):
         head_of(data, ExplicitVRLittleEndian, all_there=True)
-    assert Head(b"", ()) == head_of(b"", ExplicitVRLittleEndian, all_there=True)
+    assert Kept(b"", ()) == head_of(b"", ExplicitVRLittleEndian, all_there=True)
